@@ -1,0 +1,144 @@
+"""The rooms of the encode side from opening to closing: their status, their source blocks, their chunks."""
+
+from __future__ import annotations
+
+import collections
+
+from sglang.srt.disaggregation.multimodal.blocks import BlockPool
+from sglang.srt.disaggregation.multimodal.protocol.effects import DropRows, EncodeEffect, Send, StatusChanged
+from sglang.srt.disaggregation.multimodal.protocol.ended import EndedRooms
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.messages import AbortAck, StatusReport, TransferEmbeddingInfo
+from sglang.srt.disaggregation.multimodal.protocol.sender import Destination, SenderRoom
+from sglang.srt.disaggregation.multimodal.protocol.sessions import Session, Sessions
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Alarms, Timing
+
+
+class EncodeRooms:
+    def __init__(
+        self, pool: BlockPool, block_size: int, timing: Timing, sessions: Sessions, alarms: Alarms[int | str]
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._timing = timing
+        self._sessions = sessions
+        self._alarms = alarms
+        self._rooms: dict[int, SenderRoom] = {}
+        self._queue: dict[int, None] = {}
+        """Rooms that wait for a source block, in order; they hold none."""
+        self.ended = EndedRooms(timing)
+        self.failures: collections.Counter[int] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def __getitem__(self, room: int) -> SenderRoom:
+        return self._rooms[room]
+
+    def get(self, room: int) -> SenderRoom | None:
+        return self._rooms.get(room)
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "rooms": len(self._rooms),
+            "waiting_for_blocks": len(self._queue),
+            "transfers": sum(sender.under_way is not None for sender in self._rooms.values()),
+            "remembered": len(self.ended),
+        }
+
+    def open(self, room: int, now: float) -> SenderRoom:
+        if room not in self._rooms:
+            self._rooms[room] = SenderRoom(room)
+            self._alarms.set(room, now + self._timing.bootstrap)
+        return self._rooms[room]
+
+    def accept(self, info: TransferEmbeddingInfo, sender: SenderRoom, session: Session, now: float) -> None:
+        """Take an offer down; `advance` may use it."""
+        sender.required = info.required_dst_info_num
+        new = Destination(info.mooncake_session_id, info.address)
+        sender.destinations.setdefault(info.mooncake_session_id, new).offer(info)
+        session.note_offer(info)
+        session.rooms.add(info.room)
+        # From here on its silence counts.
+        self._alarms.set(info.mooncake_session_id, now + self._timing.silence)
+        if info.is_resume:
+            self._alarms.set(info.room, now + self._timing.waiting)
+
+    def advance(self, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        """Do what has become possible."""
+        effects: list[EncodeEffect] = []
+        if sender.status is Status.BOOTSTRAPPING and sender.expected and sender.is_complete:
+            sender.move(Status.WAITING_FOR_INPUT)
+            self._alarms.set(sender.room, now + self._timing.waiting)
+            effects.append(StatusChanged(sender.room, sender.status))
+        if sender.can_start_chunk:
+            if sender.blocks:
+                effects += self._begin_step(sender)
+            else:
+                self._queue[sender.room] = None
+                effects += self._serve_queue()
+        return effects
+
+    def written(self, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        """A step of a chunk succeeded: the next step, or the report that ends the chunk."""
+        self._alarms.set(sender.room, now + self._timing.waiting)
+        return self._begin_step(sender) or self._report_chunk(sender, now)
+
+    def fail(self, sender: SenderRoom, failure: Failure, now: float) -> list[EncodeEffect]:
+        """The status is final at once; what a write under way still needs stays until it comes back."""
+        sender.move(Status.FAILED)
+        self.ended.add(sender.room, sender.status, failure, now)
+        self.failures[failure.code] += 1
+        self._alarms.cancel(sender.room)
+        self._queue.pop(sender.room, None)
+        effects: list[EncodeEffect] = [StatusChanged(sender.room, sender.status, failure)] if sender.expected else []
+        for destination in sender.unfinished:
+            if destination.session_id not in sender.unacknowledged:
+                effects.append(Send(destination.address, StatusReport(sender.room, sender.status, failure=failure)))
+        return effects if sender.under_way else effects + self.close(sender)
+
+    def close(self, sender: SenderRoom) -> list[EncodeEffect]:
+        """The room is over and nothing of it is under way: every trace of it goes."""
+        del self._rooms[sender.room]
+        self._alarms.cancel(sender.room)
+        for destination in sender.destinations.values():
+            if session := self._sessions.get(destination.session_id):
+                session.end_offer(sender.room, destination.blocks)
+                session.rooms.discard(sender.room)
+        self._pool.give_back(sender.blocks, sender.room)
+        effects: list[EncodeEffect] = [DropRows(sender.room)] if sender.total is not None else []
+        for session_id, address in sender.unacknowledged.items():
+            if not self._sessions.must_wait(session_id, sender.room, address):
+                effects.append(Send(address, AbortAck(sender.room)))
+        return effects + self._serve_queue()
+
+    def _serve_queue(self) -> list[EncodeEffect]:
+        """First come, first served: all rows if they fit, else a window that will move along."""
+        effects: list[EncodeEffect] = []
+        while self._queue and self._pool.free:
+            sender = self._rooms[next(iter(self._queue))]
+            del self._queue[sender.room]
+            needed = sender.needed_blocks(self._block_size)
+            sender.blocks = self._pool.lease(min(needed, self._pool.free), sender.room)
+            effects += self._begin_step(sender)
+        return effects
+
+    def _begin_step(self, sender: SenderRoom) -> list[EncodeEffect]:
+        step = sender.begin_step(self._block_size)
+        return [step] if step else []
+
+    def _report_chunk(self, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        effects: list[EncodeEffect] = []
+        for destination in sender.unfinished:
+            if session := self._sessions.get(destination.session_id):
+                session.end_offer(sender.room, destination.blocks)
+            effects.append(Send(destination.address, sender.report_chunk(destination)))
+        before = sender.status
+        sender.move(Status.TRANSFERRING if sender.unfinished else Status.SUCCESS)
+        if sender.status is not before:
+            effects.append(StatusChanged(sender.room, sender.status))
+        if sender.is_over:
+            self.ended.add(sender.room, sender.status, None, now)
+            effects += self.close(sender)
+        return effects

@@ -1,0 +1,255 @@
+"""One rank of either side: a core, its memory, and the work that waits until the test lets it happen."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sglang.srt.disaggregation.multimodal.blocks import BlockPool
+from sglang.srt.disaggregation.multimodal.data_plane import Entry, TransferError
+from sglang.srt.disaggregation.multimodal.protocol.effects import (
+    ChunkDestination,
+    CopyOut,
+    Deliver,
+    DropRows,
+    EncodeEffect,
+    LanguageEffect,
+    Resolve,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
+from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.language_side import LanguageSide
+from sglang.srt.disaggregation.multimodal.protocol.messages import (
+    Address,
+    Handshake,
+    Register,
+    TransferEmbeddingInfo,
+)
+from sglang.srt.disaggregation.multimodal.protocol.plan import batches, plan_chunk
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
+from sglang.srt.disaggregation.multimodal.testing.plane import Clock, MemoryDataPlane, MemoryFabric
+from sglang.srt.disaggregation.multimodal.testing.watch import AUX, COLUMNS, MAX_ROWS, Journal, Memory, Truth, Violation
+
+
+class Surroundings(Protocol):
+    """What a node knows of the world that it is in."""
+
+    block_size: int
+    ranks: int
+    timing: Timing
+    clock: Clock
+    fabric: MemoryFabric
+    truths: dict[int, Truth]
+    unreachable: set[str]
+    encodes: dict[str, EncodeNode]
+
+    def handshake(self, blocks: int) -> Handshake: ...
+
+    def post(self, sender: str, send: Send) -> None: ...
+
+    def make_encode_side(self, **arguments: Any) -> EncodeSide: ...
+
+    def make_language_side(self, **arguments: Any) -> LanguageSide: ...
+
+
+class EncodeNode:
+    """An encode instance: its core, its memory, and the work that waits for a test to let it happen."""
+
+    def __init__(self, world: Surroundings, name: str, address: Address, instance: str, blocks: int) -> None:
+        self.world = world
+        self.name = name
+        self.address = address
+        self.instance = instance
+        self.pool = BlockPool(blocks)
+        self.memory = Memory(world.block_size, blocks)
+        self.plane = MemoryDataPlane(world.fabric, f"{instance}:1")
+        self.plane.start(self.memory.regions())
+        self.core = world.make_encode_side(
+            handshake=world.handshake(blocks), instance=instance, pool=self.pool, timing=world.timing
+        )
+        self.journal = Journal(instance)
+        self.towers: list[int] = []
+        self.jobs: list[tuple[TransferEmbeddingChunk, dict[str, Register | None]]] = []
+        self.sources: dict[int, Truth] = {}
+        self.failed_sessions: set[str] = set()
+
+    def run(self, effects: Sequence[EncodeEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.world.post(self.instance, effect)
+            elif isinstance(effect, StatusChanged):
+                self.journal.note(effect)
+                if effect.status is Status.WAITING_FOR_INPUT:
+                    self.towers.append(effect.room)
+            elif isinstance(effect, TransferEmbeddingChunk):
+                self.jobs.append((effect, {d.session_id: self.core.session(d.session_id) for d in effect.destinations}))
+            elif isinstance(effect, DropRows):
+                self.sources.pop(effect.room, None)
+                if any(chunk.room == effect.room for chunk, _ in self.jobs):
+                    raise Violation(f"rows of room {effect.room} are dropped while they are being written")
+
+    def expect(self, room: int) -> None:
+        self.journal.begin(room)
+        self.run(self.core.expect(room, self.world.clock.now))
+
+    def refuse(self, room: int, failure: Failure) -> None:
+        self.run(self.core.refuse(room, failure, self.world.clock.now))
+
+    def run_tower(self, index: int = 0) -> None:
+        room = self.towers.pop(index)
+        truth = self.world.truths[room]
+        self.sources.setdefault(room, truth)
+        self.run(self.core.submit(room, truth.total, self.world.clock.now))
+
+    def write(self, index: int = 0) -> None:
+        """Do one chunk, to all of its destinations, and report."""
+        chunk, registers = self.jobs.pop(index)
+        if chunk.window.stage:
+            self._stage(chunk)
+        errors: dict[str, str] = {}
+        for destination in chunk.destinations:
+            register = registers[destination.session_id]
+            try:
+                if register is None:
+                    raise TransferError("the session is gone")
+                self._write(chunk, destination, register)
+            except TransferError as error:
+                errors[destination.session_id] = str(error)
+        self.run(self.core.transferred(chunk.room, chunk.transfer_id, errors, self.world.clock.now))
+        self.failed_sessions.update(errors)
+
+    def _stage(self, chunk: TransferEmbeddingChunk) -> None:
+        window, truth = chunk.window, self.sources[chunk.room]
+        if any(self.pool.owner_of(block) != chunk.room for block in window.blocks):
+            raise Violation(f"S2: room {chunk.room} stages rows in blocks that are not its own")
+        for index, column in enumerate(COLUMNS):
+            memory, content = self.memory.columns[index], truth.columns[index]
+            if column.per_block:
+                at = window.blocks[0] * column.bytes_per_row
+                memory[at : at + column.bytes_per_row] = content
+                continue
+            for here, there, length in self.memory.slices(column, window.blocks, window.first_row, window.rows):
+                memory[here : here + length] = content[there : there + length]
+
+    def _write(self, chunk: TransferEmbeddingChunk, destination: ChunkDestination, register: Register) -> None:
+        runs = self.sources[chunk.room].media_runs
+        ranges = plan_chunk(COLUMNS, self.world.block_size, chunk.window, destination, runs)
+        link = self.plane.link(destination.session_id)
+        self.world.fabric.label = chunk.room
+        base = self.memory.pointers
+        for batch in batches(ranges):
+            link.write(
+                [
+                    Entry(base[r.column] + r.source, register.buffer_pointers[r.column] + r.destination, r.length)
+                    for r in batch
+                ]
+            )
+
+    def look_for_quiet(self) -> None:
+        """What the workers do after a failed write: tell the core once nothing of it can land any more."""
+        for session_id in sorted(self.failed_sessions):
+            if self.plane.link(session_id).is_quiet():
+                self.failed_sessions.discard(session_id)
+                self.run(self.core.session_quiet(session_id, self.world.clock.now))
+
+
+class LanguageNode:
+    """One language rank."""
+
+    def __init__(
+        self, world: Surroundings, address: Address, session_id: str, blocks: int, default: int | None
+    ) -> None:
+        self.world = world
+        self.address = address
+        self.pool = BlockPool(blocks)
+        self.memory = Memory(world.block_size, blocks)
+        self.plane = MemoryDataPlane(world.fabric, session_id)
+        self.plane.start(self.memory.regions())
+        register = Register(address, session_id, self.memory.pointers, world.handshake(blocks))
+        self.core = world.make_language_side(
+            register=register,
+            pool=self.pool,
+            default_tokens=default,
+            max_rows=MAX_ROWS,
+            ranks=world.ranks,
+            timing=world.timing,
+        )
+        self.journal = Journal(session_id)
+        self.copies: list[CopyOut] = []
+        self.lookups: list[str] = []
+        self.targets: dict[int, list[bytearray]] = {}
+        self.delivered: dict[int, Deliver] = {}
+        self.offers: list[TransferEmbeddingInfo] = []
+        """Every init and resume that it sent, in order."""
+
+    def run(self, effects: Sequence[LanguageEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                if isinstance(effect.message, TransferEmbeddingInfo):
+                    self._check_offer(effect.message)
+                self.world.post(self.plane.session_id, effect)
+            elif isinstance(effect, StatusChanged):
+                self.journal.note(effect)
+            elif isinstance(effect, CopyOut):
+                self.copies.append(effect)
+            elif isinstance(effect, Resolve):
+                self.lookups.append(effect.peer)
+            elif isinstance(effect, Deliver):
+                self._check_delivery(effect)
+
+    def _check_offer(self, info: TransferEmbeddingInfo) -> None:
+        self.offers.append(info)
+        if any(self.pool.owner_of(block) != info.room for block in info.dst_embedding_indices):
+            raise Violation(f"S2: room {info.room} offers blocks that are not its own")
+
+    def _check_delivery(self, effect: Deliver) -> None:
+        if effect.room in self.delivered:
+            raise Violation(f"S1: room {effect.room} is delivered twice")
+        self.delivered[effect.room] = effect
+        truth = self.world.truths[effect.room]
+        problem = truth.differs([bytes(column) for column in self.targets.pop(effect.room)])
+        if problem or effect.rows != truth.total:
+            raise Violation(f"S1: room {effect.room} ({effect.rows} of {truth.total} rows): {problem}")
+
+    def request(self, room: int, peer: str, hint_rows: int | None = None) -> None:
+        self.journal.begin(room)
+        self.run(self.core.request(room, peer, self.world.clock.now, hint_rows=hint_rows))
+
+    def cancel(self, room: int) -> None:
+        self.run(self.core.cancel(room, self.world.clock.now))
+
+    def copy(self, index: int = 0) -> None:
+        effect = self.copies.pop(index)
+        if any(self.pool.owner_of(block) != effect.room for block in effect.blocks):
+            raise Violation(f"S2: room {effect.room} reads blocks that are not its own")
+        now = self.world.clock.now
+        aux = COLUMNS[AUX].bytes_per_row
+        if effect.first_row == 0:
+            at = effect.blocks[0] * aux
+            (total,) = struct.unpack("<q", self.memory.columns[AUX][at : at + aux])
+            if not 1 <= total <= effect.max_rows:
+                self.run(self.core.copied(effect.room, 0, total, now))
+                return
+            self.targets[effect.room] = [bytearray(total * column.bytes_per_row) for column in COLUMNS]
+        total = len(self.targets[effect.room][AUX]) // aux
+        rows = min(effect.capacity, total - effect.first_row)
+        for index, column in enumerate(COLUMNS):
+            if not column.per_block:
+                for here, there, length in self.memory.slices(column, effect.blocks, effect.first_row, rows):
+                    part = self.memory.columns[index][here : here + length]
+                    self.targets[effect.room][index][there : there + length] = part
+        self.run(self.core.copied(effect.room, rows, total, now))
+
+    def look_up(self, index: int = 0) -> None:
+        peer = self.lookups.pop(index)
+        node = self.world.encodes.get(peer)
+        now = self.world.clock.now
+        if node is None or peer in self.world.unreachable:
+            self.run(self.core.peer_unreachable(peer, "connection refused", now))
+        else:
+            self.run(self.core.peer_resolved(peer, node.address, node.instance, now))

@@ -1,0 +1,281 @@
+"""Would the schedules notice? Each fault that tempts an implementer is planted here, and must be caught."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.effort import unhurried
+from support.schedules import run_chaos, run_orderly
+
+from sglang.srt.disaggregation.multimodal.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from sglang.srt.disaggregation.multimodal.protocol.encode_rooms import EncodeRooms
+from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure, LocalError
+from sglang.srt.disaggregation.multimodal.protocol.language_rooms import LanguageRooms
+from sglang.srt.disaggregation.multimodal.protocol.messages import Abort, AbortAck, TransferEmbeddingInfo
+from sglang.srt.disaggregation.multimodal.protocol.receiver import ReceiverRoom
+from sglang.srt.disaggregation.multimodal.protocol.sender import Destination, SenderRoom
+from sglang.srt.disaggregation.multimodal.protocol.sessions import Session, Sessions
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.testing.watch import Violation
+from sglang.srt.disaggregation.multimodal.testing.world import World
+
+pytestmark = unhurried
+
+Patch = pytest.MonkeyPatch
+
+
+# ---- the faults
+
+
+def allocate_before_release(patch: Patch) -> None:
+    """A resume takes its new blocks before it gives back the old ones, and waits for them if there are none."""
+
+    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        waiting = self.__dict__.setdefault("waiting", [])
+        waiting.append(receiver)
+        return self.serve_queue(now)
+
+    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
+        effects: list[LanguageEffect] = []
+        for receiver in list(self.__dict__.get("waiting", [])):
+            wanted = min(receiver.needed_blocks(self._block_size), len(receiver.blocks))
+            if self._pool.free >= wanted:
+                self.__dict__["waiting"].remove(receiver)
+                blocks = self._pool.lease(wanted, receiver.room)
+                self._pool.give_back(receiver.blocks, receiver.room)
+                receiver.offer(blocks, self._block_size)
+                effects.append(self.offer(receiver))
+        return effects + honest_queue(self, now)
+
+    honest_queue = LanguageRooms.serve_queue
+    patch.setattr(LanguageRooms, "resume", resume)
+    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+
+
+def status_reset_on_resume_at_language(patch: Patch) -> None:
+    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        receiver.status = Status.WAITING_FOR_INPUT
+        return [*honest(self, receiver, now), StatusChanged(receiver.room, receiver.status)]
+
+    honest = LanguageRooms.resume
+    patch.setattr(LanguageRooms, "resume", resume)
+
+
+def status_reset_on_resume_at_encode(patch: Patch) -> None:
+    def advance(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        if sender.status is Status.TRANSFERRING:
+            sender.status = Status.BOOTSTRAPPING
+        return honest(self, sender, now)
+
+    honest = EncodeRooms.advance
+    patch.setattr(EncodeRooms, "advance", advance)
+
+
+def is_last_from_the_default(patch: Patch) -> None:
+    patch.setattr(Destination, "is_last", lambda self, total: total - self.sent <= 8)
+
+
+def repeated_first_send_accepted(patch: Patch) -> None:
+    def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
+        if info.is_resume:
+            return honest(self, info)
+        self.sent = self.written = 0
+        return True
+
+    honest = Destination.waits_for
+    patch.setattr(Destination, "waits_for", waits_for)
+
+
+def repeated_resume_accepted(patch: Patch) -> None:
+    def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
+        if not info.is_resume:
+            return honest(self, info)
+        self.sent = self.written = info.sent_tokens
+        return True
+
+    honest = Destination.waits_for
+    patch.setattr(Destination, "waits_for", waits_for)
+
+
+def cleanup_at_transferring(patch: Patch) -> None:
+    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        effects = honest(self, sender, now)
+        return effects if sender.is_over else effects + self.close(sender)
+
+    honest = EncodeRooms._report_chunk
+    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+
+
+def blocks_freed_when_a_write_failed(patch: Patch) -> None:
+    def fail(self: LanguageRooms, receiver: ReceiverRoom, failure: Failure, now: float) -> list[LanguageEffect]:
+        was_queued = receiver.is_queued
+        effects = honest(self, receiver, failure, now)
+        return effects if was_queued else effects + self.acknowledged(receiver, now)
+
+    honest = LanguageRooms.fail
+    patch.setattr(LanguageRooms, "fail", fail)
+
+
+def abort_acknowledged_after_a_failed_write(patch: Patch) -> None:
+    patch.setattr(Sessions, "note_failed_write", lambda self, session_id, room: None)
+
+
+def abort_acknowledged_during_a_write(patch: Patch) -> None:
+    def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
+        effects = honest(self, message, now)
+        ack = Send(message.address, AbortAck(message.room))
+        return effects if ack in effects else [*effects, ack]
+
+    honest = EncodeSide._abort
+    patch.setattr(EncodeSide, "_abort", abort)
+
+
+def new_process_at_the_old_address_taken_for_proof(patch: Patch) -> None:
+    def disown(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        return [*honest(self, receiver, now), *self.acknowledged(receiver, now)]
+
+    honest = LanguageRooms.disown
+    patch.setattr(LanguageRooms, "disown", disown)
+    patch.setattr(LanguageRooms, "bury", disown)
+
+
+def one_offer_taken_for_all_ranks(patch: Patch) -> None:
+    """The first rank's offer decides how much every rank gets."""
+
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        for other in self.unfinished[1:]:
+            other.allocated = self.unfinished[0].allocated
+        return honest(self, block_size)
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def no_place_kept_for_rooms_that_are_looked_up(patch: Patch) -> None:
+    patch.setattr(LanguageRooms, "_unresolved", lambda self: 0)
+
+
+def status_advanced_by_max(patch: Patch) -> None:
+    """SGLang's way: `Failed` is 0, so whatever comes later wins over it."""
+
+    def move(self: ReceiverRoom, wanted: Status) -> None:
+        self.status = Status(max(self.status.value, wanted.value))
+
+    patch.setattr(ReceiverRoom, "move", move)
+
+
+def aux_left_out_when_there_are_two_ranks(patch: Patch) -> None:
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is None or len(step.destinations) < 2:
+            return step
+        first, *others = step.destinations
+        others = [_without_aux(destination) for destination in others]
+        self.under_way = _replaced(step, destinations=(first, *others))
+        return self.under_way
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def resumed_rows_put_at_the_wrong_place(patch: Patch) -> None:
+    """An offset that is right only for whole blocks."""
+
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is None:
+            return None
+        shifted = [
+            _replaced(d, first_row=d.first_row - d.first_row % block_size)
+            if d.stop_row - d.first_row + d.first_row % block_size <= len(d.blocks) * block_size
+            else d
+            for d in step.destinations
+        ]
+        self.under_way = _replaced(step, destinations=tuple(shifted))
+        return self.under_way
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def window_not_staged_again(patch: Patch) -> None:
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is not None and step.window.first_row > 0:
+            self.under_way = step = _replaced(step, window=_replaced(step.window, stage=False))
+        return step
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def used_up_offers_kept(patch: Patch) -> None:
+    """The next room that is given these blocks looks like a thief."""
+    patch.setattr(Session, "end_offer", lambda self, room, blocks: None)
+
+
+def _replaced(struct: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(struct, **changes)
+
+
+def _without_aux(destination: Any) -> Any:
+    return _replaced(destination, with_aux=False)
+
+
+# ---- the search
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    fault: Callable[[Patch], None]
+    schedules: Callable[..., World]
+    invariants: tuple[str, ...]
+    """Which of them it must be caught by; `refused`: our own table or allocator raised."""
+
+
+FAULTS = [
+    Planted(allocate_before_release, run_orderly, ("L1",)),
+    Planted(status_reset_on_resume_at_language, run_orderly, ("S4",)),
+    Planted(status_reset_on_resume_at_encode, run_orderly, ("S4",)),
+    Planted(is_last_from_the_default, run_orderly, ("L1", "S1", "refused")),
+    Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
+    Planted(blocks_freed_when_a_write_failed, run_chaos, ("S3",)),
+    Planted(abort_acknowledged_after_a_failed_write, run_chaos, ("S3",)),
+    Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
+    Planted(new_process_at_the_old_address_taken_for_proof, run_chaos, ("S3",)),
+    Planted(one_offer_taken_for_all_ranks, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(no_place_kept_for_rooms_that_are_looked_up, run_orderly, ("L1",)),
+    Planted(status_advanced_by_max, run_chaos, ("S4", "L3", "S5", "refused")),
+    Planted(aux_left_out_when_there_are_two_ranks, run_orderly, ("L1", "S1", "refused")),
+    Planted(resumed_rows_put_at_the_wrong_place, run_orderly, ("S1",)),
+    Planted(window_not_staged_again, run_orderly, ("S1",)),
+    Planted(used_up_offers_kept, run_orderly, ("L1",)),
+]
+
+ENOUGH = 3000
+
+
+def first_catch(schedules: Callable[..., World]) -> tuple[int, str]:
+    """The first seed whose schedule goes wrong, and what was seen."""
+    for seed in range(ENOUGH):
+        try:
+            schedules(seed)
+        except Violation as violation:
+            return seed, str(violation).split(":", 1)[0]
+        except (LocalError, KeyError):
+            return seed, "refused"
+    pytest.fail(f"{ENOUGH} schedules noticed nothing")
+
+
+@pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.fault.__name__)
+def test_a_planted_fault_is_caught(planted: Planted, monkeypatch: Patch) -> None:
+    planted.fault(monkeypatch)
+    seed, seen = first_catch(planted.schedules)
+    print(f"{planted.fault.__name__}: caught as {seen} at seed {seed}")
+    assert seen in planted.invariants, f"seed {seed} was caught as {seen}"

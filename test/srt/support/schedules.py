@@ -1,0 +1,248 @@
+"""What may happen to the simulated world, one move at a time: chosen by Hypothesis, or by a seed."""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
+from sglang.srt.disaggregation.multimodal.testing.plane import Fault
+from sglang.srt.disaggregation.multimodal.testing.watch import Violation
+from sglang.srt.disaggregation.multimodal.testing.world import World
+
+TIMING = Timing(
+    bootstrap=20.0,
+    waiting=20.0,
+    heartbeat_interval=2.0,
+    heartbeat_max_failures=2,
+    abort_interval=0.5,
+    quarantine=5.0,
+    remember_ended=300.0,
+    forget_session=400.0,
+)
+
+# Long enough for every deadline of a room, one after the other.
+PATIENCE = TIMING.bootstrap + 2 * TIMING.waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A small world: small pools meet their limits soon."""
+
+    block_size: int
+    encode_blocks: int
+    language_blocks: tuple[int, ...]
+    defaults: tuple[int | None, ...]
+    encodes: int
+
+    def build(self, **sides: Any) -> World:
+        return World(
+            block_size=self.block_size,
+            encode_blocks=self.encode_blocks,
+            language_blocks=self.language_blocks,
+            default_tokens=self.defaults,
+            encodes=self.encodes,
+            timing=TIMING,
+            **sides,
+        )
+
+    @classmethod
+    def random(cls, rng: random.Random) -> "Shape":
+        ranks = rng.choice((1, 1, 2))
+        return cls(
+            block_size=rng.randint(1, 4),
+            encode_blocks=rng.randint(1, 6),
+            language_blocks=tuple(rng.randint(1, 5) for _ in range(ranks)),
+            defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
+            encodes=rng.randint(1, 2),
+        )
+
+
+class Schedule:
+    """Moves take plain numbers and make the best of them, so that any sequence of numbers is a schedule."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rooms = 0
+
+    # ---- what a correct, lucky world does
+
+    def start(self, total: int, text_rows: int, peer: int) -> None:
+        self.rooms += 1
+        names = list(self.world.encodes)
+        runs = [(text_rows, total)] if text_rows < total else []
+        self.world.start(self.rooms, total, runs, names[peer % len(names)])
+
+    def deliver_in_order(self, which: int, again: bool = False) -> None:
+        if ready := self.world.first_wires():
+            index = ready[which % len(ready)]
+            if again:
+                self.world.wires.append(self.world.wires[index])
+            self.world.deliver(index)
+
+    def work(self, which: int) -> None:
+        """A tower, a write, a copy or a lookup finishes."""
+        moves = self._work()
+        if moves:
+            moves[which % len(moves)]()
+
+    def _work(self) -> list[Callable[[], None]]:
+        moves: list[Callable[[], None]] = []
+        for encode in self.world.encodes.values():
+            moves += [lambda e=encode, i=i: e.run_tower(i) for i in range(len(encode.towers))]  # type: ignore[misc]
+            moves += [lambda e=encode, i=i: e.write(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
+        for rank in self.world.languages:
+            moves += [lambda r=rank, i=i: r.copy(i) for i in range(len(rank.copies))]  # type: ignore[misc]
+            moves += [lambda r=rank, i=i: r.look_up(i) for i in range(len(rank.lookups))]  # type: ignore[misc]
+        return moves
+
+    # ---- what else may happen
+
+    def deliver_any(self, which: int, again: bool = False) -> None:
+        if self.world.wires:
+            self.world.deliver(which % len(self.world.wires), keep=again)
+
+    def lose(self, which: int) -> None:
+        if self.world.wires:
+            self.world.wires.pop(which % len(self.world.wires))
+
+    def spoil_write(self, rank: int, fault: int) -> None:
+        language = self.world.languages[rank % len(self.world.languages)]
+        faults = list(Fault)
+        self.world.fabric.fail_next(language.plane.session_id, faults[fault % len(faults)])
+
+    def land_late(self) -> None:
+        self.world.fabric.land_late()
+
+    def look_for_quiet(self) -> None:
+        for encode in self.world.encodes.values():
+            encode.look_for_quiet()
+
+    def cancel(self, rank: int, which: int) -> None:
+        language = self.world.languages[rank % len(self.world.languages)]
+        if rooms := language.journal.open_rooms:
+            language.cancel(rooms[which % len(rooms)])
+
+    def refuse(self, peer: int, which: int) -> None:
+        encode = list(self.world.encodes.values())[peer % len(self.world.encodes)]
+        if rooms := encode.journal.open_rooms:
+            encode.refuse(rooms[which % len(rooms)], Failure(400, "the image cannot be decoded"))
+
+    def pass_time(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    def toggle_registry(self, peer: int) -> None:
+        self.world.unreachable ^= {list(self.world.encodes)[peer % len(self.world.encodes)]}
+
+    def restart_encode(self, peer: int, same_address: bool) -> None:
+        self.world.restart_encode(list(self.world.encodes)[peer % len(self.world.encodes)], same_address)
+
+    def restart_language(self, rank: int, same_address: bool) -> None:
+        self.world.restart_language(rank % len(self.world.languages), 3, same_address)
+
+    # ---- the end
+
+    def finish_without_clock(self) -> None:
+        """L1: nothing was lost and nothing failed, so everything succeeds, and no deadline is needed for it."""
+        self.world.settle()
+        for node in (*self.world.languages, *self.world.encodes.values()):
+            for room, status in node.journal.statuses.items():
+                if status is not Status.SUCCESS:
+                    raise Violation(
+                        f"L1: {node.journal.name}, room {room}: {status.name} {node.journal.failures.get(room)}"
+                    )
+        self.check_empty()
+
+    def finish(self) -> None:
+        """The world is well again from here on: everyone gets an answer in time, and nothing is left behind."""
+        world = self.world
+        world.unreachable.clear()
+        world.fabric.faults.clear()
+        self._calm_down()
+        world.advance(PATIENCE, between=self._calm_down)
+        for node in (*world.languages, *world.encodes.values()):
+            if open_rooms := node.journal.open_rooms:
+                raise Violation(f"L3: {node.journal.name}: no answer for rooms {open_rooms}")
+        self.check_empty()
+
+    def _calm_down(self) -> None:
+        self.world.settle()
+        self.world.fabric.land_late()
+        self.look_for_quiet()
+        self.world.settle()
+
+    def check_empty(self) -> None:
+        """S5, after the memory of what has ended has expired too."""
+        timing = self.world.timing
+        self.world.advance(timing.remember_ended + 2 * timing.forget_session + timing.silence, between=self._calm_down)
+        self._calm_down()
+        for node in (*self.world.languages, *self.world.encodes.values()):
+            left = {name: size for name, size in node.core.sizes().items() if size}
+            if left != {"blocks_free": node.pool.count}:
+                raise Violation(f"S5: {node.journal.name} is left with {left}")
+            if node.core.next_wakeup() is not None:
+                raise Violation(f"S5: {node.journal.name} wants to be called at {node.core.next_wakeup()}")
+
+
+def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
+    """Nothing is lost, nobody fails, messages of one sender keep their order; all of them may be late or repeated."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    for _ in range(steps):
+        if rng.random() < 0.15:
+            schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2))
+        elif rng.random() < 0.5:
+            schedule.deliver_in_order(rng.randrange(1000), again=rng.random() < 0.25)
+        else:
+            schedule.work(rng.randrange(1000))
+    schedule.finish_without_clock()
+    return world
+
+
+def run_chaos(seed: int, steps: int = 80, **sides: Any) -> World:
+    """Everything goes wrong that can."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    # Most schedules stay calm in most respects: too much at once, and no room gets far.
+    mishaps = _mishaps(schedule, rng)
+    chosen = rng.sample(mishaps, rng.randint(1, 4))
+    for _ in range(steps):
+        luck = rng.random()
+        if luck < 0.12:
+            schedule.start(rng.randint(1, 30), rng.randint(0, 4), rng.randrange(2))
+        elif luck < 0.5:
+            schedule.deliver_in_order(rng.randrange(1000))
+        elif luck < 0.88:
+            schedule.work(rng.randrange(1000))
+        else:
+            rng.choice(chosen)()
+    schedule.finish()
+    return world
+
+
+def _mishaps(schedule: Schedule, rng: random.Random) -> list[Callable[[], None]]:
+    def pick() -> int:
+        return rng.randrange(1000)
+
+    def spoil() -> None:
+        schedule.spoil_write(pick(), pick())
+
+    return [
+        lambda: schedule.deliver_any(pick()),
+        lambda: schedule.deliver_any(pick(), again=True),
+        lambda: schedule.deliver_in_order(pick(), again=True),
+        lambda: schedule.lose(pick()),
+        spoil,
+        spoil,
+        lambda: rng.choice((schedule.land_late, schedule.look_for_quiet))(),
+        lambda: schedule.cancel(pick(), pick()),
+        lambda: schedule.refuse(pick(), pick()),
+        lambda: schedule.pass_time(rng.choice((0.1, 1.0, 3.0, 8.0, 25.0))),
+        lambda: schedule.toggle_registry(pick()),
+        lambda: schedule.restart_encode(pick(), rng.random() < 0.5),
+        lambda: schedule.restart_language(pick(), rng.random() < 0.5),
+    ]
