@@ -1,0 +1,181 @@
+"""The encode side at work: messages and commands go into the core, and what the core asks for is done here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from sglang.srt.disaggregation.mooncake.chunk_multimodal import ChunkJob
+from sglang.srt.disaggregation.mooncake.control_multimodal import ControlLoop
+from sglang.srt.disaggregation.mooncake.workers_multimodal import TransferWorker, TransferWorkers
+from sglang.srt.disaggregation.multimodal.board import Publish
+from sglang.srt.disaggregation.multimodal.buffers import EmbeddingBuffers, SourceRows
+from sglang.srt.disaggregation.multimodal.protocol import codec
+from sglang.srt.disaggregation.multimodal.protocol.effects import (
+    DropRows,
+    EncodeEffect,
+    Note,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
+from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.messages import Register
+from sglang.srt.disaggregation.multimodal.protocol.status import Status, is_final
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What the log line of a room says."""
+
+    expected_at: float
+    submitted_at: float | None = None
+    rows: int = 0
+    rounds: int = 0
+    bytes: int = 0
+
+
+class EncodeShell:
+    """Every method runs in the control thread, but for those under `any thread`."""
+
+    def __init__(
+        self,
+        core: EncodeSide,
+        buffers: EmbeddingBuffers,
+        loop: ControlLoop,
+        publish: Publish,
+        make_worker: Callable[[str], TransferWorker],
+    ) -> None:
+        self._core = core
+        self._buffers = buffers
+        self._loop = loop
+        self._publish = publish
+        self._workers = TransferWorkers(make_worker)
+        self._sources: dict[int, SourceRows] = {}
+        self._tallies: dict[int, _Tally] = {}
+        self._rounds_total = 0
+        self._bytes_total = 0
+
+    # ---- any thread
+
+    def expect(self, room: int) -> None:
+        self._loop.post(functools.partial(self._expect, room))
+
+    def submit(self, room: int, source: SourceRows) -> None:
+        self._loop.post(functools.partial(self._submit, room, source))
+
+    def refuse(self, room: int, failure: Failure) -> None:
+        self._loop.post(lambda now: self._run(self._core.refuse(room, failure, now), now))
+
+    def report_quiet(self, session_id: str) -> None:
+        """No failed write to the session can land any more."""
+        self._loop.post(lambda now: self._run(self._core.session_quiet(session_id, now), now))
+
+    def close(self) -> None:
+        """After the control thread has ended."""
+        self._workers.close()
+        self._sources.clear()
+
+    # ---- the control loop's handler
+
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        message = codec.decode_to_encode(frames)
+        self._run(self._core.receive(message, now), now)
+        if isinstance(message, Register):
+            self._workers.keep_only(self._core.sessions())  # it may have replaced an older one
+
+    def tick(self, now: float) -> None:
+        self._run(self._core.tick(now), now)
+        self._workers.keep_only(self._core.sessions())
+        self._workers.end_idle(now)
+
+    def next_wakeup(self) -> float | None:
+        return min(
+            (at for at in (self._core.next_wakeup(), self._workers.next_wakeup()) if at is not None), default=None
+        )
+
+    def metrics(self) -> dict[str, float]:
+        totals = {"rounds_total": self._rounds_total, "bytes_total": self._bytes_total}
+        shell = {"workers": len(self._workers), "sources": len(self._sources), "tallies": len(self._tallies)}
+        return {**self._core.sizes(), **self._core.counts(), **shell, **totals}
+
+    # ---- commands
+
+    def _expect(self, room: int, now: float) -> None:
+        self._tallies[room] = _Tally(expected_at=now)
+        self._run(self._core.expect(room, now), now)
+
+    def _submit(self, room: int, source: SourceRows, now: float) -> None:
+        self._sources.setdefault(room, source)
+        if (tally := self._tallies.get(room)) is not None and tally.submitted_at is None:
+            tally.submitted_at, tally.rows = now, source.total
+        self._run(self._core.submit(room, source.total, now), now)
+
+    # ---- effects
+
+    def _run(self, effects: Iterable[EncodeEffect], now: float) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._loop.send(effect.to, codec.encode(effect.message))
+                case StatusChanged():
+                    self._changed(effect, now)
+                case TransferEmbeddingChunk():
+                    self.add_transfer_request(effect, now)
+                case DropRows():
+                    self._sources.pop(effect.room, None)
+                case Note():
+                    logger.warning("relay-encode %s", effect.text)
+
+    def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
+        """Hand a chunk to the workers of its destinations."""
+        job = ChunkJob(chunk, self._sources[chunk.room], self._buffers, self._post_transferred)
+        for destination in chunk.destinations:
+            session = self._core.session(destination.session_id)
+            if session is None:
+                job.done(destination.session_id, f"session {destination.session_id} is gone")
+                continue
+            self._workers.submit(
+                destination.session_id,
+                now,
+                functools.partial(job.write, destination, session.buffer_pointers),
+                functools.partial(job.done, destination.session_id),
+            )
+
+    def _post_transferred(self, job: ChunkJob) -> None:
+        self._loop.post(functools.partial(self._transferred, job))
+
+    def _transferred(self, job: ChunkJob, now: float) -> None:
+        self._rounds_total += 1
+        self._bytes_total += job.bytes
+        if (tally := self._tallies.get(job.chunk.room)) is not None:
+            tally.rounds += 1
+            tally.bytes += job.bytes
+        self._run(self._core.transferred(job.chunk.room, job.chunk.transfer_id, job.errors, now), now)
+        # Only now is the core ready to hear that nothing of a failed write can land any more.
+        for session_id in job.errors:
+            self._workers.watch(session_id)
+
+    def _changed(self, effect: StatusChanged, now: float) -> None:
+        if is_final(effect.status):
+            self._log_end(effect, self._tallies.pop(effect.room, None), now)
+        self._publish(effect.room, effect.status, effect.failure)
+
+    def _log_end(self, effect: StatusChanged, tally: _Tally | None, now: float) -> None:
+        if effect.status is Status.FAILED:
+            logger.info('relay-encode room=%d status=Failed reason="%s"', effect.room, effect.failure)
+        elif tally is not None and tally.submitted_at is not None:
+            logger.info(
+                "relay-encode room=%d status=Success rows=%d rounds=%d bytes=%d wait_ms=%.1f transfer_ms=%.1f",
+                effect.room,
+                tally.rows,
+                tally.rounds,
+                tally.bytes,
+                (tally.submitted_at - tally.expected_at) * 1000,
+                (now - tally.submitted_at) * 1000,
+            )

@@ -1,0 +1,116 @@
+"""ZMQ sockets of one control thread: a PULL socket that listens, and PUSH sockets that come and go with their peers."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import zmq
+
+from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
+from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+
+logger = logging.getLogger(__name__)
+
+# A PUSH socket that was silent this long is closed; the next message opens a new one.
+IDLE_SECONDS: Final = 60.0
+_HIGH_WATER: Final = 10_000
+_LINGER_MS: Final = 500
+_MAX_RECONNECT_MS: Final = 5_000
+_MESSAGES_AT_ONCE: Final = 256
+
+
+class Inlet:
+    """Where this rank listens. Bound before the control thread starts, used by that thread only."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, max_frame: int) -> None:
+        self.socket = context.socket(zmq.PULL)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, max_frame)  # a larger frame costs its sender the connection
+        numeric = _numeric(host)
+        if ":" in numeric:
+            self.socket.setsockopt(zmq.IPV6, 1)
+        try:
+            self.socket.bind(f"tcp://{Address(numeric, 0)}")
+        except zmq.ZMQError as error:
+            self.socket.close()
+            raise SettingError(f"no control port can be opened on {host}: {error}") from None
+        endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.address = Address(host, int(endpoint.rstrip(b"\0").rpartition(b":")[2]))
+
+    def messages(self) -> Iterator[tuple[str, list[bytes]]]:
+        """What has arrived: (the peer's IP address, frames). Bounded, so that timers get their turn."""
+        for _ in range(_MESSAGES_AT_ONCE):
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            yield _peer(frames[0]), [frame.bytes for frame in frames]
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Outlets:
+    """One PUSH socket per peer address, so that messages to one address stay in order."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._sockets: OrderedDict[Address, tuple[zmq.Socket[bytes], float]] = OrderedDict()
+
+    def send(self, to: Address, frames: Sequence[bytes], now: float) -> None:
+        known = self._sockets.pop(to, None)
+        outlet = known[0] if known else self._connect(to)
+        self._sockets[to] = outlet, now
+        try:
+            outlet.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            # The peer has not read for a long time; deadlines end what waits for it.
+            logger.warning("relay message to %s dropped: %d are waiting there already", to, _HIGH_WATER)
+
+    def _connect(self, to: Address) -> zmq.Socket[bytes]:
+        outlet = self._context.socket(zmq.PUSH)
+        outlet.setsockopt(zmq.LINGER, _LINGER_MS)
+        outlet.setsockopt(zmq.SNDHWM, _HIGH_WATER)
+        outlet.setsockopt(zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS)
+        if ":" in to.host:
+            outlet.setsockopt(zmq.IPV6, 1)
+        outlet.connect(f"tcp://{to}")
+        return outlet
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def next_wakeup(self) -> float | None:
+        for _, last_used in self._sockets.values():
+            return last_used + IDLE_SECONDS
+        return None
+
+    def close_idle(self, now: float) -> None:
+        while (due := self.next_wakeup()) is not None and due <= now:
+            self._sockets.popitem(last=False)[1][0].close()
+
+    def close(self) -> None:
+        for outlet, _ in self._sockets.values():
+            outlet.close()
+        self._sockets.clear()
+
+
+def _numeric(host: str) -> str:
+    """ZMQ binds to an IP address or an interface, not to a name."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise SettingError(f"{host} is no address of this machine: {error}") from None
+
+
+def _peer(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return "unknown"

@@ -1,0 +1,40 @@
+"""This lane moves rows between real processes, over the real Mooncake engine and real sockets, without a model."""
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from support.installed import require_installed
+
+# Before the engine reads it; the smallest that Mooncake takes, so that a test can wait for it.
+os.environ["MC_TRANSFER_TIMEOUT"] = "5"
+os.environ.setdefault("GLOG_minloglevel", "3")
+
+
+def pytest_configure() -> None:
+    require_installed()
+    from support import forks
+
+    forks.prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang's own imports warn about hardware that is not there
+        import sglang.srt.disaggregation.mooncake.conn_multimodal  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> None:
+    from support.loopback import warm_up
+
+    warm_up()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left(warm: None) -> Iterator[None]:
+    """No thread of ours, no eventfd and no socket may outlive the tests of a module."""
+    from support.leftovers import Leftovers
+
+    before = Leftovers.now()
+    yield
+    before.assert_same()
