@@ -1,0 +1,193 @@
+"""One child server: started in its own process group, watched until it is ready, stopped without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+# Below the ephemeral range (an outgoing connection would take the port before the server binds it), and beside the
+# ranges that Mooncake (15000-17000) and SGLang (22000-30000) draw from on their own.
+PORTS = range(17100, 22000)
+POLL_SECONDS = 0.2
+_given: set[int] = set()
+
+# Called with the member's name, what it is doing now, and the seconds this took or has taken so far.
+Progress = Callable[[str, str, float], None]
+
+
+def silent(name: str, stage: str, seconds: float) -> None:
+    """The progress callback of those who do not want one."""
+
+
+class ProcessFailed(RuntimeError):
+    """A child ended, or was not ready in time; the message carries the tail of its log."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, drawn at random so that two clusters starting at once hardly ever meet.
+
+    A server binds its port seconds later, so no port is given twice by one process.
+    """
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if port in _given:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        found.append(port)
+        _given.add(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+
+
+class LocalProcess:
+    """A server of this machine. `url` with `ready_path` answers 200 once it is ready."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        url: str,
+        log: Path,
+        environ: Mapping[str, str] | None = None,
+        ready_path: str = "/health",
+    ) -> None:
+        self.name = name
+        self.command = tuple(command)
+        self.url = url
+        self.log = log
+        self.environ = dict(environ or {})
+        self.ready_path = ready_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    @property
+    def pid(self) -> int:
+        """The process and, because it leads it, its group."""
+        if self._process is None:
+            raise RuntimeError(f"{self.name} has not been started")
+        return self._process.pid
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._started = time.monotonic()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.environ,
+                start_new_session=True,
+            )
+
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}{self.ready_path}", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def reap(self) -> None:
+        """Take the status of an ended process; a Popen object that is dropped without it warns."""
+        if self._process is not None:
+            self._process.wait()
+
+    def check_ready(self) -> bool:
+        """Whether it answers; raises when it has ended, because then it never will."""
+        if self.returncode() is not None:
+            raise ProcessFailed(f"{self.name} ended with status {self.returncode()}\n{self.log_tail()}")
+        return self.healthy()
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def log_tail(self, lines: int = 40) -> str:
+        tail = self.log_text().splitlines()[-lines:]
+        return "\n".join([f"--- the end of {self.log}", *tail])
+
+    def kill_group(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to every process of the group; none left is fine."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def group_alive(self) -> bool:
+        return bool(self.group_members())
+
+    def group_members(self) -> list[int]:
+        """The running processes of the group, zombies left out: those wait for their parent only."""
+        return [] if self._process is None else list(_group_members(self._process.pid))
+
+
+def wait_all_ready(processes: Iterable[LocalProcess], seconds: float, progress: Progress = silent) -> None:
+    """Wait until every process answers; the first process that ends, or the deadline, raises ProcessFailed."""
+    deadline = time.monotonic() + seconds
+    waiting = list(processes)
+    while waiting:
+        for process in list(waiting):
+            if process.check_ready():
+                waiting.remove(process)
+                progress(process.name, "ready", process.elapsed())
+            else:
+                progress(process.name, "starting", process.elapsed())
+        if waiting and time.monotonic() > deadline:
+            late = waiting[0]
+            raise ProcessFailed(f"{late.name} was not ready after {late.elapsed():.0f} s\n{late.log_tail()}")
+        time.sleep(POLL_SECONDS if waiting else 0)
+
+
+def stop_all(processes: Iterable[LocalProcess], grace: float = 30.0, progress: Progress = silent) -> None:
+    """SIGTERM to all at once (each may take seconds to drain), SIGKILL to what is left after `grace`."""
+    running = [process for process in processes if process.group_alive()]
+    started = time.monotonic()
+    for process in running:
+        os.kill(process.pid, signal.SIGTERM) if process.returncode() is None else process.kill_group()
+    while running and time.monotonic() - started < grace + 10:
+        elapsed = time.monotonic() - started
+        for process in list(running):
+            if process.returncode() is not None or elapsed > grace:
+                # The leader has ended: what it left behind has no one to wait for.
+                process.kill_group()
+            if not process.group_alive():
+                process.reap()
+                progress(process.name, "stopped", elapsed)
+                running.remove(process)
+            else:
+                progress(process.name, "stopping", elapsed)
+        time.sleep(POLL_SECONDS if running else 0)
+    if running:
+        raise RuntimeError("processes that SIGKILL did not end: " + ", ".join(str(p.group_members()) for p in running))
+
+
+def _group_members(group: int) -> Iterable[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # The fields after the parenthesised command name: state, parent, process group.
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(pgrp) == group and state != "Z":
+                yield int(entry.name)
