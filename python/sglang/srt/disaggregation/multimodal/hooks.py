@@ -1,0 +1,268 @@
+"""The one place where SGLang is changed, and the check that every change took.
+
+SGLang's plugin loader logs a hook that failed and goes on. A server that half has our modes would be worse than one
+without them, so `verify()` looks at each target again before a server in one of our modes may start. In every other
+mode the hooks fall through to the original at their first line, and nothing else of this package is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+SUPPORTED_SGLANG: Final = SpecifierSet("==0.5.23")
+
+Original = Callable[..., Any]
+
+
+# ---- start-up
+
+
+@contextlib.contextmanager
+def one_line_for_the_operator() -> Iterator[None]:
+    """A setting that cannot work ends the process with its sentence, not with a traceback."""
+    try:
+        yield
+    except SettingError as error:
+        raise SystemExit(f"sglang-embedding-relay: {error}") from None
+
+
+def offer_our_modes(_result: Any, parser: Any, *_: Any, **__: Any) -> None:
+    for action in parser._actions:
+        if action.dest == "disaggregation_mode" and modes.ENCODE not in action.choices:
+            action.choices = [*action.choices, modes.ENCODE, modes.LANGUAGE]
+            action.help = (action.help or "") + modes.HELP
+
+
+def settle_settings(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution step `handle_pd_disaggregation`: the first one that runs with our mode known."""
+    previous(server_args)
+    if modes.of(server_args) is None:
+        return
+    from sglang.srt.disaggregation.multimodal import server_settings
+
+    with one_line_for_the_operator():
+        verify()
+        server_settings.settle(server_args)
+
+
+def settle_load_balancing(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """SGLang's own step refuses modes that it does not know."""
+    if modes.of(server_args) is None:
+        previous(server_args)
+    else:
+        from sglang.srt.disaggregation.multimodal import server_settings
+
+        server_settings.settle_load_balancing(server_args)
+
+
+def start_registry(original: Original) -> Any:
+    if modes.current() != modes.ENCODE:
+        return original()
+    from sglang.srt.disaggregation.multimodal import server_settings
+
+    with one_line_for_the_operator():
+        return server_settings.start_registry()
+
+
+def check_ports_first(_engine_class: Any, server_args: Any, *_: Any, **__: Any) -> None:
+    """Before any child process exists: an occupied port must not leave a half-alive server behind."""
+    if modes.of(server_args) is not None:
+        from sglang.srt.disaggregation.multimodal import server_settings
+
+        with one_line_for_the_operator():
+            server_settings.check_ports(server_args)
+
+
+def bring_plugins_along(port_args: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tokenizer workers never load plugins themselves: let the first thing that they unpickle do it."""
+    if modes.current() is None:
+        return None
+    return (modes.LoadsPlugins(port_args), *args), kwargs
+
+
+# ---- model
+
+
+def keep_one_half(config: Any, server_args: Any, *_: Any, is_draft_model: bool = False, **__: Any) -> None:
+    mode = modes.of(server_args)
+    if mode is not None and not is_draft_model:
+        from sglang.srt.disaggregation.multimodal import towers
+
+        towers.mark_half(config, mode)
+
+
+def build_without_tower(original: Original, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    if modes.current() != modes.LANGUAGE:
+        return original(model_config, *args, **kwargs)
+    from sglang.srt.disaggregation.multimodal import towers
+
+    with towers.no_vision_tower(model_config):
+        return original(model_config, *args, **kwargs)
+
+
+def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
+    if modes.current() == modes.ENCODE:
+        from sglang.srt.disaggregation.multimodal import towers
+
+        towers.restore_prompt_limits(scheduler)
+
+
+# ---- tokenizer manager
+
+
+def one_answer_per_prompt(original: Original, manager: Any, obj: Any, request: Any = None) -> Any:
+    if modes.current() == modes.ENCODE:
+        modes.ask_for_one_sample(obj)
+    return original(manager, obj, request)
+
+
+async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
+    match modes.current():
+        case modes.ENCODE:
+            from sglang.srt.disaggregation.multimodal import multimodal_embedding
+
+            return await multimodal_embedding.tokenize_or_refuse(original, manager, obj)
+        case modes.LANGUAGE:
+            from sglang.srt.disaggregation.multimodal import multimodal_language
+
+            return await multimodal_language.tokenize_text_only(original, manager, obj)
+        case _:
+            return await original(manager, obj)
+
+
+# ---- scheduler
+
+
+def take_role(_result: Any, scheduler: Any) -> None:
+    """SGLang's own prefill and decode branches must not see a mode that they do not know: to them we are plain."""
+    scheduler.embedding_relay = None
+    mode = modes.current()
+    if mode is not None:
+        from sglang.srt.disaggregation.multimodal import roles
+
+        scheduler.embedding_relay = roles.start_role(scheduler, mode)
+        scheduler.disaggregation_mode = type(scheduler.disaggregation_mode).NULL
+
+
+def receive_request(original: Original, scheduler: Any, recv_req: Any, **kwargs: Any) -> Any:
+    role = scheduler.embedding_relay
+    if role is not None and role.take_over(recv_req):
+        return None
+    return original(scheduler, recv_req, **kwargs)
+
+
+def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    role = scheduler.embedding_relay
+    if role is not None and role.take_from_queue(req):
+        return None
+    return original(scheduler, req, *args, **kwargs)
+
+
+def step(_result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+    if scheduler.embedding_relay is not None:
+        scheduler.embedding_relay.step()
+
+
+def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
+    if scheduler.embedding_relay is not None:
+        scheduler.embedding_relay.sleep_until_something_happens()
+
+
+def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, **_: Any) -> bool:
+    role = scheduler.embedding_relay
+    return idle if role is None or for_health_check else bool(idle and role.is_idle())
+
+
+def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
+    if scheduler.embedding_relay is not None:
+        scheduler.embedding_relay.abort(recv_req)
+
+
+def close_role(_result: Any, scheduler: Any) -> None:
+    if scheduler.embedding_relay is not None:
+        scheduler.embedding_relay.close()
+
+
+class Hook(NamedTuple):
+    target: str
+    function: Callable[..., Any]
+    kind: HookType
+
+
+_SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
+_TOKENIZER_MANAGER: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+HOOKS: Final = (
+    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", offer_our_modes, HookType.AFTER),
+    Hook("sglang.srt.managers.disagg_service.start_disagg_service", start_registry, HookType.AROUND),
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", check_ports_first, HookType.BEFORE),
+    Hook(
+        "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer",
+        bring_plugins_along,
+        HookType.BEFORE,
+    ),
+    Hook("sglang.srt.configs.model_config.ModelConfig.from_server_args", keep_one_half, HookType.AFTER),
+    Hook("sglang.srt.model_loader.loader._initialize_model", build_without_tower, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}.generate_request", one_answer_per_prompt, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
+    Hook(f"{_SCHEDULER}.init_model_worker", restore_prompt_limits, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),
+    Hook(f"{_SCHEDULER}._add_request_to_queue", queue_request, HookType.AROUND),
+    Hook(f"{_SCHEDULER}.ingest_requests", step, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.on_idle", sleep_while_only_we_wait, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.is_fully_idle", count_our_requests, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.abort_request", abort_ours, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.release_host_resources", close_role, HookType.AFTER),
+)
+
+RESOLUTION_STEPS: Final = {
+    "handle_pd_disaggregation": settle_settings,
+    "handle_load_balance_method": settle_load_balancing,
+}
+
+
+def activate() -> None:
+    """Entry point of the group `sglang.srt.plugins`; the loader applies the hooks after it returns.
+
+    An SGLang that we do not know gets only the hooks that let it name our modes and refuse them.
+    """
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    for name, function in RESOLUTION_STEPS.items():
+        register_resolution_hook(name)(function)
+    modes.extend_enum()
+    for hook in HOOKS if sglang_is_supported() else HOOKS[:1]:
+        HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def sglang_is_supported() -> bool:
+    return importlib.metadata.version("sglang") in SUPPORTED_SGLANG
+
+
+def verify() -> None:
+    """Raise with the first thing that is not as we left it."""
+    if not sglang_is_supported():
+        found = importlib.metadata.version("sglang")
+        raise SettingError(f"this version works with SGLang {SUPPORTED_SGLANG}, found {found}")
+    for hook in HOOKS:
+        if hook.function not in _functions_behind(pkgutil.resolve_name(hook.target)):
+            raise SettingError(f"the hook on {hook.target} did not apply; the modes encode and language are off")
+
+
+def _functions_behind(wrapper: Any) -> Iterator[Any]:
+    """The hook functions that a chain of HookRegistry wrappers closes over."""
+    while wrapper is not None:
+        for cell in getattr(wrapper, "__closure__", None) or ():
+            yield cell.cell_contents
+        wrapper = getattr(wrapper, "__wrapped__", None)

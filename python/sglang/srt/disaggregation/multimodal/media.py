@@ -1,0 +1,101 @@
+"""SGLang's multimodal items <-> the rows that travel: which rows belong to which item, and back."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, Final
+
+import torch
+
+from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows, SourceRows
+
+NO_ITEM: Final = -1
+_HASH_HALF: Final = 32
+_HASH_MASK: Final = (1 << _HASH_HALF) - 1
+
+
+def source_rows(req: Any, embeddings: list[torch.Tensor]) -> SourceRows:
+    """Everything the language side needs of a request; `embeddings` has one tensor per multimodal item."""
+    media = req.multimodal_inputs
+    total = len(req.origin_input_ids_unpadded)
+    segments: list[tuple[int, torch.Tensor]] = []
+    for item, rows in zip(media.mm_items, embeddings, strict=True):
+        lengths = [end - start + 1 for start, end in item.offsets]
+        segments += zip((start for start, _ in item.offsets), torch.split(rows, lengths), strict=True)
+    segments.sort(key=lambda segment: segment[0])
+    mrope = media.mrope_positions
+    delta = media.mrope_position_delta
+    return SourceRows(
+        total=total,
+        fill_ids=torch.tensor(req.origin_input_ids_unpadded, dtype=torch.int32),
+        mrope=torch.zeros(total, 3, dtype=torch.int32) if mrope is None else mrope.to("cpu", torch.int32).t(),
+        mrope_delta=0 if delta is None else int(delta.item()),
+        has_mrope=mrope is not None,
+        items=_item_table(total, media.mm_items),
+        segments=segments,
+        media_items=len(media.mm_items),
+    )
+
+
+def _item_table(total: int, items: list[Any]) -> torch.Tensor:
+    table = torch.zeros(total, 4, dtype=torch.int32)
+    table[:, 0] = NO_ITEM
+    for index, item in enumerate(items):
+        halves = [item.hash & _HASH_MASK, item.hash >> _HASH_HALF]
+        row = torch.tensor([index, item.modality.value, *map(_signed, halves)], dtype=torch.int32)
+        for start, end in item.offsets:
+            table[start : end + 1] = row
+    return table
+
+
+def _signed(half: int) -> int:
+    return half - (1 << _HASH_HALF) if half >> (_HASH_HALF - 1) else half
+
+
+def request_inputs(rows: ReceivedRows) -> tuple[array[int], Any]:
+    """The expanded token ids and SGLang's own description of precomputed media, for one use of the rows."""
+    from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+
+    input_ids = rows.fill_ids.tolist()
+    items = _items(rows)
+    # Padded here from the items' own offsets: models that pad by themselves need token ids that only a processor knows.
+    padded = MultimodalProcessorOutput.build_padded_input_ids(input_ids, items)
+    output = MultimodalProcessorOutput(mm_items=items, input_ids=input_ids, padded_input_ids=padded)
+    if rows.has_mrope:
+        output.mrope_positions = rows.mrope.t().to(torch.int64)
+        output.mrope_position_delta = torch.tensor([[rows.mrope_delta]])
+    return array("q", input_ids), output
+
+
+def _items(rows: ReceivedRows) -> list[Any]:
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem
+    from sglang.srt.multimodal.modality import Modality, MultimodalInputFormat
+
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for index, start, end in _runs(rows.items[:, 0]):
+        runs.setdefault(index, []).append((start, end))
+    items = []
+    for index in sorted(runs):
+        offsets = runs[index]
+        parts = [rows.embeddings[start : end + 1] for start, end in offsets]
+        _, modality, low, high = rows.items[offsets[0][0]].tolist()
+        item = MultimodalDataItem(
+            modality=Modality(modality),
+            offsets=offsets,
+            format=MultimodalInputFormat.PRECOMPUTED_EMBEDDING,
+            precomputed_embeddings=parts[0] if len(parts) == 1 else torch.cat(parts),
+        )
+        item.set_hash((low & _HASH_MASK) | ((high & _HASH_MASK) << _HASH_HALF))
+        items.append(item)
+    return items
+
+
+def _runs(index: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(item, first row, last row) of every run of rows that belong to one item: neighbours stay two items."""
+    values, counts = torch.unique_consecutive(index, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [
+        (value, end - count, end - 1)
+        for value, count, end in zip(values.tolist(), counts.tolist(), ends, strict=True)
+        if value != NO_ITEM
+    ]

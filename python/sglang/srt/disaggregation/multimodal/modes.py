@@ -1,0 +1,81 @@
+"""The two modes: their names, how SGLang learns them, and how a process finds out which one it serves."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final
+
+ENCODE: Final = "encode"
+LANGUAGE: Final = "language"
+
+HELP: Final = (
+    ' With sglang-embedding-relay also "encode" (pixels to embeddings) and "language" (embeddings and text to tokens).'
+)
+
+
+def of(server_args: Any) -> str | None:
+    """The mode that these arguments ask for, if it is one of ours."""
+    mode = server_args.disaggregation_mode
+    return mode if mode in (ENCODE, LANGUAGE) else None
+
+
+def current() -> str | None:
+    """The mode that this process serves, if it is one of ours."""
+    from sglang.srt.runtime_context import get_disagg
+
+    mode = get_disagg().disaggregation_mode
+    return str(mode) if mode in (ENCODE, LANGUAGE) else None
+
+
+def extend_enum() -> None:
+    """Add our members to SGLang's enum in place: replacing the class would leave old members in defaults."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    for name in (ENCODE, LANGUAGE):
+        if name not in DisaggregationMode._value2member_map_:
+            _add_member(DisaggregationMode, name.upper(), name)
+
+
+def _add_member(cls: type[enum.Enum], name: str, value: str) -> None:
+    member = object.__new__(cls)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = cls  # type: ignore[attr-defined]
+    member._sort_order_ = len(cls._member_names_)  # type: ignore[attr-defined]
+    cls._member_names_.append(name)
+    cls._member_map_[name] = member
+    cls._value2member_map_[value] = member
+
+
+def ask_for_one_sample(obj: Any) -> None:
+    """`n` samples share one embedding: the encode half of such a request is one request.
+
+    The router numbers samples (`n` rooms for one prompt); the language side asks for the first of them only.
+    """
+    params = getattr(obj, "sampling_params", None)
+    for one in params if isinstance(params, list) else [params]:
+        if isinstance(one, dict):
+            one["n"] = 1
+    prompts = obj.text if obj.text is not None else obj.input_ids
+    is_batch = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
+    for field in ("bootstrap_host", "bootstrap_port", "bootstrap_room"):
+        value = getattr(obj, field, None)
+        if isinstance(value, list):
+            setattr(obj, field, value[: len(prompts)] if is_batch else value[0])
+
+
+class LoadsPlugins:
+    """Pickles as its content; being unpickled it loads SGLang's plugins first."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_plugins_then, (self.content,)
+
+
+def _load_plugins_then(content: Any) -> Any:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return content

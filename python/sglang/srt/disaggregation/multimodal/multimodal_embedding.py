@@ -1,0 +1,182 @@
+"""The encode half in the scheduler: wait for the language side, run the vision tower, hand the rows to the transfer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingSender
+from sglang.srt.disaggregation.multimodal import instance, media
+from sglang.srt.disaggregation.multimodal.protocol.errors import (
+    BAD_REQUEST,
+    CLIENT_GONE,
+    INTERNAL,
+    UNAVAILABLE,
+    Failure,
+)
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.tower import VisionTower
+
+logger = logging.getLogger(__name__)
+
+
+# ---- in the tokenizer manager
+
+
+# A request that was refused before it became one travels to the scheduler all the same, because the scheduler is what
+# can tell the language side. SGLang has no field for that; this one is its own but unused.
+_REFUSAL_FIELD: Final = "bootstrap_pair_key"
+
+
+async def tokenize_or_refuse(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
+    """Around SGLang's tokenizing and image processing: a failure must reach the language side too, at once."""
+    if obj.bootstrap_room is None or not obj.contains_mm_input():
+        return await original(manager, obj)
+    try:
+        return await original(manager, obj)
+    except Exception as error:  # whatever an image processor raises about an image is the request's fault
+        logger.info("room=%d refused: %s", obj.bootstrap_room, error)
+        refusal = Failure(getattr(error, "status_code", BAD_REQUEST), str(error) or type(error).__name__)
+        obj.sampling_params = {}
+        stub = manager._create_tokenized_object(obj, "", [0])
+        setattr(stub, _REFUSAL_FIELD, msgspec.json.encode(refusal).decode())
+        return stub
+
+
+# ---- in the scheduler
+
+
+class EncodeRequest(msgspec.Struct):
+    """A request and its end of the transfer."""
+
+    req: Any
+    sender: MooncakeEmbeddingSender
+
+
+class MultimodalEmbeddingBootstrapQueue:
+    """Requests whose language side has not offered room yet. No tower time is spent on them."""
+
+    def __init__(self) -> None:
+        self.queue: list[EncodeRequest] = []
+
+    def add(self, request: EncodeRequest) -> None:
+        request.sender.init()
+        self.queue.append(request)
+
+    def pop_bootstrapped(self) -> list[EncodeRequest]:
+        """In order of arrival: those whose language side waits for rows, and those that failed meanwhile."""
+        moved = [request for request in self.queue if request.sender.poll() is not Status.BOOTSTRAPPING]
+        self.queue = [request for request in self.queue if request not in moved]
+        return moved
+
+
+class EncodeRole(Role):
+    def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager, tower: VisionTower) -> None:
+        super().__init__(scheduler, manager)
+        self.tower = tower
+        self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue()
+        self.tower_queue: list[EncodeRequest] = []
+        self.inflight: list[EncodeRequest] = []
+
+    @classmethod
+    def of(cls, scheduler: Any) -> EncodeRole:
+        return cls(scheduler, instance.encode_manager(scheduler), VisionTower.of(scheduler))
+
+    def take_over(self, recv_req: Any) -> bool:
+        failure = self._reason_to_refuse(recv_req)
+        if failure is None:
+            _forget_generation(recv_req)
+            return False
+        if recv_req.bootstrap_room is not None and not is_local(recv_req):
+            MooncakeEmbeddingSender(self.manager, recv_req.bootstrap_room).refuse(failure)
+        self.answer_with_failure(recv_req, failure)
+        return True
+
+    def _reason_to_refuse(self, recv_req: Any) -> Failure | None:
+        if not self.manager.healthy():
+            return Failure(UNAVAILABLE, f"the encode instance is ill: {self.manager.unhealthy_reason}")
+        if refusal := getattr(recv_req, _REFUSAL_FIELD):
+            return msgspec.json.decode(refusal, type=Failure)
+        if recv_req.bootstrap_room is None and not is_local(recv_req):
+            return Failure(BAD_REQUEST, f"Disaggregated request received without bootstrap room id. {recv_req.rid=}")
+        return None
+
+    def take_from_queue(self, req: Any) -> bool:
+        if is_local(req) or (req.multimodal_inputs is None and req.to_finish is None):
+            self._finish(req)
+            return True
+        sender = MooncakeEmbeddingSender(self.manager, req.bootstrap_room)
+        if req.to_finish is not None:
+            failure = Failure(req.to_finish.status_code or BAD_REQUEST, req.to_finish.message)
+            sender.refuse(failure)
+            self._finish(req, failure)
+        else:
+            self.bootstrap_queue.add(EncodeRequest(req, sender))
+        return True
+
+    def step(self) -> None:
+        if self.manager.drain_events():
+            self.tower_queue += self.bootstrap_queue.pop_bootstrapped()
+            self._finish_ended()
+        if self.tower_queue:
+            self._encode_one_batch()
+
+    def _encode_one_batch(self) -> None:
+        """One batch a turn: between two batches the scheduler reads its messages."""
+        batch = self.tower.next_batch([request.req for request in self.tower_queue])
+        requests, self.tower_queue = self.tower_queue[: len(batch)], self.tower_queue[len(batch) :]
+        try:
+            rows = self.tower.encode(batch)
+        except Exception as error:  # the tower runs model code on a user's pixels: the batch fails, not the instance
+            logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
+            for request in requests:
+                request.sender.refuse(Failure(INTERNAL, f"the vision tower failed: {error}"))
+        else:
+            send_embedding_chunk(requests, rows)
+        self.inflight += requests
+
+    def _finish_ended(self) -> None:
+        for queue in (self.tower_queue, self.inflight):
+            for request in [one for one in queue if one.sender.poll() in (Status.SUCCESS, Status.FAILED)]:
+                queue.remove(request)
+                self._finish(request.req, request.sender.failure())
+
+    def _finish(self, req: Any, failure: Failure | None = None) -> None:
+        """Answer this half: an empty completion, or an error of the class that the language side will give too."""
+        from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
+        if req.multimodal_inputs is not None:
+            req.multimodal_inputs.release_features()
+        if failure is not None:
+            self.answer_with_failure(req, failure)
+            return
+        req.finished_reason = FINISH_LENGTH(length=0)
+        self.scheduler.output_streamer.stream_output([req], False)
+
+    def abort(self, recv_req: Any) -> None:
+        for request in (*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight):
+            if aborted(recv_req, request.req.rid):
+                request.sender.refuse(Failure(CLIENT_GONE, "the client of the encode half is gone"))
+
+    def is_idle(self) -> bool:
+        return not (self.bootstrap_queue.queue or self.tower_queue or self.inflight)
+
+    def has_work(self) -> bool:
+        return bool(self.tower_queue)
+
+
+def send_embedding_chunk(requests: list[EncodeRequest], rows: list[list[Any]]) -> None:
+    """Give every request's rows to its transfer; from here on the transfer workers do the rest."""
+    for request, embeddings in zip(requests, rows, strict=True):
+        request.sender.send_embedding(media.source_rows(request.req, embeddings))
+
+
+def _forget_generation(recv_req: Any) -> None:
+    """What only the language half needs would cost time here, or fail here for no reason."""
+    recv_req.return_logprob = False
+    params = recv_req.sampling_params
+    params.json_schema = params.regex = params.ebnf = params.structural_tag = None

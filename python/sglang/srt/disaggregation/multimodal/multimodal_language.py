@@ -1,0 +1,204 @@
+"""The language half in the scheduler: park a request until its rows are here, then hand it over as if it were local."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingReceiver
+from sglang.srt.disaggregation.multimodal import instance, media
+from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows
+from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
+from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+
+logger = logging.getLogger(__name__)
+
+_MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
+
+
+# ---- in the tokenizer manager
+
+
+async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
+    """Around SGLang's tokenizing: the text keeps one placeholder per item, and no image is fetched or decoded."""
+    if not obj.contains_mm_input():
+        return await original(manager, obj)
+    if obj.bootstrap_room is None:
+        raise ValueError(f"Disaggregated request received without bootstrap room id. {obj.rid=}")
+    with _without_media(obj):
+        tokenized = await original(manager, obj)
+    # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
+    tokenized.need_wait_for_mm_inputs = True
+    return tokenized
+
+
+@contextlib.contextmanager
+def _without_media(obj: Any) -> Iterator[None]:
+    kept = {field: getattr(obj, field) for field in _MEDIA_FIELDS}
+    for field in _MEDIA_FIELDS:
+        setattr(obj, field, None)
+    try:
+        yield
+    finally:
+        for field, value in kept.items():
+            setattr(obj, field, value)
+
+
+# ---- in the scheduler
+
+
+class MultimodalLanguageRequest:
+    """One room: its end of the transfer, and everyone who waits for its rows.
+
+    With `n > 1` SGLang asks `n + 1` times for one room, first once to fill the prefix cache. The rows are received
+    once, by the first, and kept until the last has had them.
+    """
+
+    def __init__(self, receiver: MooncakeEmbeddingReceiver, uses: int) -> None:
+        self.receiver = receiver
+        self.uses_left = uses
+        self.waiting: list[Any] = []
+        self.rows: ReceivedRows | None = None
+        self.ready_since = 0.0
+
+
+class MultimodalLanguagePreallocQueue:
+    """Rooms that have no receive blocks yet; the manager serves them first come, first served."""
+
+    def __init__(self, manager: MooncakeEmbeddingManager, default_allocate_tokens: int | None) -> None:
+        self.manager = manager
+        self.default_allocate_tokens = default_allocate_tokens
+        self.queue: dict[int, MultimodalLanguageRequest] = {}
+
+    def add(self, recv_req: Any) -> None:
+        peer = str(Address(recv_req.bootstrap_host, recv_req.bootstrap_port))
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer, recv_req.bootstrap_room)
+        request = MultimodalLanguageRequest(receiver, uses_of_room(recv_req))
+        request.waiting.append(recv_req)
+        self.queue[recv_req.bootstrap_room] = request
+        receiver.start()
+
+    def pop_preallocated(self) -> dict[int, MultimodalLanguageRequest]:
+        """Rooms whose blocks are reserved and announced to the encode side, and those that failed before."""
+        moved = {
+            room: request for room, request in self.queue.items() if request.receiver.poll() is not Status.BOOTSTRAPPING
+        }
+        for room in moved:
+            del self.queue[room]
+        return moved
+
+
+class MultimodalLanguageTransferQueue:
+    """Rooms whose rows are on their way. Copying out and resuming happen in the manager, beside the scheduler."""
+
+    def __init__(self) -> None:
+        self.queue: dict[int, MultimodalLanguageRequest] = {}
+
+    def extend(self, rooms: dict[int, MultimodalLanguageRequest]) -> None:
+        self.queue.update(rooms)
+
+    def pop_transferred(self) -> dict[int, MultimodalLanguageRequest]:
+        """Rooms that have ended, in the order in which they were announced."""
+        ended = (Status.SUCCESS, Status.FAILED)
+        moved = {room: request for room, request in self.queue.items() if request.receiver.poll() in ended}
+        for room in moved:
+            del self.queue[room]
+        return moved
+
+
+class LanguageRole(Role):
+    def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager) -> None:
+        super().__init__(scheduler, manager)
+        self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, manager.config.default_allocate_tokens)
+        self.transfer_queue = MultimodalLanguageTransferQueue()
+        self.shared: dict[int, MultimodalLanguageRequest] = {}
+        self.keep_shared_s = manager.config.waiting_timeout
+
+    @classmethod
+    def of(cls, scheduler: Any) -> LanguageRole:
+        return cls(scheduler, instance.language_manager(scheduler))
+
+    def take_over(self, recv_req: Any) -> bool:
+        if not self.manager.healthy():
+            reason = f"the language instance is ill: {self.manager.unhealthy_reason}"
+            self.answer_with_failure(recv_req, Failure(UNAVAILABLE, reason))
+            return True
+        if not recv_req.need_wait_for_mm_inputs or is_local(recv_req):
+            return False
+        if recv_req.bootstrap_host is None:
+            self.answer_with_failure(recv_req, Failure(BAD_REQUEST, "the request names no bootstrap_host"))
+            return True
+        self._park(recv_req)
+        return True
+
+    def _park(self, recv_req: Any) -> None:
+        room = recv_req.bootstrap_room
+        if recv_req.bootstrap_port is None:
+            recv_req.bootstrap_port = self.scheduler.server_args.disaggregation_bootstrap_port
+        known = self.shared.get(room) or self.transfer_queue.queue.get(room) or self.prealloc_queue.queue.get(room)
+        if known is None:
+            self.prealloc_queue.add(recv_req)
+        elif known.rows is not None:
+            self._use(known, recv_req)
+        else:
+            known.waiting.append(recv_req)
+
+    def step(self) -> None:
+        if self.manager.drain_events():
+            self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
+            for room, request in self.transfer_queue.pop_transferred().items():
+                self._hand_over(room, request)
+        self._forget_unused()
+
+    def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
+        failure = request.receiver.failure()
+        if failure is not None:
+            for recv_req in request.waiting:
+                self.answer_with_failure(recv_req, failure)
+            return
+        request.rows = request.receiver.rows()
+        request.ready_since = time.monotonic()
+        self.shared[room] = request
+        for recv_req in request.waiting:
+            self._use(request, recv_req)
+        request.waiting.clear()
+
+    def _use(self, request: MultimodalLanguageRequest, recv_req: Any) -> None:
+        """From here on SGLang sees an ordinary request whose embeddings were computed beforehand."""
+        assert request.rows is not None
+        request.uses_left -= 1
+        if request.uses_left == 0:
+            self.shared.pop(recv_req.bootstrap_room, None)
+        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(request.rows)
+        recv_req.need_wait_for_mm_inputs = False
+        self.scheduler.handle_generate_request(recv_req)
+
+    def _forget_unused(self) -> None:
+        """Samples that never come (their client left between the first use and the others) must not keep rows."""
+        if not self.shared:
+            return
+        oldest = time.monotonic() - self.keep_shared_s
+        self.shared = {room: request for room, request in self.shared.items() if request.ready_since > oldest}
+
+    def abort(self, recv_req: Any) -> None:
+        gone = Failure(CLIENT_GONE, "the client is gone")
+        for request in (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values()):
+            for waiting in [one for one in request.waiting if aborted(recv_req, one.rid)]:
+                request.waiting.remove(waiting)
+                self.answer_with_failure(waiting, gone)
+            if not request.waiting:
+                request.receiver.abort(gone)
+
+    def is_idle(self) -> bool:
+        return not (self.prealloc_queue.queue or self.transfer_queue.queue)
+
+
+def uses_of_room(recv_req: Any) -> int:
+    """How often SGLang will ask for this room: once, or once per sample and once before them all."""
+    samples = int(recv_req.sampling_params.n)
+    return 1 if samples == 1 else samples + 1

@@ -1,0 +1,90 @@
+"""What a server in one of our modes needs from SGLang's arguments, decided before anything starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+from typing import Any, Final
+
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal.config import RelayConfig
+from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
+
+_SOURCE: Final = "embedding_relay"
+
+# An encode instance keeps no KV cache, but SGLang cannot run with a pool of nothing.
+_ENCODE_KV_TOKENS: Final = 16
+
+_UNSUPPORTED: Final = {
+    "pp_size": (1, "--pp-size"),
+    "tp_size": (1, "--tp-size"),
+    "dp_size": (1, "--dp-size"),
+    "encoder_only": (False, "--encoder-only"),
+    "language_only": (False, "--language-only"),
+    "language_model_only": (False, "--language-model-only"),
+    "enable_pdmux": (False, "--enable-pdmux"),
+    "enable_pd_role_switch": (False, "--enable-pd-role-switch"),
+    "is_embedding": (False, "--is-embedding"),
+    "skip_tokenizer_init": (False, "--skip-tokenizer-init"),
+}
+
+
+def settle(server_args: Any) -> None:
+    """Refuse what cannot work, with the flag's name; then decide what follows from the mode."""
+    cfg = resolving_view(server_args)
+    mode = modes.of(server_args)
+    for field, (needed, flag) in _UNSUPPORTED.items():
+        if getattr(cfg, field, needed) != needed:
+            raise SettingError(f"--disaggregation-mode {mode} does not work with {flag} yet; leave it at {needed}")
+    if cfg.disaggregation_transfer_backend != "mooncake":
+        backend = cfg.disaggregation_transfer_backend
+        raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
+    RelayConfig.from_environment(os.environ)
+    if mode == modes.ENCODE:
+        declare_resolution(
+            server_args,
+            _SOURCE,
+            max_total_tokens=_ENCODE_KV_TOKENS,
+            max_running_requests=cfg.max_running_requests or 1,
+            disable_overlap_schedule=True,
+            disable_radix_cache=True,
+            disable_prefill_cuda_graph=True,
+            disable_decode_cuda_graph=True,
+            sleep_on_idle=True,
+        )
+
+
+def settle_load_balancing(server_args: Any) -> None:
+    if resolving_view(server_args).load_balance_method == "auto":
+        declare_resolution(server_args, _SOURCE, load_balance_method="round_robin")
+
+
+def check_ports(server_args: Any) -> None:
+    """Say which port is taken, while there is nothing to clean up yet."""
+    cfg = resolving_view(server_args)
+    wanted = {"--port": cfg.port}
+    if modes.of(server_args) == modes.ENCODE:
+        wanted["--disaggregation-bootstrap-port"] = cfg.disaggregation_bootstrap_port
+    for flag, port in wanted.items():
+        _refuse_if_taken(cfg.host, port, flag)
+
+
+def _refuse_if_taken(host: str, port: int, flag: str) -> None:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with closing(socket.socket(family, kind, protocol)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise SettingError(f"{flag} {port} cannot be used on {host}: {error.strerror}") from None
+
+
+def start_registry() -> Any:
+    from sglang.srt.disaggregation.mooncake.bootstrap_multimodal import MooncakeEmbeddingBootstrapServer
+    from sglang.srt.runtime_context import get_disagg, get_serving
+
+    server = MooncakeEmbeddingBootstrapServer(get_serving().host, get_disagg().disaggregation_bootstrap_port)
+    server.start()
+    return server

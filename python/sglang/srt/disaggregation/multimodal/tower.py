@@ -1,0 +1,84 @@
+"""The vision tower of an encode instance: which requests go through it together, and what comes out."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+# A tower on an accelerator wants full batches. On the CPU its attention is quadratic over everything in a batch, so
+# there one request at a time is the cheapest batch. The items of one request always go together, as they do in an
+# undivided server: encoded apart, they would differ in their last bits.
+_ACCELERATOR_BATCH_TOKENS: Final = 16384
+_CPU_BATCH_TOKENS: Final = 1
+
+
+class VisionTower:
+    """Turns the multimodal items of requests into rows; equal items are encoded once and remembered by SGLang."""
+
+    def __init__(self, model: Any, device: str, batch_tokens: int) -> None:
+        self.model = model
+        self.device = device
+        self.batch_tokens = batch_tokens
+
+    @classmethod
+    def of(cls, scheduler: Any) -> VisionTower:
+        device = str(scheduler.device)
+        tokens = _CPU_BATCH_TOKENS if device == "cpu" else _ACCELERATOR_BATCH_TOKENS
+        return cls(scheduler.tp_worker.model_runner.model, device, tokens)
+
+    def next_batch(self, reqs: list[Any]) -> list[Any]:
+        """The longest beginning of the queue that fits the token budget; always at least one."""
+        batch, tokens = reqs[:1], _tokens(reqs[0])
+        for req in reqs[1:]:
+            tokens += _tokens(req)
+            if tokens > self.batch_tokens:
+                break
+            batch.append(req)
+        return batch
+
+    @torch.inference_mode()
+    def encode(self, reqs: list[Any]) -> list[list[torch.Tensor]]:
+        """For every request one tensor per item, in the order of its items."""
+        items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
+        embeddings: dict[int, torch.Tensor] = {}
+        for modality in {item.modality for item in items}:
+            same = [item for item in items if item.modality is modality]
+            for item, rows in zip(same, self._encode_items(same), strict=True):
+                embeddings[id(item)] = rows
+        return [[embeddings[id(item)] for item in req.multimodal_inputs.mm_items] for req in reqs]
+
+    def _encode_items(self, items: list[Any]) -> list[torch.Tensor]:
+        """SGLang batches what is not in its cache into one call of the tower; every item poses as a request."""
+        from sglang.srt.managers.mm_schedule import _get_chunked_prefill_embedding
+
+        ends = [item.offsets[-1][1] + 1 for item in items]
+        rows, _ = _get_chunked_prefill_embedding(
+            self._function_for(items[0].modality),
+            items,
+            items_size=list(range(len(items) + 1)),
+            prefix_length=[0] * len(items),
+            extend_length=ends,
+            items_offset_list=[item.offsets for item in items],
+            input_ids=torch.empty(0, dtype=torch.int64, device=self.device),
+        )
+        lengths = [item_tokens(item) for item in items]
+        if rows is None or len(rows) != sum(lengths):
+            made = 0 if rows is None else len(rows)
+            raise RuntimeError(f"{sum(lengths)} placeholder tokens, but the tower made {made} rows")
+        return list(torch.split(rows, lengths))
+
+    def _function_for(self, modality: Any) -> Any:
+        name = f"get_{modality.name.lower()}_feature"
+        function = getattr(self.model, name, None)
+        if function is None:
+            raise RuntimeError(f"{type(self.model).__name__} has no {name}")
+        return function
+
+
+def item_tokens(item: Any) -> int:
+    return sum(end - start + 1 for start, end in item.offsets)
+
+
+def _tokens(req: Any) -> int:
+    return sum(map(item_tokens, req.multimodal_inputs.mm_items))
