@@ -1,0 +1,126 @@
+"""One bad request gets its own clear error, at once on both halves; nothing is lost, and the next one works."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
+from sglang.srt.disaggregation.multimodal.chat_client import Answer, ask, chat_body, post
+from sglang.srt.disaggregation.multimodal.local_cluster import HOST, LocalCluster
+from sglang.srt.disaggregation.multimodal.local_process import free_ports
+from support import servers
+from support.questions import Question, squares, stories
+
+FAMILY = "qwen2_5_vl"
+CONTEXT = 1200
+BLOCK, BLOCKS, DEFAULT = 16, 6, 32
+DEADLINE = 5  # seconds, for everything that waits for somebody who does not come
+
+seeds = itertools.count(1000)
+
+
+@pytest.fixture(scope="module")
+def pair(logs: Path) -> Iterator[LocalCluster]:
+    options = servers.options(
+        tiny_model.cached(FAMILY),
+        logs,
+        *("--context-length", str(CONTEXT)),
+        SGLANG_EMBEDDING_CACHE_BLOCK_SIZE=str(BLOCK),
+        SGLANG_EMBEDDING_CACHE_BUFFER_SIZE=str(BLOCKS),
+        SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE=str(DEFAULT),
+        SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT=str(DEADLINE),
+        SGLANG_DISAGGREGATION_WAITING_TIMEOUT=str(DEADLINE),
+    )
+    with servers.running(local_cluster.relay(options)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def works_afterwards(pair: LocalCluster) -> Iterator[None]:
+    """A new picture, and as few rounds as only a full pool allows."""
+    yield
+    answer = Question("after", (squares(FAMILY, 20, 20, next(seeds)), "still there?")).ask(pair.url)
+    assert answer.status == 200, answer.body
+    story = stories(pair["language"].log_text())[-1]
+    assert story.rows == answer.prompt_tokens
+    assert story.rounds == 1 + math.ceil((story.rows - DEFAULT) / ((BLOCKS - 1) * BLOCK))
+
+
+def refused(answer: Answer, status: int, *words: str) -> None:
+    assert answer.status == status, answer.body
+    for word in words:
+        assert word in str(answer.body)
+    assert answer.seconds < 2 * DEADLINE
+
+
+def test_an_image_that_cannot_be_decoded(pair: LocalCluster) -> None:
+    refused(ask(pair.url, ["data:image/png;base64,AAAA"], "what"), 400, "image")
+
+
+def test_an_image_that_cannot_be_fetched(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [f"http://{HOST}:{free_ports(1)[0]}/picture.png"], "what"), 400)
+
+
+def test_a_good_image_beside_a_bad_one(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [squares(FAMILY, 4, 4, 1), "data:image/png;base64,AAAA"], "what"), 400, "image")
+
+
+def test_a_text_beyond_the_context_length(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [squares(FAMILY, 4, 4, 1)], "word " * CONTEXT), 400, str(CONTEXT))
+
+
+def test_images_beyond_the_context_length(pair: LocalCluster) -> None:
+    """The text alone would fit: only the encode half can know."""
+    refused(ask(pair.url, [squares(FAMILY, 36, 36, 2)], "what"), 400, str(CONTEXT))
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_no_room(pair: LocalCluster, half: str) -> None:
+    refused(ask(pair[half].url, [squares(FAMILY, 4, 4, 3)], "what"), 400, "without bootstrap room id")
+
+
+def test_text_needs_no_room_on_the_language_instance(pair: LocalCluster) -> None:
+    assert ask(pair["language"].url, [], "hello").status == 200
+
+
+def to_language_alone(pair: LocalCluster, port: int, room: int) -> Answer:
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
+    url = f"{pair['language'].url}/v1/chat/completions"
+    return post(url, chat_body([squares(FAMILY, 4, 4, 4)], "what", **where))
+
+
+def test_a_registry_that_is_not_there(pair: LocalCluster) -> None:
+    (port,) = free_ports(1)
+    answer = to_language_alone(pair, port, room=1)
+    refused(answer, 502, str(port))
+
+
+def test_a_registry_that_does_not_answer(pair: LocalCluster) -> None:
+    with closing(socket.create_server((HOST, 0))) as silent:
+        port = silent.getsockname()[1]
+        refused(to_language_alone(pair, port, room=2), 502, str(port))
+
+
+def test_a_language_half_without_its_encode_half(pair: LocalCluster) -> None:
+    """The encode instance lives, but nobody sends it this request."""
+    bootstrap = int(pair["encode"].command[pair["encode"].command.index("--disaggregation-bootstrap-port") + 1])
+    started = time.monotonic()
+    answer = to_language_alone(pair, bootstrap, room=3)
+    assert answer.status in (502, 503, 504), answer.body
+    assert time.monotonic() - started < 3 * DEADLINE
+
+
+def test_an_encode_half_without_its_language_half(pair: LocalCluster) -> None:
+    url = f"{pair['encode'].url}/v1/chat/completions"
+    where = {"bootstrap_host": HOST, "bootstrap_port": 1, "bootstrap_room": 4}
+    answer = post(url, chat_body([squares(FAMILY, 4, 4, 5)], "what", **where))
+    assert answer.status in (502, 503, 504), answer.body
+    assert answer.seconds < 3 * DEADLINE

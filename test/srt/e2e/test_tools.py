@@ -1,0 +1,56 @@
+"""What users put around the pair: SGLang's benchmark, several tokenizer workers, health checks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
+from sglang.srt.disaggregation.multimodal.chat_client import ask
+from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster
+from support import servers
+from support.questions import Question, squares
+
+FAMILY = "qwen2_5_vl"
+REQUESTS = 12
+
+
+@pytest.fixture(scope="module")
+def pair(logs: Path) -> Iterator[LocalCluster]:
+    options = servers.options(tiny_model.cached(FAMILY), logs, "--tokenizer-worker-num", "2")
+    with servers.running(local_cluster.relay(options)) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_health(pair: LocalCluster, half: str) -> None:
+    for path in ("/health", "/health_generate"):
+        with urllib.request.urlopen(pair[half].url + path, timeout=30) as reply:
+            assert reply.status == 200
+
+
+def test_two_tokenizer_workers(pair: LocalCluster) -> None:
+    """More requests than workers, so that both see some, the refused kind too."""
+    question = Question("again", (squares(FAMILY, 5, 5, 1), "what"))
+    texts = {question.ask(pair.url).text for _ in range(6)}
+    assert len(texts) == 1
+    assert question.ask(pair.url, n=3).status == 200
+    assert {ask(pair.url, ["data:image/png;base64,AAAA"], "what").status for _ in range(4)} == {400}
+
+
+def test_bench_serving(pair: LocalCluster, tmp_path: Path) -> None:
+    result = tmp_path / "bench.jsonl"
+    model = str(tiny_model.cached(FAMILY))
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", pair.url]
+    command += ["--model", model, "--tokenizer", model, "--dataset-name", "image", "--image-count", "2"]
+    command += ["--image-resolution", "112x112", "--num-prompts", str(REQUESTS), "--max-concurrency", "4"]
+    command += ["--random-input-len", "32", "--random-output-len", "8", "--output-file", str(result)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert json.loads(result.read_text().splitlines()[-1])["completed"] == REQUESTS

@@ -1,0 +1,276 @@
+"""Two sides of the relay on this machine: an encode instance in a process of its own, a language rank in this one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import zmq
+
+from sglang.srt.disaggregation.mooncake.conn_multimodal import (
+    MooncakeEmbeddingBootstrapServer,
+    MooncakeEmbeddingManager,
+    MooncakeEmbeddingReceiver,
+    MooncakeEmbeddingSender,
+)
+from sglang.srt.disaggregation.mooncake.engine_multimodal import MooncakeDataPlane
+from sglang.srt.disaggregation.multimodal.config import RelayConfig
+from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region
+from sglang.srt.disaggregation.multimodal.layout import BufferLayout
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from sglang.srt.disaggregation.multimodal.protocol.status import Status, is_final
+from support.forks import fork
+from support.leftovers import Leftovers
+from support.rows import Spec, difference, make_rows
+
+torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
+
+HOST = "127.0.0.1"
+DEFAULTS = RelayConfig()
+ENDED = (Status.SUCCESS, Status.FAILED)
+
+
+def small_layout(**changes: Any) -> BufferLayout:
+    return BufferLayout(
+        **{"hidden_size": 64, "dtype": "bfloat16", "deepstack_rows": 0, "block_size": 128, "blocks": 64, **changes}
+    )
+
+
+def warm_up() -> None:
+    """What Mooncake opens once per process and never closes is nobody's leak."""
+    plane = MooncakeDataPlane(HOST, "tcp")
+    memory = torch.zeros(16, dtype=torch.uint8)
+    plane.start([Region(memory.data_ptr(), 16)])
+    link = plane.link(plane.session_id)
+    link.write([Entry(memory.data_ptr(), memory.data_ptr() + 8, 8)])
+    link.close()
+    plane.close()
+
+
+# ---- encode
+
+
+class EncodeInstance:
+    """The test's handle of an encode process: a registry and one rank."""
+
+    def __init__(self, layout: BufferLayout, config: RelayConfig) -> None:
+        self.layout = layout
+        self._pipe, theirs = fork.Pipe()
+        self._process = fork.Process(target=_encode_main, args=(theirs, layout, config), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.port: int = self._pipe.recv()
+        self.left: list[str] = []
+
+    @property
+    def peer(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def expect(self, *specs: Spec) -> None:
+        """These requests arrive at the encode instance."""
+        self._pipe.send(("expect", specs))
+
+    def refuse(self, room: int, failure: Failure) -> None:
+        self._pipe.send(("refuse", room, failure))
+
+    def ask(self, question: str) -> Any:
+        self._pipe.send((question,))
+        return self._pipe.recv()
+
+    def metrics(self) -> dict[str, float]:
+        answer: dict[str, float] = self.ask("metrics")
+        return answer
+
+    def end_of(self, room: int) -> tuple[Status, Failure | None]:
+        """How the encode half of a request ended."""
+        deadline = time.monotonic() + 5.0
+        while room not in (ends := self.ask("ended")):
+            assert time.monotonic() < deadline, f"room {room} has not ended at the encode side"
+            time.sleep(0.02)
+        end: tuple[Status, Failure | None] = ends[room]
+        return end
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def stop(self) -> None:
+        if self._process.is_alive():
+            problem = self.ask("stop")
+            self._process.join()
+            assert problem is None, problem
+        self._pipe.close()
+        self._process.close()
+
+
+@contextmanager
+def encode_instance(layout: BufferLayout, config: RelayConfig = DEFAULTS) -> Iterator[EncodeInstance]:
+    instance = EncodeInstance(layout, config)
+    try:
+        yield instance
+    finally:
+        instance.stop()
+
+
+def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) -> None:
+    logging.basicConfig(level=logging.ERROR)
+    warm_up()
+    before = Leftovers.now()
+    registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
+    registry.start()
+    manager = MooncakeEmbeddingManager.encode(layout, config, host=HOST, bootstrap=Address(HOST, registry.port))
+    manager.start()
+    pipe.send(registry.port)
+    _EncodeLoop(pipe, layout, manager).run()
+    manager.close()
+    registry.close()
+    try:
+        before.assert_same()
+    except AssertionError as error:
+        pipe.send(str(error))
+    else:
+        pipe.send(None)
+
+
+class _EncodeLoop:
+    """What a scheduler does, without a model: rows exist as soon as the language side waits for them."""
+
+    def __init__(self, pipe: Connection, layout: BufferLayout, manager: MooncakeEmbeddingManager) -> None:
+        self._pipe = pipe
+        self._layout = layout
+        self._manager = manager
+        self._senders: list[tuple[MooncakeEmbeddingSender, Spec]] = []
+        self._ends: dict[int, tuple[Status, Failure | None]] = {}
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._pipe.fileno(), zmq.POLLIN)
+        poller.register(self._manager.wakeup_fd, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._manager.wakeup_fd in ready:
+                for room in self._manager.drain_events():
+                    self._look_at(room)
+            if self._pipe.fileno() in ready:
+                command, *arguments = self._pipe.recv()
+                if command == "stop":
+                    return
+                getattr(self, f"_{command}")(*arguments)
+
+    def _look_at(self, room: int) -> None:
+        for sender, spec in [pair for pair in self._senders if pair[1].room == room]:
+            if sender.poll() is Status.WAITING_FOR_INPUT and not spec.held:
+                rows = make_rows(self._layout, spec)
+                sender.send_embedding(rows)
+                sender.send_embedding(rows)  # a repeated request to send is skipped
+            elif is_final(sender.poll()):
+                self._ends[room] = sender.poll(), sender.failure()
+                self._senders.remove((sender, spec))
+
+    def _expect(self, specs: Iterable[Spec]) -> None:
+        for spec in specs:
+            sender = MooncakeEmbeddingSender(self._manager, spec.room)
+            self._senders.append((sender, spec))
+            sender.init()
+
+    def _refuse(self, room: int, failure: Failure) -> None:
+        MooncakeEmbeddingSender(self._manager, room).refuse(failure)
+
+    def _metrics(self) -> None:
+        self._pipe.send(self._manager.metrics())
+
+    def _address(self) -> None:
+        self._pipe.send(self._manager.address)
+
+    def _ended(self) -> None:
+        self._pipe.send(dict(self._ends))
+
+
+# ---- language
+
+
+@dataclass
+class LanguageRank:
+    """A language rank in this process."""
+
+    manager: MooncakeEmbeddingManager
+    layout: BufferLayout
+
+    def start(self, peer: str, *rooms: int, hint_rows: int | None = None) -> dict[int, MooncakeEmbeddingReceiver]:
+        receivers = {room: MooncakeEmbeddingReceiver(self.manager, peer, room) for room in rooms}
+        for receiver in receivers.values():
+            receiver.start(hint_rows)
+        return receivers
+
+    def wait(self, receivers: Iterable[MooncakeEmbeddingReceiver], timeout: float = 30.0) -> None:
+        """Sleep on the manager's descriptor, as a scheduler does, until all of them have ended."""
+        receivers = list(receivers)
+        wait_until(lambda: all(receiver.poll() in ENDED for receiver in receivers), self.manager, timeout)
+
+    def check(self, receivers: Mapping[int, MooncakeEmbeddingReceiver], specs: Iterable[Spec]) -> None:
+        """Every bit is what the encode side had."""
+        for spec in specs:
+            receiver = receivers[spec.room]
+            assert receiver.poll() is Status.SUCCESS, receiver.failure()
+            assert difference(self.layout, make_rows(self.layout, spec), receiver.rows()) is None
+
+    def receive(
+        self, encode: EncodeInstance, *specs: Spec, hint_rows: int | None = None
+    ) -> dict[int, MooncakeEmbeddingReceiver]:
+        """Move these requests and compare."""
+        receivers = self.start(encode.peer, *(spec.room for spec in specs), hint_rows=hint_rows)
+        encode.expect(*specs)
+        self.wait(receivers.values())
+        self.check(receivers, specs)
+        return receivers
+
+
+@contextmanager
+def language_rank(
+    layout: BufferLayout, config: RelayConfig = DEFAULTS, *, ranks: int = 1, max_rows: int = 1_000_000
+) -> Iterator[LanguageRank]:
+    manager = MooncakeEmbeddingManager.language(layout, config, host=HOST, ranks=ranks, max_rows=max_rows)
+    manager.start()
+    try:
+        yield LanguageRank(manager, layout)
+        assert manager.healthy(), manager.unhealthy_reason
+    finally:
+        manager.close()
+        manager.close()
+
+
+def wait_until(condition: Callable[[], bool], manager: MooncakeEmbeddingManager, timeout: float) -> None:
+    poller = zmq.Poller()
+    poller.register(manager.wakeup_fd, zmq.POLLIN)
+    deadline = time.monotonic() + timeout
+    while not condition():
+        left = deadline - time.monotonic()
+        assert left > 0, f"nothing came of it within {timeout} s: {manager.metrics()}"
+        if poller.poll(left * 1000):
+            manager.drain_events()
+
+
+def settle(metrics: Callable[[], Mapping[str, float]], want: Callable[[Mapping[str, float]], bool]) -> None:
+    """Wait for the other side's last messages."""
+    deadline = time.monotonic() + 5.0
+    while not want(now := metrics()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert want(now), now
+
+
+def assert_all_given_back(*sides: EncodeInstance | LanguageRank) -> None:
+    """S5: pools full, tables empty."""
+    for side in sides:
+        settle(side.metrics if isinstance(side, EncodeInstance) else side.manager.metrics, _is_as_at_start)
+
+
+def _is_as_at_start(metrics: Mapping[str, float]) -> bool:
+    tables = ("rooms", "waiting_for_blocks", "transfers", "followed", "sources", "tallies", "arrivals")
+    return metrics["blocks_free"] == metrics["blocks"] and not any(metrics.get(table, 0) for table in tables)

@@ -1,0 +1,12 @@
+"""Where things are in this checkout."""
+
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[3]
+SOURCE = REPO / "python"
+DISTRIBUTION = "sglang-embedding-relay"
+
+
+def our_modules(source: Path = SOURCE) -> dict[str, Path]:
+    """Our modules, as they are named inside the wheel, and where they are."""
+    return {str(path.relative_to(source)): path for path in source.rglob("*.py")}

@@ -1,0 +1,91 @@
+"""Random requests that two processes can make alike: everything follows from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows, SourceRows
+from sglang.srt.disaggregation.multimodal.layout import BufferLayout
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A request of `total` rows, text and media mixed as the seed says."""
+
+    room: int
+    total: int
+    seed: int = 0
+    swap: tuple[int, int] | None = None
+    """Two media rows that a bad encoder would exchange."""
+    held: bool = False
+    """The encoder never finishes."""
+
+
+def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
+    chance = random.Random(f"{spec.room}/{spec.seed}")
+    noise = torch.Generator().manual_seed(spec.room * 1_000_003 + spec.seed)
+    items = torch.full((spec.total, 4), -1, dtype=torch.int32)
+    segments = []
+    row, item = chance.randint(0, min(9, spec.total - 1)), 0
+    while row < spec.total:
+        count = min(chance.choice((1, 7, 64, 300, 1500)), spec.total - row)
+        # Any bit pattern may come out of a model, so any goes in: comparisons look at bytes.
+        bits = torch.randint(-(2**15), 2**15, (count, layout.width * _halves(layout)), generator=noise).to(torch.int16)
+        segments.append((row, bits.view(getattr(torch, layout.dtype))))
+        items[row : row + count] = torch.tensor([item, 1, chance.getrandbits(31), chance.getrandbits(31)])
+        row, item = row + count + chance.choice((0, 1, 5, 40)), item + 1
+    source = SourceRows(
+        total=spec.total,
+        fill_ids=torch.randint(0, 2**31 - 1, (spec.total,), generator=noise, dtype=torch.int32),
+        mrope=torch.randint(-9, 2**30, (spec.total, 3), generator=noise, dtype=torch.int32),
+        items=items,
+        segments=segments,
+        mrope_delta=-chance.randint(0, spec.total),
+        has_mrope=chance.random() < 0.5,
+        media_items=item,
+    )
+    if spec.swap:
+        _swap(source, *spec.swap)
+    return source
+
+
+def _halves(layout: BufferLayout) -> int:
+    return 2 if layout.dtype == "float32" else 1
+
+
+def _swap(source: SourceRows, a: int, b: int) -> None:
+    def locate(row: int) -> torch.Tensor:
+        return next(values[row - start] for start, values in source.segments if start <= row < start + len(values))
+
+    kept = locate(a).clone()
+    locate(a).copy_(locate(b))
+    locate(b).copy_(kept)
+
+
+def difference(layout: BufferLayout, source: SourceRows, received: ReceivedRows) -> str | None:
+    """What is not bit for bit the same, or None."""
+    embeddings = torch.zeros(source.total, layout.width, dtype=getattr(torch, layout.dtype))
+    for start, values in source.segments:
+        embeddings[start : start + len(values)] = values
+    if received.total != source.total:
+        return f"{received.total} rows, not {source.total}"
+    for name, want, got in (
+        ("fill_ids", source.fill_ids, received.fill_ids),
+        ("mrope", source.mrope, received.mrope),
+        ("items", source.items, received.items),
+        ("embeddings", embeddings, received.embeddings),
+    ):
+        if want.dtype != got.dtype or want.shape != got.shape:
+            return f"{name}: {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}"
+        wrong = (
+            want.reshape(source.total, -1).view(torch.uint8) != got.reshape(source.total, -1).view(torch.uint8)
+        ).any(1)
+        if wrong.any():
+            return f"{name}: {int(wrong.sum())} rows differ, the first is {int(wrong.nonzero()[0])}"
+    facts = (source.mrope_delta, source.has_mrope, source.media_items)
+    if facts != (received.mrope_delta, received.has_mrope, received.media_items):
+        return f"facts differ: {facts}"
+    return None
