@@ -96,25 +96,25 @@ def bring_plugins_along(port_args: Any, *args: Any, **kwargs: Any) -> tuple[tupl
 def keep_one_half(config: Any, server_args: Any, *_: Any, is_draft_model: bool = False, **__: Any) -> None:
     mode = modes.of(server_args)
     if mode is not None and not is_draft_model:
-        from sglang.srt.disaggregation.multimodal import towers
+        from sglang.srt.disaggregation.multimodal import halves
 
-        towers.mark_half(config, mode)
+        halves.mark_half(config, mode)
 
 
 def build_without_tower(original: Original, model_config: Any, *args: Any, **kwargs: Any) -> Any:
     if modes.current() != modes.LANGUAGE:
         return original(model_config, *args, **kwargs)
-    from sglang.srt.disaggregation.multimodal import towers
+    from sglang.srt.disaggregation.multimodal import halves
 
-    with towers.no_vision_tower(model_config):
+    with halves.no_vision_tower(model_config):
         return original(model_config, *args, **kwargs)
 
 
 def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
     if modes.current() == modes.ENCODE:
-        from sglang.srt.disaggregation.multimodal import towers
+        from sglang.srt.disaggregation.multimodal import halves
 
-        towers.restore_prompt_limits(scheduler)
+        halves.restore_prompt_limits(scheduler)
 
 
 # ---- tokenizer manager

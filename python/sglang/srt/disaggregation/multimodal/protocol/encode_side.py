@@ -116,13 +116,15 @@ class EncodeSide:
         return self._take_offer(message, session, now)
 
     def _register(self, message: Register, now: float) -> list[EncodeEffect]:
-        effects: list[EncodeEffect] = []
-        for replaced in self._sessions.replaced_by(message):
-            effects += self._bury(replaced, now)
         session = self._sessions.get(message.session_id)
-        if session is not None:
+        if session is not None and session.register == message:
             session.heard = now
-            return effects
+            return []
+        effects: list[EncodeEffect] = []
+        if session is not None:
+            text = f"session {message.session_id} was registered again with other buffers"
+            effects += self._fail_rooms(session, text, now)
+        # Another session at the same address is left to its own silence: this message may be the older of the two.
         session = self._sessions.add(message, now)
         self._alarms.set(message.session_id, now + self._timing.forget_session)
         if session.refusal:
@@ -207,13 +209,6 @@ class EncodeSide:
             return []
         self._alarms.set(session_id, now + patience)
         return self._fail_rooms(session, f"session {session_id} was silent for {patience:g} s", now)
-
-    def _bury(self, session: Session, now: float) -> list[EncodeEffect]:
-        session_id = session.register.session_id
-        effects = self._fail_rooms(session, f"session {session_id} was replaced by a new process", now)
-        self._sessions.bury(session_id)
-        self._alarms.cancel(session_id)
-        return effects
 
     def _fail_rooms(self, session: Session, text: str, now: float) -> list[EncodeEffect]:
         effects: list[EncodeEffect] = []

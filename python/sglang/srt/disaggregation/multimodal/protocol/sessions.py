@@ -78,22 +78,8 @@ class Sessions:
         session = self._sessions[register.session_id] = Session.of(register, self._handshake, now)
         return session
 
-    def replaced_by(self, register: Register) -> list[Session]:
-        """Whoever listened at this address, or wrote under this name with other buffers, is a process that is gone."""
-        return [
-            session
-            for session_id, session in self._sessions.items()
-            if session.register != register
-            and (session_id == register.session_id or session.register.address == register.address)
-        ]
-
-    def bury(self, session_id: str) -> None:
-        """Its process is gone: nothing can land in it, and nobody waits for an answer."""
-        self.forget(session_id)
-        self._unquiet.pop(session_id, None)
-
     def forget(self, session_id: str) -> None:
-        """It has been silent for long, which is no proof that it is gone."""
+        """No proof that it is gone: what must be kept quiet for it stays on record."""
         del self._sessions[session_id]
 
     # ---- writes that failed
@@ -103,9 +89,7 @@ class Sessions:
         return sum(map(len, self._unquiet.values()))
 
     def note_failed_write(self, session_id: str, room: int) -> None:
-        # A session that is not known was replaced while the write was under way.
-        if session_id in self._sessions:
-            self._unquiet.setdefault(session_id, {})[room] = None
+        self._unquiet.setdefault(session_id, {})[room] = None
 
     def must_wait(self, session_id: str, room: int, address: Address) -> bool:
         """Whether an abort cannot be acknowledged yet; `quiet` will name its address."""
