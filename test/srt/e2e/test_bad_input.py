@@ -6,7 +6,7 @@ import itertools
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from support.questions import Question, squares, stories
 FAMILY = "qwen2_5_vl"
 CONTEXT = 1200
 BLOCK, BLOCKS, DEFAULT = 16, 6, 32
-DEADLINE = 5  # seconds, for everything that waits for somebody who does not come
+DEADLINE = 8  # seconds, for everything that waits for somebody who does not come
 
 seeds = itertools.count(1000)
 
@@ -91,6 +91,18 @@ def test_text_needs_no_room_on_the_language_instance(pair: LocalCluster) -> None
     assert ask(pair["language"].url, [], "hello").status == 200
 
 
+def bootstrap_port(pair: LocalCluster) -> int:
+    command = pair["encode"].command
+    return int(command[command.index("--disaggregation-bootstrap-port") + 1])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 3 * DEADLINE
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen in time"
+        time.sleep(0.1)
+
+
 def to_language_alone(pair: LocalCluster, port: int, room: int) -> Answer:
     where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
     url = f"{pair['language'].url}/v1/chat/completions"
@@ -111,11 +123,18 @@ def test_a_registry_that_does_not_answer(pair: LocalCluster) -> None:
 
 def test_a_language_half_without_its_encode_half(pair: LocalCluster) -> None:
     """The encode instance lives, but nobody sends it this request."""
-    bootstrap = int(pair["encode"].command[pair["encode"].command.index("--disaggregation-bootstrap-port") + 1])
-    started = time.monotonic()
-    answer = to_language_alone(pair, bootstrap, room=3)
+    answer = to_language_alone(pair, bootstrap_port(pair), room=3)
     assert answer.status in (502, 503, 504), answer.body
-    assert time.monotonic() - started < 3 * DEADLINE
+    assert answer.seconds < 3 * DEADLINE
+
+
+def test_a_client_that_goes_away(pair: LocalCluster) -> None:
+    """It waits for rows that nobody sends; when it hangs up, the room is dropped long before its deadline."""
+    where = {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port(pair), "bootstrap_room": 5}
+    with pytest.raises(TimeoutError):
+        url = f"{pair['language'].url}/v1/chat/completions"
+        post(url, chat_body([squares(FAMILY, 4, 4, 6)], "what", **where), timeout=0.5)
+    wait_until(lambda: "room=5 status=Failed" in pair["language"].log_text())
 
 
 def test_an_encode_half_without_its_language_half(pair: LocalCluster) -> None:

@@ -10,7 +10,6 @@ from support.installed import require_installed
 
 # Before the engine reads it; the smallest that Mooncake takes, so that a test can wait for it.
 os.environ["MC_TRANSFER_TIMEOUT"] = "5"
-os.environ.setdefault("GLOG_minloglevel", "3")
 
 
 def pytest_configure() -> None:

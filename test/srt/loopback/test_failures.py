@@ -142,13 +142,12 @@ def test_a_room_is_used_once_at_a_time(encode: EncodeInstance, language: Languag
 
 def test_a_room_that_gets_no_block_in_time(encode: EncodeInstance, room: int) -> None:
     """The holder's encoder takes its time; the one behind it is told why it failed."""
-    patient = dataclasses.replace(QUICK, waiting_timeout=30)
-    with encode_instance(LAYOUT, patient) as slow, language_rank(small_layout(blocks=1), patient) as tight:
-        holder = tight.start(slow.peer, room)
-        slow.expect(Spec(room, 100, held=True))
+    with language_rank(small_layout(blocks=1), QUICK) as tight:
+        holder = tight.start(encode.peer, room)
+        encode.expect(Spec(room, 100, held=True))
         wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
         waiting = next(_rooms)
-        assert failure_of(tight, slow.peer, waiting) == Failure(503, "no receive blocks within 2 s")
+        assert failure_of(tight, encode.peer, waiting) == Failure(503, "no receive blocks within 2 s")
         holder[room].abort()
         assert_all_given_back(tight)
 
@@ -162,7 +161,7 @@ def test_a_language_side_that_nobody_expects_is_told_so(
     assert_all_given_back(encode, language)
 
 
-@pytest.mark.parametrize("peer", ["127.0.0.1:1", "no-such-host.invalid:80", "nonsense"])
+@pytest.mark.parametrize("peer", ["127.0.0.1:1", "no-such-host.invalid:80", "x" * 100 + ":80", "nonsense"])
 def test_a_registry_that_cannot_be_reached(language: LanguageRank, room: int, peer: str) -> None:
     started = time.monotonic()
     failure = failure_of(language, peer, room)
@@ -229,14 +228,14 @@ def test_the_log_has_one_line_per_room(
     with caplog.at_level(logging.INFO):
         language.receive(encode, Spec(room, 2000), hint_rows=1024)
         failed = next(_rooms)
-        encode.refuse(failed, Failure(400, "no"))
+        encode.refuse(failed, Failure(400, 'not "even"\none line'))
         failure_of(language, encode.peer, failed)
     lines = [record.message for record in caplog.records if record.message.startswith("relay room=")]
     assert len(lines) == 2, lines
     words = dict(word.split("=") for word in lines[0].removeprefix("relay ").split())
     assert list(words) == ["room", "status", "rows", "rounds", "bytes", "wait_ms", "transfer_ms"]
     assert (words["room"], words["status"], words["rows"], words["rounds"]) == (str(room), "Success", "2000", "2")
-    assert lines[1] == f'relay room={failed} status=Failed reason="400 no"'
+    assert lines[1] == f'relay room={failed} status=Failed reason="400 not \\"even\\"\\none line"'
 
 
 def test_a_control_thread_that_dies_ends_every_room_and_says_so(encode: EncodeInstance, room: int) -> None:

@@ -6,19 +6,29 @@ from multiprocessing import forkserver, resource_tracker
 
 from support.repo import REPO
 
+LOG = REPO / "test-output" / "loopback-processes.log"
 fork = multiprocessing.get_context("forkserver")
 
 
 def prepare() -> None:
-    """Start the process that is forked from, so that it imports while others do something else."""
+    """Start the process that is forked from, so that it imports while others do something else.
+
+    What it and its children print goes to a file: Mooncake says a lot.
+    """
     fork.set_forkserver_preload(["support.loopback", "support.target"])
     resource_tracker.ensure_running()
     # The fork server does not get our sys.path.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(REPO / "test/srt")
+    LOG.parent.mkdir(exist_ok=True)
+    stderr = os.dup(2)
+    with LOG.open("w") as log:
+        os.dup2(log.fileno(), 2)
     try:
         forkserver.ensure_running()
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         del os.environ["PYTHONPATH"]
         if before is not None:
             os.environ["PYTHONPATH"] = before

@@ -27,6 +27,9 @@ TIMING = Timing(
 PATIENCE = TIMING.bootstrap + 2 * TIMING.waiting
 
 
+LANDS_LATE = list(Fault).index(Fault.LANDS_LATE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A small world: small pools meet their limits soon."""
@@ -202,14 +205,14 @@ def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
     return world
 
 
-def run_chaos(seed: int, steps: int = 80, **sides: Any) -> World:
-    """Everything goes wrong that can."""
+def run_chaos(seed: int, steps: int = 80, focus: tuple[str, ...] = (), **sides: Any) -> World:
+    """Everything goes wrong that can; with a focus, only that, and more of it."""
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
-    # Most schedules stay calm in most respects: too much at once, and no room gets far.
     mishaps = _mishaps(schedule, rng)
-    chosen = rng.sample(mishaps, rng.randint(1, 4))
+    # Most schedules stay calm in most respects: too much at once, and no room gets far.
+    chosen = [mishaps[name] for name in focus or rng.sample(sorted(mishaps), rng.randint(1, 4))]
     for _ in range(steps):
         luck = rng.random()
         if luck < 0.12:
@@ -224,25 +227,24 @@ def run_chaos(seed: int, steps: int = 80, **sides: Any) -> World:
     return world
 
 
-def _mishaps(schedule: Schedule, rng: random.Random) -> list[Callable[[], None]]:
+def _mishaps(schedule: Schedule, rng: random.Random) -> dict[str, Callable[[], None]]:
     def pick() -> int:
         return rng.randrange(1000)
 
-    def spoil() -> None:
-        schedule.spoil_write(pick(), pick())
-
-    return [
-        lambda: schedule.deliver_any(pick()),
-        lambda: schedule.deliver_any(pick(), again=True),
-        lambda: schedule.deliver_in_order(pick(), again=True),
-        lambda: schedule.lose(pick()),
-        spoil,
-        spoil,
-        lambda: rng.choice((schedule.land_late, schedule.look_for_quiet))(),
-        lambda: schedule.cancel(pick(), pick()),
-        lambda: schedule.refuse(pick(), pick()),
-        lambda: schedule.pass_time(rng.choice((0.1, 1.0, 3.0, 8.0, 25.0))),
-        lambda: schedule.toggle_registry(pick()),
-        lambda: schedule.restart_encode(pick(), rng.random() < 0.5),
-        lambda: schedule.restart_language(pick(), rng.random() < 0.5),
-    ]
+    return {
+        "reorder": lambda: schedule.deliver_any(pick()),
+        "repeat at once": lambda: schedule.deliver_any(pick(), again=True),
+        "repeat later": lambda: schedule.deliver_in_order(pick(), again=True),
+        "lose": lambda: schedule.lose(pick()),
+        "spoil write": lambda: schedule.spoil_write(pick(), pick()),
+        "write late": lambda: schedule.spoil_write(pick(), LANDS_LATE),
+        "land late": schedule.land_late,
+        "look for quiet": schedule.look_for_quiet,
+        "cancel": lambda: schedule.cancel(pick(), pick()),
+        "refuse": lambda: schedule.refuse(pick(), pick()),
+        "pass time": lambda: schedule.pass_time(rng.choice((0.1, 1.0, 3.0, 8.0, 25.0))),
+        "toggle registry": lambda: schedule.toggle_registry(pick()),
+        "restart encode": lambda: schedule.restart_encode(pick(), rng.random() < 0.5),
+        "replace encode": lambda: schedule.restart_encode(pick(), True),
+        "restart language": lambda: schedule.restart_language(pick(), rng.random() < 0.5),
+    }

@@ -30,6 +30,9 @@ class Target:
         self._pipe.send("count")
         return int(self._pipe.recv())
 
+    def clear(self) -> None:
+        self._pipe.send("clear")
+
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
@@ -68,5 +71,8 @@ def _target_main(pipe: Connection, host: str) -> None:
     plane = MooncakeDataPlane(host, "tcp")
     plane.start([Region(memory.data_ptr(), SIZE)])
     pipe.send((plane.session_id, memory.data_ptr()))
-    while pipe.recv() == "count":
-        pipe.send(int(memory.sum(dtype=torch.int64)))
+    while True:
+        if pipe.recv() == "clear":
+            memory.zero_()
+        else:
+            pipe.send(int(memory.sum(dtype=torch.int64)))

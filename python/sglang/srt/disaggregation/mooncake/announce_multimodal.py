@@ -22,7 +22,12 @@ class Announcer:
         self._patience = patience
         self._give_up = give_up
         self._stopped = threading.Event()
+        self._announced = threading.Event()
         self._thread = threading.Thread(target=self._run, name="relay-announce", daemon=True)
+
+    @property
+    def announced(self) -> bool:
+        return self._announced.is_set()
 
     def start(self) -> None:
         self._thread.start()
@@ -36,6 +41,7 @@ class Announcer:
         while True:
             try:
                 announce(self._registry, self._rank)
+                self._announced.set()
                 return
             except RegistryError as error:
                 if time.monotonic() > deadline:

@@ -146,7 +146,7 @@ def _request(registry: Address, method: str, path: str, body: bytes) -> bytes:
         connection.request(method, path, body)
         response = connection.getresponse()
         answer = response.read(_MAX_BODY)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:  # Unicode: a host that no name server takes
         raise RegistryError(f"bootstrap registry {registry} did not answer: {error}") from error
     finally:
         connection.close()

@@ -62,6 +62,7 @@ class MooncakeEmbeddingManager:
         self._registry: tuple[Address, int] | None = None
         self._max_rows = self.ranks = 0
         self._numbers: dict[str, float] = {}
+        self._announcer: Announcer | None = None
         self._encode: EncodeShell | None = None
         self._language: LanguageShell | None = None
 
@@ -116,9 +117,9 @@ class MooncakeEmbeddingManager:
         opened.callback(self._encode.close)
         self._start_thread(opened)
         who = EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake)
-        announcer = Announcer(registry, who, self.config.bootstrap_timeout, self.report_illness)
-        opened.callback(announcer.close)
-        announcer.start()
+        self._announcer = Announcer(registry, who, self.config.bootstrap_timeout, self.report_illness)
+        opened.callback(self._announcer.close)
+        self._announcer.start()
 
     def _assemble_language(self, opened: contextlib.ExitStack) -> None:
         register = Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake())
@@ -150,6 +151,10 @@ class MooncakeEmbeddingManager:
     def healthy(self) -> bool:
         return self.unhealthy_reason is None
 
+    def reachable(self) -> bool:
+        """Others can find this rank: an encode rank is in its registry."""
+        return self._announcer is None or self._announcer.announced
+
     def report_illness(self, reason: str) -> None:
         """Any thread: something died that this rank cannot work without."""
         self.unhealthy_reason = self.unhealthy_reason or reason
@@ -162,9 +167,8 @@ class MooncakeEmbeddingManager:
     def _count(self) -> None:
         side = self._encode or self._language
         loop = {"connections": self._loop.connections, "undecodable_total": self._loop.undecodable}
-        self._numbers = {"blocks": self.pool.count, "followed": len(self._board), **loop}
-        if side is not None:
-            self._numbers |= side.metrics()
+        mine = {"blocks": self.pool.count, "followed": len(self._board), **loop}
+        self._numbers = {**mine, **(side.metrics() if side else {})}
 
     # ---- statuses
 

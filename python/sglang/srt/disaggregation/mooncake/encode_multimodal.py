@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
@@ -168,7 +169,7 @@ class EncodeShell:
 
     def _log_end(self, effect: StatusChanged, tally: _Tally | None, now: float) -> None:
         if effect.status is Status.FAILED:
-            logger.info('relay-encode room=%d status=Failed reason="%s"', effect.room, effect.failure)
+            logger.info("relay-encode room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
         elif tally is not None and tally.submitted_at is not None:
             logger.info(
                 "relay-encode room=%d status=Success rows=%d rounds=%d bytes=%d wait_ms=%.1f transfer_ms=%.1f",

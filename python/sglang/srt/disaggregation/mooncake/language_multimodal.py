@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -189,7 +190,8 @@ class LanguageShell:
 
     def _changed(self, effect: StatusChanged) -> None:
         if effect.status is Status.FAILED:
-            logger.info('relay room=%d status=Failed reason="%s"', effect.room, effect.failure)
+            # As JSON: a reason may quote anything, and the line must stay one line.
+            logger.info("relay room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
         if is_final(effect.status):
             self._arrivals.pop(effect.room, None)
         self._publish(effect.room, effect.status, effect.failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from sglang.srt.disaggregation.mooncake.bootstrap_multimodal import (
 )
 from sglang.srt.disaggregation.mooncake.quiet_multimodal import is_refused
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+
+logger = logging.getLogger(__name__)
 
 # Every rank of an encode instance holds the same rows: rank 0 sends them to all language ranks.
 _SENDING_RANK: Final = 0
@@ -55,6 +58,13 @@ class PeerLookup:
     # ---- lookup threads
 
     def _resolve(self, peer: str) -> None:
+        try:
+            self._find(peer)
+        except Exception as error:  # the top of a thread: who waits for this answer must get one
+            logger.exception("the lookup of %s failed", peer)
+            self._post(functools.partial(self._answers.peer_unreachable, peer, repr(error)))
+
+    def _find(self, peer: str) -> None:
         known = self._known.get(peer)
         if known is not None and is_refused(known):
             del self._known[peer]

@@ -29,7 +29,7 @@ def is_refused(address: Address) -> bool:
         socket.create_connection((address.host, address.port), timeout=_PROBE_TIMEOUT).close()
     except ConnectionRefusedError:
         return True
-    except OSError:
+    except (OSError, UnicodeError):
         return False  # no answer proves nothing
     return False
 

@@ -10,6 +10,9 @@ It stays out of the way. Unless it was named (`SGLANG_PLATFORM=relay_cpu`), `act
   - another platform plugin is installed (two active ones stop SGLang), or
   - there is, or may be, an accelerator: any torch backend, any device node, any vendor's torch extension.
 What is left is a machine on which stock SGLang falls back to its base platform and cannot serve a model.
+
+Where another vendor's platform plugin is installed, leave SGLANG_PLATFORM unset: naming that platform makes SGLang skip
+the general plugins of every distribution that brings another one, and with them this package's modes.
 """
 
 from __future__ import annotations

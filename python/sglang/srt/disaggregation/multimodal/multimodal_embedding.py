@@ -81,6 +81,7 @@ class EncodeRole(Role):
         self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue()
         self.tower_queue: list[EncodeRequest] = []
         self.inflight: list[EncodeRequest] = []
+        self.before_reachable: list[Any] = []
 
     @classmethod
     def of(cls, scheduler: Any) -> EncodeRole:
@@ -106,6 +107,9 @@ class EncodeRole(Role):
         return None
 
     def take_from_queue(self, req: Any) -> bool:
+        if is_local(req) and not self.manager.reachable():
+            self.before_reachable.append(req)  # the warm-up request: SGLang's /health is red until it is answered
+            return True
         if is_local(req) or (req.multimodal_inputs is None and req.to_finish is None):
             self._finish(req)
             return True
@@ -124,6 +128,10 @@ class EncodeRole(Role):
             self._finish_ended()
         if self.tower_queue:
             self._encode_one_batch()
+        if self.before_reachable and self.manager.reachable():
+            waiting, self.before_reachable = self.before_reachable, []
+            for req in waiting:
+                self._finish(req)
 
     def _encode_one_batch(self) -> None:
         """One batch a turn: between two batches the scheduler reads its messages."""

@@ -1,0 +1,93 @@
+"""One side of the protocol alone, driven message by message."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sglang.srt.disaggregation.multimodal.blocks import BlockPool
+from sglang.srt.disaggregation.multimodal.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
+from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
+from sglang.srt.disaggregation.multimodal.protocol.language_side import LanguageSide
+from sglang.srt.disaggregation.multimodal.protocol.messages import (
+    PROTOCOL_VERSION,
+    Address,
+    Handshake,
+    Register,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
+from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
+
+T = TypeVar("T")
+
+BLOCK = 4
+TIMING = Timing(bootstrap=30.0, waiting=60.0, heartbeat_interval=5.0, heartbeat_max_failures=2)
+ENCODE = Address("encode", 1)
+ROOM = 7
+
+
+def handshake(**changes: object) -> Handshake:
+    fields = {
+        "version": PROTOCOL_VERSION,
+        "block_size": BLOCK,
+        "item_lens": (64, 16),
+        "dtype": "bfloat16",
+        "deepstack_rows": 0,
+        "blocks": 8,
+    }
+    return Handshake(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def register(rank: int = 0, **changes: object) -> Register:
+    return Register(Address("language", 100 + rank), f"language-{rank}:1", (1 << 20, 1 << 21), handshake(**changes))
+
+
+def offer(
+    rows: int, *blocks: int, sent: int = 0, rank: int = 0, ranks: int = 1, room: int = ROOM
+) -> TransferEmbeddingInfo:
+    """An init, or with `sent` a resume."""
+    who = register(rank)
+    return TransferEmbeddingInfo(
+        room, who.address.host, who.address.port, who.session_id, blocks or (0,), ranks, sent, rows
+    )
+
+
+def encode_side(blocks: int = 8, timing: Timing = TIMING) -> EncodeSide:
+    return EncodeSide(handshake=handshake(), instance="encode-1", pool=BlockPool(blocks), timing=timing)
+
+
+def language_side(
+    blocks: int = 8, default: int | None = 8, ranks: int = 1, max_rows: int = 1000, timing: Timing = TIMING
+) -> LanguageSide:
+    return LanguageSide(
+        register=register(blocks=blocks),
+        pool=BlockPool(blocks),
+        default_tokens=default,
+        max_rows=max_rows,
+        ranks=ranks,
+        timing=timing,
+    )
+
+
+def only(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect], kind: type[T]) -> list[T]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def sent(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect]) -> list[object]:
+    """The messages among the effects."""
+    return [effect.message for effect in only(effects, Send)]
+
+
+def reported_failures(effects: Sequence[EncodeEffect]) -> list[Failure]:
+    """What language ranks are told."""
+    failures = [message.failure for message in sent(effects) if isinstance(message, StatusReport)]
+    return [failure for failure in failures if failure is not None]
+
+
+def failure_of(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect]) -> Failure | None:
+    """What this instance's own half is told."""
+    for change in only(effects, StatusChanged):
+        if change.status is Status.FAILED:
+            return change.failure
+    return None
