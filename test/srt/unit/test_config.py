@@ -64,7 +64,7 @@ def test_every_setting_is_read() -> None:
     )
     assert read == RelayConfig(8, 16, 1200, 30, 60, 0.5, 3, "rdma")
     timing = read.timing
-    assert (timing.bootstrap, timing.waiting, timing.silence) == (30, 60, 1.5)
+    assert (timing.bootstrap, timing.waiting, timing.silence) == (30, 60, 2.0)
 
 
 @pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])

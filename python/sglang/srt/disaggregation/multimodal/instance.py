@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
@@ -16,7 +15,7 @@ _WILDCARDS = ("0.0.0.0", "::", "")
 
 
 def encode_manager(scheduler: Any) -> MooncakeEmbeddingManager:
-    config = RelayConfig.from_environment(os.environ)
+    config = RelayConfig.from_environment()
     return MooncakeEmbeddingManager.encode(
         _layout(scheduler, config),
         config,
@@ -28,7 +27,7 @@ def encode_manager(scheduler: Any) -> MooncakeEmbeddingManager:
 
 
 def language_manager(scheduler: Any) -> MooncakeEmbeddingManager:
-    config = RelayConfig.from_environment(os.environ)
+    config = RelayConfig.from_environment()
     return MooncakeEmbeddingManager.language(
         _layout(scheduler, config),
         config,

@@ -59,7 +59,9 @@ def sglang_server(
 ) -> LocalProcess:
     """A SGLang server in any mode; later arguments, and `environ`, win over the recipe's."""
     cpu = options.on_cpu()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(options.model), "--port", str(port)]
+    # The command that SGLang recommends; the one beside our interpreter, whatever the PATH says.
+    command = [str(Path(sys.executable).with_name("sglang")), "serve"]
+    command += ["--model-path", str(options.model), "--port", str(port)]
     command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ACCELERATOR_ARGUMENTS), *options.arguments, *arguments]
     merged = COMMON_ENVIRON | (CPU_ENVIRON if cpu else {}) | dict(options.environ) | dict(environ or {})
     return LocalProcess(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from contextlib import closing
 from typing import Any, Final
@@ -41,7 +40,7 @@ def settle(server_args: Any) -> None:
     if cfg.disaggregation_transfer_backend != "mooncake":
         backend = cfg.disaggregation_transfer_backend
         raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
-    RelayConfig.from_environment(os.environ)
+    RelayConfig.from_environment()
     if mode == modes.ENCODE:
         declare_resolution(
             server_args,
