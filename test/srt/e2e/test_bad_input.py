@@ -131,9 +131,9 @@ def test_a_language_half_without_its_encode_half(pair: LocalCluster) -> None:
 def test_a_client_that_goes_away(pair: LocalCluster) -> None:
     """It waits for rows that nobody sends; when it hangs up, the room is dropped long before its deadline."""
     where = {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port(pair), "bootstrap_room": 5}
+    url, body = f"{pair['language'].url}/v1/chat/completions", chat_body([squares(FAMILY, 4, 4, 6)], "what", **where)
     with pytest.raises(TimeoutError):
-        url = f"{pair['language'].url}/v1/chat/completions"
-        post(url, chat_body([squares(FAMILY, 4, 4, 6)], "what", **where), timeout=0.5)
+        post(url, body, timeout=0.5)
     wait_until(lambda: "room=5 status=Failed" in pair["language"].log_text())
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from sglang.srt.disaggregation.multimodal import local_cluster
+from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
 from sglang.srt.disaggregation.multimodal.chat_client import Answer, ask, picture
 from support import servers
+
+FAMILY = "qwen2_5_vl"  # the other one is answered by an undivided server in test_equality
 
 # The split hashes pictures in its own way, so prefix hits, and with them the last bits, would differ.
 SAME_WORK = "--disable-radix-cache"
@@ -23,8 +25,13 @@ def questions(url: str) -> list[Answer]:
 
 
 @pytest.fixture(scope="module")
-def undivided_answers(model: Path, logs: Path, family: str) -> Iterator[list[Answer]]:
-    cluster = local_cluster.undivided(servers.options(model, logs / family / "undivided", SAME_WORK))
+def model() -> Path:
+    return tiny_model.cached(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def undivided_answers(model: Path, logs: Path) -> Iterator[list[Answer]]:
+    cluster = local_cluster.undivided(servers.options(model, logs / "undivided", SAME_WORK))
     with servers.running(cluster):
         yield questions(cluster.url)
 
@@ -36,10 +43,8 @@ def test_an_undivided_server_answers(undivided_answers: list[Answer]) -> None:
     assert both.prompt_tokens > first.prompt_tokens > none.prompt_tokens
 
 
-def test_sglangs_own_split_gives_the_same_answers(
-    undivided_answers: list[Answer], model: Path, logs: Path, family: str
-) -> None:
-    cluster = local_cluster.sglang_split(servers.options(model, logs / family / "split", SAME_WORK))
+def test_sglangs_own_split_gives_the_same_answers(undivided_answers: list[Answer], model: Path, logs: Path) -> None:
+    cluster = local_cluster.sglang_split(servers.options(model, logs / "split", SAME_WORK))
     with servers.running(cluster):
         answers = questions(cluster.url)
     assert [answer.status for answer in answers] == [200] * 4
