@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
-from sglang.srt.disaggregation.multimodal.chat_client import ask
+from sglang.srt.disaggregation.multimodal.chat_client import ask, data_uri, post
 from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster
 from support import servers
 from support.questions import Question, squares
@@ -42,6 +42,39 @@ def test_two_tokenizer_workers(pair: LocalCluster) -> None:
     assert len(texts) == 1
     assert question.ask(pair.url, n=3).status == 200
     assert {ask(pair.url, ["data:image/png;base64,AAAA"], "what").status for _ in range(4)} == {400}
+
+
+def test_a_batch_of_token_ids(pair: LocalCluster) -> None:
+    """Several rooms in one request. (The router takes no batch of texts.)"""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.cached(FAMILY))
+    ids = tokenizer("<|vision_start|><|image_pad|><|vision_end|>what is this")["input_ids"]
+    pictures = [data_uri(squares(FAMILY, 5, 5, seed)) for seed in (2, 3)]
+    # Log-probabilities of the prompt too: the router looks for them in the answers of both halves.
+    options = {
+        "sampling_params": {"max_new_tokens": 8, "temperature": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    url = f"{pair.url}/generate"
+    both = post(url, {"input_ids": [ids, ids], "image_data": [[one] for one in pictures], **options})
+    alone = [post(url, {"input_ids": ids, "image_data": one, **options}) for one in pictures]
+    assert [answer.status for answer in (both, *alone)] == [200] * 3, both.body
+    texts = [one["text"] for one in both.body]
+    assert texts == [answer.body["text"] for answer in alone]
+    assert texts[0] != texts[1], "two pictures with one answer would prove nothing"
+    for meta in (one["meta_info"] for one in (*both.body, *(answer.body for answer in alone))):
+        assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
+
+
+def test_an_answer_in_json(pair: LocalCluster) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "boolean"}}, "required": ["sum"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    question = Question("in json", (squares(FAMILY, 5, 5, 4), "what"))
+    answer = question.ask(pair.url, response_format=wanted, max_tokens=64)
+    assert answer.status == 200, answer.body
+    assert isinstance(json.loads(answer.text)["sum"], bool)
 
 
 def test_bench_serving(pair: LocalCluster, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -202,6 +203,26 @@ def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: E
     assert failure is not None
     assert failure.code == 502
     assert_all_given_back(encode)
+
+
+def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_over(room: int) -> None:
+    """S3 from end to end: it is stopped before a write of 32 MiB, and goes on when the sender has given up."""
+    wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
+    patient = dataclasses.replace(QUICK, heartbeat_interval=1.0, bootstrap_timeout=20)
+    with encode_instance(wide, patient) as encode:
+        stopped = LanguageProcess(wide, patient, encode.peer, warm, room, rows=2048)
+        encode.expect(Spec(warm, 100))
+        assert encode.end_of(warm)[0] is Status.SUCCESS
+        settle(encode.metrics, lambda m: m["rooms"] == 1)
+        stopped.signal(signal.SIGSTOP)
+        encode.expect(Spec(room, 2048))
+        assert encode.end_of(room)[0] is Status.FAILED
+        settle(encode.metrics, lambda m: m["unquiet"] == 1 and m["transfers"] == 0, patience=10)
+        stopped.signal(signal.SIGCONT)
+        settle(stopped.metrics, lambda m: m["quarantined_rooms"] == 0 and m["blocks_free"] == 32)
+        settle(encode.metrics, lambda m: m["unquiet"] == 0)
+        assert_all_given_back(encode)
+        stopped.kill()
 
 
 def test_nonsense_on_the_control_ports_is_counted_and_named_once(

@@ -5,8 +5,6 @@ import contextlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.effort import effort
-
 from sglang.srt.disaggregation.multimodal.protocol import codec
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure, UndecodableFrames
 from sglang.srt.disaggregation.multimodal.protocol.messages import (
@@ -23,6 +21,9 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from support.effort import effort, unhurried
+
+pytestmark = unhurried
 
 words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=codec.MAX_TEXT)
 rooms = st.integers(0, codec.MAX_ROOM)
@@ -77,7 +78,7 @@ near_frames = st.one_of(
 
 
 @given(to_encode)
-@effort(500)
+@effort(200)
 def test_messages_to_the_encode_side_survive_the_wire(message: ToEncode) -> None:
     frames = codec.encode(message)
     assert len(frames) <= codec.MAX_FRAMES
@@ -85,7 +86,7 @@ def test_messages_to_the_encode_side_survive_the_wire(message: ToEncode) -> None
 
 
 @given(to_language)
-@effort(500)
+@effort(200)
 def test_messages_to_the_language_side_survive_the_wire(message: ToLanguage) -> None:
     assert codec.decode_to_language(codec.encode(message)) == message
 
@@ -97,7 +98,7 @@ def test_seven_frames_are_an_init_and_eight_a_resume(info: TransferEmbeddingInfo
 
 
 @given(st.lists(near_frames, max_size=10))
-@effort(1500)
+@effort(600)
 def test_arbitrary_frames_are_a_message_or_undecodable(frames: list[bytes]) -> None:
     for decode in (codec.decode_to_encode, codec.decode_to_language):
         with contextlib.suppress(UndecodableFrames):
@@ -105,7 +106,7 @@ def test_arbitrary_frames_are_a_message_or_undecodable(frames: list[bytes]) -> N
 
 
 @given(to_encode | to_language, st.data())
-@effort(1500)
+@effort(600)
 def test_damaged_frames_are_a_message_or_undecodable(message: ToEncode | ToLanguage, data: st.DataObject) -> None:
     frames = codec.encode(message)
     for _ in range(data.draw(st.integers(1, 3))):

@@ -1,15 +1,19 @@
-"""Plans executed on bytes: every byte lands exactly once, where it belongs, and nowhere else; no fewer ranges would do."""
+"""Plans executed on bytes: each lands exactly once, where it belongs, and nowhere else; no fewer ranges would do."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.effort import effort
-
 from sglang.srt.disaggregation.multimodal.blocks import BlockPool
+from sglang.srt.disaggregation.multimodal.protocol.errors import LocalError
 from sglang.srt.disaggregation.multimodal.protocol.plan import Column, Extent, Range, batches, plan_writes
+from support.effort import effort, unhurried
+
+pytestmark = unhurried
 
 COLUMNS = (
     Column("embeddings", 3, media_only=True),
@@ -17,8 +21,6 @@ COLUMNS = (
     Column("aux", 5, per_block=True),
     Column("items", 1),
 )
-AUX = 2
-UNTOUCHED = 0
 
 
 @st.composite
@@ -36,8 +38,31 @@ def leases(draw: st.DrawFn, blocks_needed: int) -> tuple[int, tuple[int, ...]]:
     return count, pool.lease(blocks_needed, "me")
 
 
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Where the rows are at one end, and how large that pool is."""
+
+    count: int
+    extent: Extent
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    block_size: int
+    source: Side
+    destination: Side
+    start: int
+    stop: int
+    runs: list[tuple[int, int]]
+    with_aux: bool
+
+    def plan(self) -> list[Range]:
+        ends = (self.source.extent, self.destination.extent)
+        return plan_writes(COLUMNS, self.block_size, *ends, self.start, self.stop, self.runs, self.with_aux)
+
+
 @st.composite
-def transfers(draw: st.DrawFn) -> dict[str, object]:
+def transfers(draw: st.DrawFn) -> Transfer:
     block_size = draw(st.integers(1, 7))
     start = draw(st.integers(0, 40))
     stop = start + draw(st.integers(1, 40))
@@ -45,16 +70,9 @@ def transfers(draw: st.DrawFn) -> dict[str, object]:
     for _ in range(2):
         first_row = draw(st.integers(0, start))
         count, blocks = draw(leases(-(-(stop - first_row) // block_size) + draw(st.integers(0, 2))))
-        sides.append((count, Extent(blocks, first_row)))
+        sides.append(Side(count, Extent(blocks, first_row)))
     runs = draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=5))
-    return {
-        "block_size": block_size,
-        "sides": sides,
-        "start": start,
-        "stop": stop,
-        "runs": [(min(run), max(run)) for run in runs],
-        "with_aux": draw(st.booleans()),
-    }
+    return Transfer(block_size, *sides, start, stop, [(min(run), max(run)) for run in runs], draw(st.booleans()))
 
 
 def place(extent: Extent, block_size: int, row: int) -> int:
@@ -67,48 +85,32 @@ def content(column: int, place_of_row: int, width: int) -> bytes:
     return bytes(1 + (column * 89 + place_of_row * 7 + byte * 3) % 255 for byte in range(width))
 
 
-def expected(transfer: dict[str, object], column: int) -> bytes:
+def expected(transfer: Transfer, column: int) -> bytes:
     """Row by row, without any cleverness."""
-    (_, source), (count, destination) = transfer["sides"]  # type: ignore[misc]
-    size, start, stop = transfer["block_size"], transfer["start"], transfer["stop"]
+    source, destination, size = transfer.source.extent, transfer.destination.extent, transfer.block_size
     width = COLUMNS[column].bytes_per_row
     if COLUMNS[column].per_block:
-        memory = [bytes(width)] * count
-        if transfer["with_aux"]:
+        memory = [bytes(width)] * transfer.destination.count
+        if transfer.with_aux:
             memory[destination.blocks[0]] = content(column, source.blocks[0], width)
         return b"".join(memory)
-    memory = [bytes(width)] * (count * size)
-    for row in range(start, stop):  # type: ignore[call-overload]
-        is_media = any(first <= row < last for first, last in transfer["runs"])  # type: ignore[attr-defined]
+    memory = [bytes(width)] * (transfer.destination.count * size)
+    for row in range(transfer.start, transfer.stop):
+        is_media = any(first <= row < last for first, last in transfer.runs)
         if is_media or not COLUMNS[column].media_only:
-            memory[place(destination, size, row)] = content(column, place(source, size, row), width)  # type: ignore[arg-type]
+            memory[place(destination, size, row)] = content(column, place(source, size, row), width)
     return b"".join(memory)
 
 
-def plan_of(transfer: dict[str, object]) -> list[Range]:
-    (_, source), (_, destination) = transfer["sides"]  # type: ignore[misc]
-    return plan_writes(
-        COLUMNS,
-        transfer["block_size"],  # type: ignore[arg-type]
-        source,
-        destination,
-        transfer["start"],  # type: ignore[arg-type]
-        transfer["stop"],  # type: ignore[arg-type]
-        transfer["runs"],  # type: ignore[arg-type]
-        transfer["with_aux"],  # type: ignore[arg-type]
-    )
-
-
 @given(transfers())
-@effort(1000)
-def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: dict[str, object]) -> None:
-    (count, _), (destination_count, _) = transfer["sides"]  # type: ignore[misc]
-    ranges = plan_of(transfer)
+@effort(500)
+def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: Transfer) -> None:
+    ranges = transfer.plan()
     for index, column in enumerate(COLUMNS):
-        rows_per_block = 1 if column.per_block else transfer["block_size"]
+        rows_per_block = 1 if column.per_block else transfer.block_size
         width = column.bytes_per_row
-        source = b"".join(content(index, at, width) for at in range(count * rows_per_block))  # type: ignore[operator]
-        memory = bytearray(destination_count * rows_per_block * width)  # type: ignore[operator]
+        source = b"".join(content(index, at, width) for at in range(transfer.source.count * rows_per_block))
+        memory = bytearray(transfer.destination.count * rows_per_block * width)
         for _, here, there, length in (r for r in ranges if r.column == index):
             assert length > 0
             assert 0 <= here <= here + length <= len(source)
@@ -119,11 +121,23 @@ def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: dict[str, obje
 
 
 @given(transfers())
-@effort(1000)
-def test_no_two_ranges_could_be_one(transfer: dict[str, object]) -> None:
-    for one, other in itertools.permutations(plan_of(transfer), 2):
+@effort(500)
+def test_no_two_ranges_could_be_one(transfer: Transfer) -> None:
+    for one, other in itertools.permutations(transfer.plan(), 2):
         follows = one.source + one.length == other.source and one.destination + one.length == other.destination
         assert not (one.column == other.column and follows)
+
+
+@given(transfers(), st.integers(1, 200))
+@effort(100)
+def test_rows_outside_the_blocks_are_an_error_and_never_a_write(transfer: Transfer, beyond: int) -> None:
+    size, blocks = transfer.block_size, transfer.destination.extent.blocks
+    too_far = transfer.destination.extent.first_row + len(blocks) * size + beyond
+    with pytest.raises(LocalError, match="is not in"):
+        dataclasses.replace(transfer, stop=too_far).plan()
+    before = dataclasses.replace(transfer.source, extent=Extent(transfer.source.extent.blocks, transfer.start + 1))
+    with pytest.raises(LocalError, match="is not in"):
+        dataclasses.replace(transfer, source=before).plan()
 
 
 @given(st.lists(st.integers()), st.integers(1, 20))

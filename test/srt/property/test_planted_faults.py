@@ -8,21 +8,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.effort import unhurried
-from support.schedules import run_chaos, run_orderly
-
 from sglang.srt.disaggregation.multimodal.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
 from sglang.srt.disaggregation.multimodal.protocol.encode_rooms import EncodeRooms
 from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure, LocalError
 from sglang.srt.disaggregation.multimodal.protocol.language_rooms import LanguageRooms
 from sglang.srt.disaggregation.multimodal.protocol.messages import Abort, AbortAck, TransferEmbeddingInfo
+from sglang.srt.disaggregation.multimodal.protocol.peers import Peers
 from sglang.srt.disaggregation.multimodal.protocol.receiver import ReceiverRoom
 from sglang.srt.disaggregation.multimodal.protocol.sender import Destination, SenderRoom
 from sglang.srt.disaggregation.multimodal.protocol.sessions import Session, Sessions
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
 from sglang.srt.disaggregation.multimodal.testing.watch import Violation
 from sglang.srt.disaggregation.multimodal.testing.world import World
+from support.effort import unhurried
+from support.schedules import run_chaos, run_orderly, run_slow
 
 pytestmark = unhurried
 
@@ -219,6 +219,53 @@ def used_up_offers_kept(patch: Patch) -> None:
     patch.setattr(Session, "end_offer", lambda self, room, blocks: None)
 
 
+def growth_into_the_last_block(patch: Patch) -> None:
+    def refill(self: LanguageRooms, receiver: ReceiverRoom) -> None:
+        honest(self, receiver)
+        if self._pool.free == 1 and receiver.needed_blocks(self._block_size) > len(receiver.blocks):
+            receiver.offer(receiver.blocks + self._pool.lease(1, receiver.room), self._block_size)
+
+    honest = LanguageRooms._refill
+    patch.setattr(LanguageRooms, "_refill", refill)
+
+
+def last_come_first_served(patch: Patch) -> None:
+    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
+        self._queue = dict.fromkeys(reversed(self._queue))
+        return honest(self, now)
+
+    honest = LanguageRooms.serve_queue
+    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+
+
+def ended_room_left_in_the_table_of_its_peer(patch: Patch) -> None:
+    patch.setattr(Peers, "end", lambda self, peer, room: None)
+
+
+def no_deadline_for_a_room_that_stands_still(patch: Patch) -> None:
+    def tick(self: EncodeSide, now: float) -> list[EncodeEffect]:
+        return [effect for effect in honest(self, now) if not isinstance(effect, StatusChanged)]
+
+    honest = EncodeSide.tick
+    patch.setattr(EncodeSide, "tick", tick)
+
+
+def finished_rank_must_keep_talking(patch: Patch) -> None:
+    """The silence of a rank that has all its rows ends the room of the others."""
+
+    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        ranks = [destination.session_id for destination in sender.unfinished]
+        effects = honest(self, sender, now)
+        for rank in ranks:
+            session = self._sessions.get(rank)
+            if session is not None and not sender.is_over:
+                session.rooms.add(sender.room)
+        return effects
+
+    honest = EncodeRooms._report_chunk
+    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+
+
 def _replaced(struct: Any, **changes: Any) -> Any:
     return msgspec.structs.replace(struct, **changes)
 
@@ -259,6 +306,11 @@ FAULTS = [
     Planted(resumed_rows_put_at_the_wrong_place, run_orderly, ("S1",)),
     Planted(window_not_staged_again, run_orderly, ("S1",)),
     Planted(used_up_offers_kept, run_orderly, ("L1",)),
+    Planted(growth_into_the_last_block, run_orderly, ("L2",)),
+    Planted(last_come_first_served, run_orderly, ("L2",)),
+    Planted(ended_room_left_in_the_table_of_its_peer, run_orderly, ("S5", "refused")),
+    Planted(finished_rank_must_keep_talking, run_slow, ("L1",)),
+    Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
 ]
 
 ENOUGH = 3000

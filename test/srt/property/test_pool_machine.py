@@ -4,10 +4,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from support.effort import effort
-
 from sglang.srt.disaggregation.multimodal.blocks import BlockPool
 from sglang.srt.disaggregation.multimodal.protocol.errors import LeaseError
+from support.effort import effort, unhurried
+
+pytestmark = unhurried
 
 OWNERS = st.integers(0, 3)
 

@@ -3,12 +3,13 @@
 `RELAY_SCHEDULES=20000 scripts/test property` runs that many instead of a few hundred.
 """
 
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from support.effort import DAILY, SCHEDULES, effort
-from support.schedules import Schedule, Shape, run_chaos, run_orderly
+from support.effort import DAILY, SCHEDULES, effort, unhurried
+from support.schedules import Schedule, Shape, run_chaos, run_orderly, run_slow
+
+pytestmark = unhurried
 
 numbers = st.integers(0, 30)
 
@@ -129,16 +130,19 @@ TestChaos.settings = effort(200)
 
 
 # Schedules from a seed are ten times cheaper than those that Hypothesis chooses, and longer.
-SEEDS = 1000 * SCHEDULES // DAILY
+SEEDS = 800 * SCHEDULES // DAILY
 
 
-@pytest.mark.timeout(0)
 def test_orderly_schedules_by_seed() -> None:
     for seed in range(SEEDS // 2):
         run_orderly(seed)
 
 
-@pytest.mark.timeout(0)
+def test_slow_schedules_by_seed() -> None:
+    for seed in range(SEEDS // 2):
+        run_slow(seed)
+
+
 def test_chaotic_schedules_by_seed() -> None:
     for seed in range(SEEDS):
         run_chaos(seed)

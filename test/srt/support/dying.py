@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
+import os
 from multiprocessing.connection import Connection
 
 from sglang.srt.disaggregation.multimodal.config import RelayConfig
@@ -13,25 +13,44 @@ from support.loopback import language_rank
 
 
 class LanguageProcess:
-    """Asks for rooms and never looks at what comes of it."""
+    """Asks for rooms; what comes of it shows in its numbers only."""
 
-    def __init__(self, layout: BufferLayout, config: RelayConfig, peer: str, *rooms: int) -> None:
-        mine, theirs = multiprocessing.Pipe()
-        self.process = fork.Process(target=_main, args=(theirs, layout, config, peer, rooms), daemon=True)
+    def __init__(
+        self, layout: BufferLayout, config: RelayConfig, peer: str, *rooms: int, rows: int | None = None
+    ) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        self.process = fork.Process(target=_main, args=(theirs, layout, config, peer, rooms, rows), daemon=True)
         self.process.start()
         theirs.close()
-        mine.recv()
-        mine.close()
+        self._pipe.recv()
+
+    def metrics(self) -> dict[str, float]:
+        self._pipe.send("metrics")
+        answer: dict[str, float] = self._pipe.recv()
+        return answer
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
         self.process.close()
+        self._pipe.close()
 
 
-def _main(pipe: Connection, layout: BufferLayout, config: RelayConfig, peer: str, rooms: tuple[int, ...]) -> None:
+def _main(
+    pipe: Connection,
+    layout: BufferLayout,
+    config: RelayConfig,
+    peer: str,
+    rooms: tuple[int, ...],
+    rows: int | None,
+) -> None:
     with language_rank(layout, config) as language:
-        receivers = language.start(peer, *rooms)
+        receivers = language.start(peer, *rooms, hint_rows=rows)
         pipe.send("started")
-        time.sleep(600)
-        del receivers
+        while receivers:
+            pipe.recv()
+            pipe.send(language.manager.metrics())

@@ -120,7 +120,7 @@ def encode_instance(layout: BufferLayout, config: RelayConfig = DEFAULTS) -> Ite
 
 
 def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) -> None:
-    logging.basicConfig(level=logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(message)s")
     warm_up()
     before = Leftovers.now()
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
@@ -257,9 +257,11 @@ def wait_until(condition: Callable[[], bool], manager: MooncakeEmbeddingManager,
             manager.drain_events()
 
 
-def settle(metrics: Callable[[], Mapping[str, float]], want: Callable[[Mapping[str, float]], bool]) -> None:
+def settle(
+    metrics: Callable[[], Mapping[str, float]], want: Callable[[Mapping[str, float]], bool], patience: float = 5.0
+) -> None:
     """Wait for the other side's last messages."""
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + patience
     while not want(now := metrics()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert want(now), now

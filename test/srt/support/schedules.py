@@ -156,7 +156,15 @@ class Schedule:
                     raise Violation(
                         f"L1: {node.journal.name}, room {room}: {status.name} {node.journal.failures.get(room)}"
                     )
+        self._check_order()
         self.check_empty()
+
+    def _check_order(self) -> None:
+        """L2: first blocks go to rooms in the order of their requests, where no lookup makes one late."""
+        for language in self.world.languages:
+            firsts = list(dict.fromkeys(offer.room for offer in language.offers))
+            if len(self.world.encodes) == 1 and firsts != sorted(firsts):
+                raise Violation(f"L2: {language.journal.name} served rooms in the order {firsts}")
 
     def finish(self) -> None:
         """The world is well again from here on: everyone gets an answer in time, and nothing is left behind."""
@@ -201,6 +209,29 @@ def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
             schedule.deliver_in_order(rng.randrange(1000), again=rng.random() < 0.25)
         else:
             schedule.work(rng.randrange(1000))
+    schedule.finish_without_clock()
+    return world
+
+
+def run_slow(seed: int, steps: int = 80, **sides: Any) -> World:
+    """As orderly, but time passes too: less than any deadline, and enough for a living peer to be taken for dead."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    seconds_left = TIMING.bootstrap - 1.0
+    for _ in range(steps):
+        luck = rng.random()
+        if luck < 0.1:
+            schedule.start(rng.randint(1, 60), rng.randint(0, 6), rng.randrange(2))
+        elif luck < 0.4:
+            schedule.deliver_in_order(rng.randrange(1000))
+        elif luck < 0.7:
+            schedule.work(rng.randrange(1000))
+        elif seconds_left > 0:
+            seconds_left -= 1.0
+            schedule.pass_time(1.0)
+            while world.wires:
+                schedule.deliver_in_order(rng.randrange(1000))
     schedule.finish_without_clock()
     return world
 

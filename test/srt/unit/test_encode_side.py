@@ -2,20 +2,6 @@
 
 import pytest
 
-from support.protocol import (
-    BLOCK,
-    ROOM,
-    TIMING,
-    encode_side,
-    failure_of,
-    handshake,
-    offer,
-    only,
-    register,
-    reported_failures,
-    sent,
-)
-
 from sglang.srt.disaggregation.multimodal.protocol.effects import (
     DropRows,
     Note,
@@ -36,6 +22,19 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from support.protocol import (
+    BLOCK,
+    ROOM,
+    TIMING,
+    encode_side,
+    failure_of,
+    handshake,
+    offer,
+    only,
+    register,
+    reported_failures,
+    sent,
+)
 
 LATER = 1000.0
 
@@ -131,6 +130,13 @@ def test_a_block_cannot_be_offered_to_two_rooms() -> None:
     side.receive(offer(4, 0, room=1), 0.0)
     (failure,) = reported_failures(side.receive(offer(4, 0, room=2), 0.0))
     assert failure.text == "session language-0:1 offers room 2 block 0, which room 1 has"
+
+
+def test_blocks_of_a_failed_room_may_be_offered_again() -> None:
+    side = side_with()
+    side.receive(offer(4, 0, room=1), 0.0)
+    side.refuse(1, Failure(400, "bad"), 0.0)
+    assert side.receive(offer(4, 0, room=2), 0.0) == []
 
 
 def test_a_rank_too_many_is_turned_away_and_the_room_goes_on() -> None:
@@ -248,6 +254,19 @@ def test_only_the_resume_that_goes_on_from_here_is_accepted(again: TransferEmbed
     assert side.receive(again, 0.0) == []
     assert only(side.receive(offer(8, 4, 5, sent=8), 0.0), TransferEmbeddingChunk)
     assert side.receive(offer(8, 4, 5, sent=8), 0.0) == []
+
+
+def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
+    side = side_with(blocks=1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(4, 0), 0.0)
+    (chunk,) = only(side.submit(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    (chunk,) = only(side.receive(offer(8, 0, 1, sent=4), 0.0), TransferEmbeddingChunk)
+    assert side.receive(offer(8, 6, 7, sent=4), 0.0) == []
+    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert chunk.destinations[0].blocks == (0, 1)
+    assert side.counts() == {"resume_ignored": 1}
 
 
 def test_wrong_use_by_the_shell_is_refused() -> None:
@@ -381,6 +400,8 @@ def test_the_tower_never_ran() -> None:
     side = side_with()
     side.expect(ROOM, 0.0)
     side.receive(offer(8, 0, 1), 5.0)
+    keep_alive(side, 64.9)
+    assert side.tick(64.9) == []
     keep_alive(side, 65.0)
     assert failure_of(side.tick(65.0)) == Failure(500, f"the encoder had no rows for room {ROOM} within 60 s")
 
@@ -403,6 +424,8 @@ def test_no_source_block_came_free() -> None:
 def test_no_resume_came() -> None:
     side, chunk = writing()
     side.transferred(ROOM, chunk.transfer_id, {}, 10.0)
+    keep_alive(side, 69.9)
+    assert side.tick(69.9) == []
     keep_alive(side, 70.0)
     failure = failure_of(side.tick(70.0))
     assert failure == Failure(502, f"the language side offered no room for more rows of room {ROOM} within 60 s")
@@ -415,6 +438,20 @@ def test_a_session_that_falls_silent_takes_its_rooms_with_it() -> None:
     assert failure_of(side.tick(22.9)) is None
     assert failure_of(side.tick(23.0)) == Failure(502, "session language-0:1 was silent for 15 s")
     assert side.sizes()["sessions"] == 1
+
+
+def test_a_rank_that_has_all_its_rows_may_fall_silent() -> None:
+    side = side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, rank=0, ranks=2), 0.0)
+    side.receive(offer(4, 0, rank=1, ranks=2), 0.0)
+    (chunk,) = only(side.submit(ROOM, 8, 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    for now in (10.0, 20.0, 30.0):
+        side.receive(Ping(Address("language", 101), "language-1:1", "encode-1"), now)
+        assert side.tick(now) == []
+    (chunk,) = only(side.receive(offer(4, 0, rank=1, ranks=2, sent=4), 31.0), TransferEmbeddingChunk)
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 32.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
 
 
 def test_a_session_without_rooms_is_forgotten_after_a_long_time() -> None:

@@ -19,8 +19,10 @@ PURE = tuple(f"{PREFIX}.multimodal.{name}" for name in ("blocks", "config", "dat
 # What runs inside SGLang's scheduler and knows its classes: on top of everything.
 SCHEDULER = tuple(
     f"{PREFIX}.multimodal.{name}"
-    for name in ("halves", "hooks", "instance", "media", "modes", "multimodal_embedding", "multimodal_language")
-    + ("roles", "server_settings", "tower")
+    for name in (
+        *("halves", "hooks", "instance", "media", "modes", "multimodal_embedding", "multimodal_language"),
+        *("roles", "server_settings", "tower"),
+    )
 )
 
 
@@ -97,7 +99,9 @@ def test_the_transport_does_not_know_the_scheduler() -> None:
     """SGLang above it calls it; it calls nobody there, and nothing of SGLang either."""
     for module, path in modules().items():
         if is_below(module, (f"{PREFIX}.mooncake",)):
-            wrong = [name for name in imports(path) if is_below(name, SCHEDULER) or is_below(name, ("sglang.srt.managers",))]
+            wrong = [
+                name for name in imports(path) if is_below(name, SCHEDULER) or is_below(name, ("sglang.srt.managers",))
+            ]
             assert wrong == [], module
 
 
@@ -134,8 +138,9 @@ def environment_reads(path: Path) -> list[int]:
 
 
 def test_one_module_reads_the_environment() -> None:
-    readers = {name: environment_reads(path) for name, path in modules().items()}
-    assert {name: lines for name, lines in readers.items() if lines and not name.endswith("multimodal.config")} == {}
+    # The tiny model asks where this user's caches are, which is no setting of the server.
+    allowed = {f"{PREFIX}.multimodal.config", f"{PREFIX}.multimodal.tiny_model"}
+    assert {name for name, path in modules().items() if environment_reads(path)} <= allowed
 
 
 @pytest.mark.parametrize(

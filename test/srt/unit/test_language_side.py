@@ -2,17 +2,6 @@
 
 import pytest
 
-from support.protocol import (
-    ENCODE,
-    ROOM,
-    TIMING,
-    failure_of,
-    language_side,
-    only,
-    register,
-    sent,
-)
-
 from sglang.srt.disaggregation.multimodal.protocol.effects import (
     CopyOut,
     Deliver,
@@ -36,6 +25,17 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
 )
 from sglang.srt.disaggregation.multimodal.protocol.reserve import DefaultReservation
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
+from support.protocol import (
+    ENCODE,
+    ROOM,
+    TIMING,
+    failure_of,
+    language_side,
+    only,
+    register,
+    sent,
+)
 
 PEER = "registry:80"
 SECOND = "registry2:80"
@@ -132,13 +132,14 @@ def test_a_room_is_requested_once() -> None:
 
 
 def test_with_several_ranks_a_room_that_is_looked_up_keeps_a_block() -> None:
-    side = language_side(blocks=3, ranks=2)
+    side = language_side(blocks=4, ranks=2)
+    side.request(0, SECOND, 0.0)
     side.request(1, SECOND, 0.0)
     effects = resolved(side, 2)
-    assert len(resume_in(effects).dst_embedding_indices) == 2, "one is left for room 1"
+    assert len(resume_in(effects).dst_embedding_indices) == 2, "two are left for rooms 0 and 1"
     assert sent(side.request(3, PEER, 0.0)) == []
     effects = side.peer_resolved(SECOND, Address("other", 1), "encode-2", 0.0)
-    assert resume_in(effects).room == 1
+    assert [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)] == [0]
 
 
 def test_with_several_ranks_a_cancelled_room_makes_way() -> None:
@@ -295,6 +296,7 @@ def test_blocks_of_a_failed_room_are_free_only_when_the_writer_says_so() -> None
     assert side.receive(AbortAck(ROOM), 0.0) == []
     assert side.sizes()["blocks_free"] == 8
     assert side.receive(AbortAck(ROOM), 0.0) == []
+    assert side.counts() == {"failed_502": 1, "status_stale": 1, "message_for_unknown_room": 1}
 
 
 def test_an_abort_is_repeated_ever_more_slowly_and_the_quarantine_is_reported_once() -> None:
@@ -383,6 +385,11 @@ def test_answers_about_unknown_peers_are_ignored() -> None:
     assert side.peer_unreachable(PEER, "", 0.0) == []
     assert side.peer_dead(PEER, 0.0) == []
     assert side.receive(Pong("encode-9", "encode-8"), 0.0) == []
+    side.request(ROOM, PEER, 0.0)
+    side.cancel(ROOM, 0.0)
+    assert side.sizes()["peers"] == 1, "its lookup is still under way"
+    assert side.peer_unreachable(PEER, "connection refused", 0.0) == []
+    assert side.sizes()["peers"] == 0
 
 
 def test_a_session_that_was_forgotten_registers_again_with_the_same_offer_once() -> None:
@@ -421,7 +428,7 @@ def test_any_word_about_a_room_counts_as_a_pong() -> None:
     side = language_side()
     resolved(side)
     for now in (5.0, 10.0, 15.0, 20.0, 25.0):
-        assert len(sent(side.tick(now))) == 1
+        assert [type(message) for message in sent(side.tick(now))] == [Ping]
         side.receive(report(Status.WAITING_FOR_INPUT, None), now + 1)
 
 
@@ -434,6 +441,16 @@ def lost_peer() -> LanguageSide:
     return side
 
 
+def test_nothing_is_sent_to_a_lost_peer_until_its_registry_has_answered() -> None:
+    side = lost_peer()
+    side.peer_unreachable(PEER, "timeout", 16.0)
+    assert side.request(8, PEER, 17.0) == [Resolve(PEER)]
+    assert [type(m) for m in sent(side.peer_resolved(PEER, ENCODE, "encode-1", 18.0))] == [
+        Register,
+        TransferEmbeddingInfo,
+    ]
+
+
 def test_silence_is_no_proof_but_a_new_instance_elsewhere_is() -> None:
     side = lost_peer()
     assert side.peer_unreachable(PEER, "timeout", 16.0) == []
@@ -442,6 +459,14 @@ def test_silence_is_no_proof_but_a_new_instance_elsewhere_is() -> None:
     side.peer_resolved(PEER, ENCODE, "encode-1", 41.0)
     assert side.sizes()["blocks_quarantined"] == 2, "it was only slow"
     side.peer_resolved(PEER, Address("encode", 2), "encode-2", 42.0)
+    assert side.sizes()["blocks_free"] == 8
+
+
+def test_a_lost_peer_is_forgotten_with_its_last_room() -> None:
+    side = lost_peer()
+    side.peer_unreachable(PEER, "timeout", 16.0)
+    side.receive(AbortAck(ROOM), 17.0)
+    assert side.sizes()["peers"] == 0
     assert side.sizes()["blocks_free"] == 8
 
 
@@ -475,13 +500,13 @@ def test_a_pong_of_another_instance_ends_the_rooms_of_the_old_one() -> None:
 
 def test_a_peer_that_nobody_has_watched_is_looked_up_again() -> None:
     side = language_side()
-    resolved(side)
-    copied_chunk(side, 8, 8)
-    assert sent(side.request(8, PEER, 10.0)), "its last word is fresh"
-    side.receive(report(Status.SUCCESS, 8, room=8), 10.0)
-    side.copied(8, 8, 8, 10.0)
-    assert side.request(9, PEER, 30.0) == [Resolve(PEER)]
-    messages = sent(side.peer_resolved(PEER, ENCODE, "encode-1", 30.0))
+    resolved(side, now=100.0)
+    copied_chunk(side, 8, 8, now=100.0)
+    assert sent(side.request(8, PEER, 115.0)), "its last word is fresh"
+    side.receive(report(Status.SUCCESS, 8, room=8), 115.0)
+    side.copied(8, 8, 8, 115.0)
+    assert side.request(9, PEER, 130.1) == [Resolve(PEER)]
+    messages = sent(side.peer_resolved(PEER, ENCODE, "encode-1", 130.1))
     assert [type(message) for message in messages] == [TransferEmbeddingInfo], "it knows us"
 
 
@@ -518,6 +543,15 @@ def test_deadlines_say_what_was_waited_for() -> None:
     resolved(side)
     side.receive(report(Status.SUCCESS, 8), 10.0)
     assert failure_of(side.tick(70.0)) == Failure(500, f"rows of room {ROOM} were not copied within 60 s")
+
+
+def test_a_report_moves_the_deadline_too() -> None:
+    side = language_side()
+    resolved(side)
+    side.receive(report(Status.TRANSFERRING, 8), 50.0)
+    side.receive(Pong("encode-1", "encode-1"), 109.0)
+    assert failure_of(side.tick(109.0)) is None
+    assert failure_of(side.tick(110.0)) is not None
 
 
 def test_progress_moves_the_deadline() -> None:
@@ -559,3 +593,23 @@ def test_auto_is_used_for_first_offers() -> None:
     (init,) = sent(side.request(8, PEER, 1.0))
     assert isinstance(init, TransferEmbeddingInfo)
     assert init.allocated_tokens == 5
+
+
+def test_a_late_failure_cannot_undo_what_has_arrived() -> None:
+    """A repeated init of a room that is over is answered with 409; here the success came first."""
+    side = language_side()
+    resolved(side)
+    side.receive(report(Status.SUCCESS, 8), 0.0)
+    used = StatusReport(ROOM, Status.FAILED, failure=Failure(409, f"room {ROOM} was used before"))
+    assert side.receive(used, 0.0) == []
+    assert only(side.copied(ROOM, 8, 8, 0.0), Deliver) == [Deliver(ROOM, 8, 1)]
+    assert side.counts() == {"status_stale": 1}
+
+
+def test_only_so_many_ended_rooms_are_remembered() -> None:
+    side = language_side(timing=Timing(max_remembered=3))
+    for room in range(5):
+        side.request(room, PEER, 0.0)
+        side.cancel(room, 0.0)
+    assert side.sizes()["remembered"] == 3
+    assert side.request(0, PEER, 0.0) == []

@@ -25,7 +25,7 @@ def fabric() -> MemoryFabric:
 
 @pytest.fixture
 def sides(fabric: MemoryFabric) -> tuple[Side, Side]:
-    return Side(fabric, "a:1", b"0123456789"), Side(fabric, "b:1", b".........." )
+    return Side(fabric, "a:1", b"0123456789"), Side(fabric, "b:1", b"..........")
 
 
 def entries(a: Side, b: Side) -> list[Entry]:
@@ -42,7 +42,11 @@ def test_bytes_move(sides: tuple[Side, Side]) -> None:
 
 def test_nothing_outside_the_registered_memory_is_touched(sides: tuple[Side, Side]) -> None:
     a, b = sides
-    for bad in (Entry(a.address, b.address + 9, 2), Entry(a.address - 1, b.address, 1), Entry(a.address, b.address, 11)):
+    for bad in (
+        Entry(a.address, b.address + 9, 2),
+        Entry(a.address - 1, b.address, 1),
+        Entry(a.address, b.address, 11),
+    ):
         with pytest.raises(LocalError, match="not in the registered memory"):
             a.plane.link("b:1").write([bad])
 
@@ -61,9 +65,7 @@ def test_too_many_entries_are_refused(sides: tuple[Side, Side]) -> None:
         (Fault.LANDS_LATE, b"..........", b"89...123.."),
     ],
 )
-def test_faults(
-    fabric: MemoryFabric, sides: tuple[Side, Side], fault: Fault, seen: bytes, in_the_end: bytes
-) -> None:
+def test_faults(fabric: MemoryFabric, sides: tuple[Side, Side], fault: Fault, seen: bytes, in_the_end: bytes) -> None:
     a, b = sides
     link = a.plane.link("b:1")
     fabric.fail_next("b:1", fault)

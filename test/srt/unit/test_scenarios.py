@@ -10,9 +10,7 @@ ONCE, RESUMED = [W, S], [W, T, S]
 
 
 def run(total: int, default: int | None, block_size: int = 128, blocks: int = 512, ranks: int = 1) -> World:
-    world = World(
-        block_size=block_size, encode_blocks=blocks, language_blocks=[blocks] * ranks, default_tokens=default
-    )
+    world = World(block_size=block_size, encode_blocks=blocks, language_blocks=[blocks] * ranks, default_tokens=default)
     world.start(7, total)
     world.settle()
     for language in world.languages:

@@ -12,12 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sglang.srt.disaggregation.mooncake.quiet_multimodal import (
-    ClosedConnections,
-    Connection,
-    is_gone,
-    open_connections,
-)
+from sglang.srt.disaggregation.mooncake.quiet_multimodal import HeldConnections, is_gone, own_sockets
 from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region, TransferError
 from sglang.srt.disaggregation.multimodal.protocol.errors import LocalError, SettingError
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
@@ -51,7 +46,7 @@ class MooncakeDataPlane:
         """Mooncake takes some settings only from the environment; what the operator has set stays."""
         if self._transport == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
-            # One connection per peer is as fast for merged entries, and `quiet_multimodal` can tell when it is drained.
+            # One connection per peer is as fast for merged entries, and makes one proof of quiet enough.
             os.environ.setdefault("MC_TCP_LANES_PER_PEER", "1")
         if ":" in self._host:
             os.environ.setdefault("MC_USE_IPV6", "1")
@@ -101,9 +96,10 @@ class MooncakeLink:
         self._plane = plane
         self._session_id = session_id
         self._engine: Any = None
-        self._baseline: frozenset[Connection] = frozenset()
-        self._connections: frozenset[Connection] = frozenset()
-        self._closed: list[ClosedConnections] = []
+        self._baseline: frozenset[str] = frozenset()
+        self._connections = HeldConnections()
+        self._holds = False
+        self._closed: list[HeldConnections] = []
 
     def write(self, entries: Sequence[Entry]) -> None:
         if not entries:
@@ -111,45 +107,50 @@ class MooncakeLink:
         if len(entries) > BATCH_LIMIT:
             raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
         if self._engine is None:
-            self._baseline = open_connections()
-            try:
-                self._engine = self._plane.make_engine()
-            except SettingError as error:
-                raise TransferError(str(error)) from error
+            self._make_engine()
         sources, destinations, lengths = (list(column) for column in zip(*entries, strict=True))
         code = self._engine.batch_transfer_sync_write(self._session_id, sources, destinations, lengths)
         if code:
             raise TransferError(f"Mooncake could not write {sum(lengths)} bytes to {self._session_id} (code {code})")
-        if not self._connections and self._plane.is_tcp:
-            self._connections = open_connections() - self._baseline
+        if self._plane.is_tcp and not self._holds:
+            # Before anything goes wrong: an engine that gives up on a connection closes it.
+            self._connections.hold_new(self._baseline)
+            self._holds = True
+
+    def _make_engine(self) -> None:
+        self._baseline, self._holds = frozenset(own_sockets()), False
+        try:
+            self._engine = self._plane.make_engine()
+        except SettingError as error:
+            raise TransferError(str(error)) from error
 
     def renew(self) -> None:
         """The new engine is made by the next write; dropping the old one ends its sending."""
-        ours = self._ours()
-        self._engine, self._connections = None, frozenset()
-        # What is still open now belongs to somebody else in this process.
-        closed = ours - open_connections()
+        ended, self._connections = self._connections, HeldConnections()
+        if self._plane.is_tcp:
+            ended.hold_new(self._baseline)
+        self._engine = None
+        ended.end_those_of_the_engine()
+        logger.warning("relay engine for %s renewed, %d connections to be drained", self._session_id, len(ended))
+        if self._plane.is_tcp:
+            self._closed.append(ended)
         if is_gone(self._session_id):
-            self._closed.clear()
-        elif self._plane.is_tcp:
-            self._closed.append(ClosedConnections(closed))
-        logger.warning("relay engine for %s renewed, %d connections closed", self._session_id, len(closed))
-
-    def _ours(self) -> frozenset[Connection]:
-        """Connections of the engine: opened since it was made, and to where its first write went if that is known."""
-        fresh = open_connections() - self._baseline
-        if self._connections:
-            remotes = {connection.remote for connection in self._connections}
-            fresh = frozenset(connection for connection in fresh if connection.remote in remotes)
-        return self._connections | fresh
+            self._forget_closed()
 
     def is_quiet(self) -> bool:
-        """Over RDMA a destroyed queue pair sends nothing; over TCP the kernel has to tell."""
-        self._closed = [closed for closed in self._closed if not closed.is_quiet()]
+        """Over RDMA a destroyed queue pair sends nothing; over TCP the peer has to have read to the end."""
+        self._closed = [closed for closed in self._closed if not closed.are_drained()]
         return not self._closed
+
+    def _forget_closed(self) -> None:
+        for closed in self._closed:
+            closed.close()
+        self._closed.clear()
 
     def close(self) -> None:
         self._engine = None
+        self._connections.close()
+        self._forget_closed()
         self._plane.forget(self)
 
 

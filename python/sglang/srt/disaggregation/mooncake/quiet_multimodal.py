@@ -1,26 +1,23 @@
-"""Proofs that nothing more can land at a peer: its process is gone, or the kernel knows the connection as drained.
+"""Proofs that nothing more can land at a peer: its process is gone, or it has read our connections to their end.
 
 Mooncake's `-1` does not stop a write: bytes lie in socket buffers, and the peer's engine writes them to its memory when
-it gets to them, even after our engine is gone. But the peer closes its end only after it has read everything up to our
-end-of-file, and our kernel knows when it did: the connection is then in TIME_WAIT (or the peer had closed first).
+it gets to them, even after our engine is gone. But the peer's engine closes its end of a connection when it has read
+our end-of-file, and not before. So we keep the engine's connections open past the engine's own end, send that
+end-of-file ourselves, and wait for the peer's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 
-_TABLES: Final = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
-
 _PROBE_TIMEOUT: Final = 2.0
-
-_LISTEN: Final = "0A"
-# TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING: in all of them the peer has closed its end.
-_PEER_CLOSED: Final = frozenset({"06", "08", "09", "0B"})
+_TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 
 
 def is_refused(address: Address) -> bool:
@@ -42,59 +39,86 @@ def is_gone(session_id: str) -> bool:
     return is_refused(Address(host.removeprefix("[").removesuffix("]"), int(port)))
 
 
-class Connection(NamedTuple):
-    """Both ends, as the kernel prints them."""
-
-    local: str
-    remote: str
-
-
-class _Row(NamedTuple):
-    connection: Connection
-    state: str
-    inode: str
-
-
-def _rows() -> Iterator[_Row]:
-    for table in _TABLES:
-        try:
-            with open(table) as lines:
-                next(lines)
-                for line in lines:
-                    fields = line.split()
-                    yield _Row(Connection(fields[1], fields[2]), fields[3], fields[9])
-        except OSError:
-            continue  # no IPv6, or no /proc: then nothing is proven
-
-
-def _own_sockets() -> set[str]:
-    inodes = set()
+def own_sockets() -> dict[str, int]:
+    """The sockets of this process: what the kernel calls them, and a descriptor of each."""
+    sockets = {}
     for name in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):  # closed meanwhile
             target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # closed meanwhile
-        if target.startswith("socket:["):
-            inodes.add(target[len("socket:[") : -1])
-    return inodes
+            if target.startswith("socket:"):
+                sockets[target] = int(name)
+    return sockets
 
 
-def open_connections() -> frozenset[Connection]:
-    """Every TCP connection that this process holds right now."""
-    own = _own_sockets()
-    return frozenset(row.connection for row in _rows() if row.inode in own and row.state != _LISTEN)
+class HeldConnections:
+    """TCP connections of an engine, held by descriptors of our own."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, socket.socket] = {}
+        self._proven_any = False
+
+    def hold_new(self, baseline: frozenset[str]) -> None:
+        """Hold what was opened since `baseline`; it may be more than the engine's."""
+        for name, descriptor in own_sockets().items():
+            if name not in baseline and name not in self._held:
+                with contextlib.suppress(OSError):
+                    connection = socket.socket(fileno=os.dup(descriptor))
+                    if _is_tcp_connection(connection):
+                        self._held[name] = connection
+                    else:
+                        connection.close()
+
+    def end_those_of_the_engine(self) -> None:
+        """After the engine is gone: what only we hold now was the engine's; what others hold too is theirs."""
+        mine = {connection.fileno() for connection in self._held.values()}
+        others = {name for name, descriptor in _all_descriptors() if descriptor not in mine}
+        for name in [name for name in self._held if name in others]:
+            self._held.pop(name).close()
+        for connection in self._held.values():
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # it ended already; reading tells
+                connection.shutdown(socket.SHUT_WR)
+
+    def are_drained(self) -> bool:
+        """Whether the peer has closed every one of them. Having held none proves nothing."""
+        for name, connection in list(self._held.items()):
+            if _has_ended(connection):
+                self._held.pop(name).close()
+                self._proven_any = True
+        return self._proven_any and not self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def close(self) -> None:
+        for connection in self._held.values():
+            connection.close()
+        self._held.clear()
 
 
-class ClosedConnections:
-    """Connections that we have closed, until it is proven that the peer has read them to their end."""
+def _all_descriptors() -> Iterator[tuple[str, int]]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            yield os.readlink(f"/proc/self/fd/{name}"), int(name)
 
-    def __init__(self, connections: frozenset[Connection]) -> None:
-        self._waiting = set(connections)
-        # Not having seen a connection proves nothing about the one that carried the write.
-        self._proven = bool(connections)
 
-    def is_quiet(self) -> bool:
-        if self._proven and self._waiting:
-            ended = {row.connection for row in _rows() if row.state in _PEER_CLOSED}
-            self._waiting -= ended
-        return self._proven and not self._waiting
+def _is_tcp_connection(connection: socket.socket) -> bool:
+    try:
+        connection.getpeername()
+    except OSError:
+        return False  # it listens, or was never connected
+    return connection.family in _TCP_FAMILIES and connection.type == socket.SOCK_STREAM
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Read what the peer still says, acknowledgements of writes, up to its end-of-file."""
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True  # reset: the peer has closed it without reading on
+    except OSError:
+        return False  # a timeout, for example, says nothing about the peer
+    return True

@@ -16,11 +16,12 @@ logger = logging.getLogger(__name__)
 
 # How long a retry waits for proof that the failed write is over. A healthy peer gives it within milliseconds.
 _RETRY_PATIENCE: Final = 2.0
-# After this long the kernel has forgotten the closed connections: no proof can come any more.
-_PROOF_EXPIRES: Final = 75.0
+# A peer that is stopped or cut off for longer keeps its blocks in quarantine: its operator will restart it anyway.
+_PROOF_EXPIRES: Final = 3600.0
 _LOOK_EVERY: Final = 0.1
-# Longer than a write or a watch can take, so that an unused worker is rarely a busy one.
+# Longer than a write can take, so that an unused worker is rarely a busy one.
 IDLE_SECONDS: Final = 90.0
+_LOOK_SELDOM: Final = 5.0
 
 Write = Callable[[Link], None]
 Done = Callable[[str], None]
@@ -139,7 +140,7 @@ class TransferWorker(threading.Thread):
     def _work(self, link: Link) -> None:
         while True:
             try:
-                job = self._jobs.get(timeout=None if self._watch_until is None else _LOOK_EVERY)
+                job = self._jobs.get(timeout=self._patience())
             except Empty:
                 self._look_for_proof(link)
                 continue
@@ -157,6 +158,13 @@ class TransferWorker(threading.Thread):
             finally:
                 self._is_working = False
                 done(problem)
+
+    def _patience(self) -> float | None:
+        """How long to wait for a job: proof comes within moments, or when somebody has done something about it."""
+        if self._watch_until is None:
+            return None
+        watched = time.monotonic() - (self._watch_until - _PROOF_EXPIRES)
+        return min(_LOOK_SELDOM, _LOOK_EVERY + watched / 10)
 
     def _attempt(self, link: Link, write: Write) -> str:
         if self._stopped:

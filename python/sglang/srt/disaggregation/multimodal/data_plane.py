@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from sglang.srt.disaggregation.multimodal.protocol.errors import RelayError
 
+
 class TransferError(RelayError):
     """A write was not confirmed. It may still land, whole or in part: see `Link.renew` and `Link.is_quiet`."""
 

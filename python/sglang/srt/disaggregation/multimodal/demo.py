@@ -190,7 +190,8 @@ def summary(answer: Answer, language: TransferReport, encode: TransferReport, de
 def _keep(cluster: LocalCluster, reporter: Reporter) -> None:
     reporter.say(f"the router listens at {cluster.url}/v1/chat/completions; Ctrl-C stops everything")
     for member in cluster.members:
-        reporter.say(f"  {member.name}: {member.url}, log {member.log}")
+        reporter.say(f"  {member.name}: {member.url}, log {member.log}, started with")
+        reporter.say(f"    {member.command_line()}")
     while all(member.returncode() is None for member in cluster.members):
         time.sleep(1)
     ended = [member.name for member in cluster.members if member.returncode() is not None]

@@ -120,10 +120,22 @@ def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
 # ---- tokenizer manager
 
 
-def one_answer_per_prompt(original: Original, manager: Any, obj: Any, request: Any = None) -> Any:
-    if modes.current() == modes.ENCODE:
-        modes.ask_for_one_sample(obj)
-    return original(manager, obj, request)
+def generate(original: Original, manager: Any, obj: Any, request: Any = None) -> Any:
+    mode = modes.current()
+    if mode is None:
+        return original(manager, obj, request)
+    from sglang.srt.disaggregation.multimodal import roles
+
+    if mode == modes.ENCODE:
+        modes.ask_for_rows_only(obj)
+    return roles.generate_or_tell(original, manager, obj, request)
+
+
+def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
+    if modes.current() is not None and (state := manager.rid_to_state.get(rid)) is not None:
+        from sglang.srt.disaggregation.multimodal import roles
+
+        roles.note_dispatched(state.obj)
 
 
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
@@ -131,7 +143,7 @@ async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
         case modes.ENCODE:
             from sglang.srt.disaggregation.multimodal import multimodal_embedding
 
-            return await multimodal_embedding.tokenize_or_refuse(original, manager, obj)
+            return await multimodal_embedding.tokenize(original, manager, obj)
         case modes.LANGUAGE:
             from sglang.srt.disaggregation.multimodal import multimodal_language
 
@@ -180,12 +192,15 @@ def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
 
 def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, **_: Any) -> bool:
     role = scheduler.embedding_relay
-    return idle if role is None or for_health_check else bool(idle and role.is_idle())
+    if role is None or for_health_check:
+        return idle
+    role.scheduler_idle = idle
+    return bool(idle and role.is_idle())
 
 
 def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
     if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.abort(recv_req)
+        scheduler.embedding_relay.hear_abort(recv_req)
 
 
 def close_role(_result: Any, scheduler: Any) -> None:
@@ -213,7 +228,8 @@ HOOKS: Final = (
     ),
     Hook("sglang.srt.configs.model_config.ModelConfig.from_server_args", keep_one_half, HookType.AFTER),
     Hook("sglang.srt.model_loader.loader._initialize_model", build_without_tower, HookType.AROUND),
-    Hook(f"{_TOKENIZER_MANAGER}.generate_request", one_answer_per_prompt, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
     Hook(f"{_SCHEDULER}.init_model_worker", restore_prompt_limits, HookType.AFTER),
     Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -80,6 +81,10 @@ class LocalProcess:
         if self._process is None:
             raise RuntimeError(f"{self.name} has not been started")
         return self._process.pid
+
+    def command_line(self) -> str:
+        """As one would type it."""
+        return shlex.join([*(f"{name}={value}" for name, value in dict(self.environ).items()), *self.command])
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

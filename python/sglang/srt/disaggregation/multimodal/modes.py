@@ -47,15 +47,35 @@ def _add_member(cls: type[enum.Enum], name: str, value: str) -> None:
     cls._value2member_map_[value] = member
 
 
-def ask_for_one_sample(obj: Any) -> None:
-    """`n` samples share one embedding: the encode half of such a request is one request.
+# What only the language half can serve. An encode instance without the flag for it must not refuse the request.
+_GENERATION_FIELDS: Final = {
+    "custom_logit_processor": None,
+    "lora_path": None,
+    "max_thinking_tokens": None,
+    "return_hidden_states": False,
+    "return_routed_experts": False,
+    "return_sampling_mask": False,
+    "session_params": None,
+}
+_GRAMMARS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
 
-    The router numbers samples (`n` rooms for one prompt); the language side asks for the first of them only.
+
+def ask_for_rows_only(obj: Any) -> None:
+    """The encode half of a request: its prompt and its images, and nothing about what will be generated.
+
+    `n` samples share one embedding: here they are one request. The router numbers samples (`n` rooms for one prompt);
+    the language side asks for the first of them only.
     """
-    params = getattr(obj, "sampling_params", None)
+    if not hasattr(obj, "bootstrap_room"):
+        return  # a request for an embedding model, which SGLang refuses
+    for field, nothing in _GENERATION_FIELDS.items():
+        setattr(obj, field, nothing)
+    params = obj.sampling_params
     for one in params if isinstance(params, list) else [params]:
         if isinstance(one, dict):
             one["n"] = 1
+            for grammar in _GRAMMARS:
+                one.pop(grammar, None)
     prompts = obj.text if obj.text is not None else obj.input_ids
     is_batch = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
     for field in ("bootstrap_host", "bootstrap_port", "bootstrap_room"):

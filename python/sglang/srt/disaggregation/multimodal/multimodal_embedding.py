@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -18,7 +18,7 @@ from sglang.srt.disaggregation.multimodal.protocol.errors import (
     Failure,
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Refusal, Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -27,24 +27,18 @@ logger = logging.getLogger(__name__)
 # ---- in the tokenizer manager
 
 
-# A request that was refused before it became one travels to the scheduler all the same, because the scheduler is what
-# can tell the language side. SGLang has no field for that; this one is its own but unused.
-_REFUSAL_FIELD: Final = "bootstrap_pair_key"
+async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
+    """Around SGLang's tokenizing and image processing: whatever that raises about an image is the request's fault.
 
-
-async def tokenize_or_refuse(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Around SGLang's tokenizing and image processing: a failure must reach the language side too, at once."""
-    if obj.bootstrap_room is None or not obj.contains_mm_input():
-        return await original(manager, obj)
+    SGLang answers a ValueError with 400. Anything else would be a 500, after which the router tries the same image on
+    the next instance, and then takes both for ill.
+    """
     try:
         return await original(manager, obj)
-    except Exception as error:  # whatever an image processor raises about an image is the request's fault
-        logger.info("room=%d refused: %s", obj.bootstrap_room, error)
-        refusal = Failure(getattr(error, "status_code", BAD_REQUEST), str(error) or type(error).__name__)
-        obj.sampling_params = {}
-        stub = manager._create_tokenized_object(obj, "", [0])
-        setattr(stub, _REFUSAL_FIELD, msgspec.json.encode(refusal).decode())
-        return stub
+    except Exception as error:
+        if isinstance(error, ValueError) or hasattr(error, "status_code") or not obj.contains_mm_input():
+            raise
+        raise ValueError(str(error) or f"the prompt and its images do not fit ({type(error).__name__})") from error
 
 
 # ---- in the scheduler
@@ -90,7 +84,8 @@ class EncodeRole(Role):
     def take_over(self, recv_req: Any) -> bool:
         failure = self._reason_to_refuse(recv_req)
         if failure is None:
-            _forget_generation(recv_req)
+            # Not earlier: the server in front of us gives a client that asked for them their (empty) places.
+            recv_req.return_logprob = False
             return False
         if recv_req.bootstrap_room is not None and not is_local(recv_req):
             MooncakeEmbeddingSender(self.manager, recv_req.bootstrap_room).refuse(failure)
@@ -100,8 +95,6 @@ class EncodeRole(Role):
     def _reason_to_refuse(self, recv_req: Any) -> Failure | None:
         if not self.manager.healthy():
             return Failure(UNAVAILABLE, f"the encode instance is ill: {self.manager.unhealthy_reason}")
-        if refusal := getattr(recv_req, _REFUSAL_FIELD):
-            return msgspec.json.decode(refusal, type=Failure)
         if recv_req.bootstrap_room is None and not is_local(recv_req):
             return Failure(BAD_REQUEST, f"Disaggregated request received without bootstrap room id. {recv_req.rid=}")
         return None
@@ -114,13 +107,20 @@ class EncodeRole(Role):
             self._finish(req)
             return True
         sender = MooncakeEmbeddingSender(self.manager, req.bootstrap_room)
-        if req.to_finish is not None:
-            failure = Failure(req.to_finish.status_code or BAD_REQUEST, req.to_finish.message)
+        failure = self._flaw(req)
+        if failure is None:
+            self.bootstrap_queue.add(EncodeRequest(req, sender))
+        else:
             sender.refuse(failure)
             self._finish(req, failure)
-        else:
-            self.bootstrap_queue.add(EncodeRequest(req, sender))
         return True
+
+    def _flaw(self, req: Any) -> Failure | None:
+        if req.to_finish is not None:
+            return Failure(req.to_finish.status_code or BAD_REQUEST, req.to_finish.message)
+        if any(item.offsets is None for item in req.multimodal_inputs.mm_items):
+            return Failure(INTERNAL, f"SGLang's processor for {self.tower.name} does not say which tokens are media")
+        return None
 
     def step(self) -> None:
         if self.manager.drain_events():
@@ -138,13 +138,11 @@ class EncodeRole(Role):
         batch = self.tower.next_batch([request.req for request in self.tower_queue])
         requests, self.tower_queue = self.tower_queue[: len(batch)], self.tower_queue[len(batch) :]
         try:
-            rows = self.tower.encode(batch)
+            send_embedding_chunk(requests, self.tower.encode(batch))
         except Exception as error:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
             for request in requests:
                 request.sender.refuse(Failure(INTERNAL, f"the vision tower failed: {error}"))
-        else:
-            send_embedding_chunk(requests, rows)
         self.inflight += requests
 
     def _finish_ended(self) -> None:
@@ -168,7 +166,10 @@ class EncodeRole(Role):
     def abort(self, recv_req: Any) -> None:
         for request in (*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight):
             if aborted(recv_req, request.req.rid):
-                request.sender.refuse(Failure(CLIENT_GONE, "the client of the encode half is gone"))
+                request.sender.refuse(Failure(CLIENT_GONE, "the encode half of the request was aborted"))
+
+    def refuse(self, refusal: Refusal) -> None:
+        MooncakeEmbeddingSender(self.manager, refusal.room).refuse(refusal.failure)
 
     def is_idle(self) -> bool:
         return not (self.bootstrap_queue.queue or self.tower_queue or self.inflight)
@@ -181,10 +182,3 @@ def send_embedding_chunk(requests: list[EncodeRequest], rows: list[list[Any]]) -
     """Give every request's rows to its transfer; from here on the transfer workers do the rest."""
     for request, embeddings in zip(requests, rows, strict=True):
         request.sender.send_embedding(media.source_rows(request.req, embeddings))
-
-
-def _forget_generation(recv_req: Any) -> None:
-    """What only the language half needs would cost time here, or fail here for no reason."""
-    recv_req.return_logprob = False
-    params = recv_req.sampling_params
-    params.json_schema = params.regex = params.ebnf = params.structural_tag = None

@@ -14,7 +14,7 @@ from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows
 from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Refusal, Role, aborted, is_local
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,16 @@ class MultimodalLanguageRequest:
     """One room: its end of the transfer, and everyone who waits for its rows.
 
     With `n > 1` SGLang asks `n + 1` times for one room, first once to fill the prefix cache. The rows are received
-    once, by the first, and kept until the last has had them.
+    once, by the first, and kept until the last has had them. So is a failure: a stream asks on after it.
     """
 
-    def __init__(self, receiver: MooncakeEmbeddingReceiver, uses: int) -> None:
+    def __init__(self, receiver: MooncakeEmbeddingReceiver) -> None:
         self.receiver = receiver
-        self.uses_left = uses
+        self.uses_left = 1
         self.waiting: list[Any] = []
+        self.refusal: Failure | None = None
         self.rows: ReceivedRows | None = None
-        self.ready_since = 0.0
+        self.over_since = 0.0
 
 
 class MultimodalLanguagePreallocQueue:
@@ -76,12 +77,19 @@ class MultimodalLanguagePreallocQueue:
         self.queue: dict[int, MultimodalLanguageRequest] = {}
 
     def add(self, recv_req: Any) -> None:
-        peer = str(Address(recv_req.bootstrap_host, recv_req.bootstrap_port))
-        receiver = MooncakeEmbeddingReceiver(self.manager, peer, recv_req.bootstrap_room)
-        request = MultimodalLanguageRequest(receiver, uses_of_room(recv_req))
+        request = self._open(recv_req.bootstrap_host, recv_req.bootstrap_port, recv_req.bootstrap_room)
+        request.uses_left = uses_of_room(recv_req)
         request.waiting.append(recv_req)
-        self.queue[recv_req.bootstrap_room] = request
-        receiver.start()
+
+    def add_refusal(self, refusal: Refusal, port: int) -> None:
+        """An encode instance must be found before it can be told that nobody wants its rows: it takes its turn."""
+        self._open(str(refusal.host), port, refusal.room).refusal = refusal.failure
+
+    def _open(self, host: str, port: int, room: int) -> MultimodalLanguageRequest:
+        request = MultimodalLanguageRequest(MooncakeEmbeddingReceiver(self.manager, str(Address(host, port)), room))
+        self.queue[room] = request
+        request.receiver.start()
+        return request
 
     def pop_preallocated(self) -> dict[int, MultimodalLanguageRequest]:
         """Rooms whose blocks are reserved and announced to the encode side, and those that failed before."""
@@ -138,31 +146,37 @@ class LanguageRole(Role):
 
     def _park(self, recv_req: Any) -> None:
         room = recv_req.bootstrap_room
-        if recv_req.bootstrap_port is None:
-            recv_req.bootstrap_port = self.scheduler.server_args.disaggregation_bootstrap_port
-        known = self.shared.get(room) or self.transfer_queue.queue.get(room) or self.prealloc_queue.queue.get(room)
-        if known is None:
-            self.prealloc_queue.add(recv_req)
-        elif known.rows is not None:
-            self._use(known, recv_req)
+        recv_req.bootstrap_port = self._port(recv_req.bootstrap_port)
+        if (over := self.shared.get(room)) is not None:
+            self._use(over, recv_req)
+        elif (parked := self._parked(room)) is not None:
+            parked.waiting.append(recv_req)
         else:
-            known.waiting.append(recv_req)
+            self.prealloc_queue.add(recv_req)
+
+    def _parked(self, room: int) -> MultimodalLanguageRequest | None:
+        return self.transfer_queue.queue.get(room) or self.prealloc_queue.queue.get(room)
+
+    def _port(self, port: int | None) -> int:
+        return int(self.scheduler.server_args.disaggregation_bootstrap_port if port is None else port)
 
     def step(self) -> None:
         if self.manager.drain_events():
-            self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
+            announced = self.prealloc_queue.pop_preallocated()
+            for request in announced.values():
+                if request.refusal is not None:
+                    request.receiver.abort(request.refusal)
+            self.transfer_queue.extend(announced)
             for room, request in self.transfer_queue.pop_transferred().items():
                 self._hand_over(room, request)
         self._forget_unused()
 
     def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
-        failure = request.receiver.failure()
-        if failure is not None:
-            for recv_req in request.waiting:
-                self.answer_with_failure(recv_req, failure)
-            return
-        request.rows = request.receiver.rows()
-        request.ready_since = time.monotonic()
+        if not request.waiting:
+            return  # nobody wants it any more
+        if request.receiver.failure() is None:
+            request.rows = request.receiver.rows()
+        request.over_since = time.monotonic()
         self.shared[room] = request
         for recv_req in request.waiting:
             self._use(request, recv_req)
@@ -170,10 +184,13 @@ class LanguageRole(Role):
 
     def _use(self, request: MultimodalLanguageRequest, recv_req: Any) -> None:
         """From here on SGLang sees an ordinary request whose embeddings were computed beforehand."""
-        assert request.rows is not None
         request.uses_left -= 1
         if request.uses_left == 0:
             self.shared.pop(recv_req.bootstrap_room, None)
+        if (failure := request.receiver.failure()) is not None:
+            self.answer_with_failure(recv_req, failure)
+            return
+        assert request.rows is not None
         recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(request.rows)
         recv_req.need_wait_for_mm_inputs = False
         self.scheduler.handle_generate_request(recv_req)
@@ -183,16 +200,20 @@ class LanguageRole(Role):
         if not self.shared:
             return
         oldest = time.monotonic() - self.keep_shared_s
-        self.shared = {room: request for room, request in self.shared.items() if request.ready_since > oldest}
+        self.shared = {room: request for room, request in self.shared.items() if request.over_since > oldest}
 
     def abort(self, recv_req: Any) -> None:
-        gone = Failure(CLIENT_GONE, "the client is gone")
+        gone = Failure(CLIENT_GONE, "the request was aborted")
         for request in (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values()):
             for waiting in [one for one in request.waiting if aborted(recv_req, one.rid)]:
                 request.waiting.remove(waiting)
                 self.answer_with_failure(waiting, gone)
             if not request.waiting:
                 request.receiver.abort(gone)
+
+    def refuse(self, refusal: Refusal) -> None:
+        if refusal.host is not None and self._parked(refusal.room) is None:
+            self.prealloc_queue.add_refusal(refusal, self._port(refusal.port))
 
     def is_idle(self) -> bool:
         return not (self.prealloc_queue.queue or self.transfer_queue.queue)

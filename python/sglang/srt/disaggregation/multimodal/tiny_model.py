@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HIDDEN = 256
-VISION_HIDDEN = 128
-LAYERS = 2
+HEAD_SIZE, VISION_HEAD_SIZE = 64, 32
 # Random prompts of a benchmark are drawn from the vocabulary; a large one keeps them away from the special tokens.
 WORDS = 8000
 
@@ -61,10 +59,23 @@ CHAT_TEMPLATE = """\
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large each half is. Nothing but a comparison of memory needs more than the default."""
+
+    hidden: int = 256
+    layers: int = 2
+    vision_hidden: int = 128
+    vision_layers: int = 4
+
+
+TINY = Size()
+
+
+@dataclass(frozen=True)
 class Family:
     """What differs between two model families."""
 
-    build: Callable[[dict[str, int], int], PreTrainedModel]
+    build: Callable[[dict[str, int], int, Size], PreTrainedModel]
     patch_size: int
     processor: str
     image_mean: tuple[float, float, float]
@@ -76,15 +87,15 @@ class Family:
         return 2 * self.patch_size
 
 
-def _text_config(ids: dict[str, int], vocab_size: int) -> dict[str, Any]:
+def _text_config(ids: dict[str, int], vocab_size: int, size: Size) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
+        "hidden_size": size.hidden,
+        "intermediate_size": 2 * size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // HEAD_SIZE,
+        "num_key_value_heads": size.hidden // HEAD_SIZE // 2,
+        "head_dim": HEAD_SIZE,
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [8, 12, 12]},
         "bos_token_id": ids["<|endoftext|>"],
@@ -106,35 +117,36 @@ def _top_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-_VISION_CONFIG = {
-    "depth": 4,
-    "hidden_size": VISION_HIDDEN,
-    "intermediate_size": 2 * VISION_HIDDEN,
-    "num_heads": 4,
-    "out_hidden_size": HIDDEN,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "initializer_range": 0.08,
-}
+def _vision_config(size: Size) -> dict[str, Any]:
+    return {
+        "depth": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": 2 * size.vision_hidden,
+        "num_heads": size.vision_hidden // VISION_HEAD_SIZE,
+        "out_hidden_size": size.hidden,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": 0.08,
+    }
 
 
-def _qwen2_5_vl(ids: dict[str, int], vocab_size: int) -> PreTrainedModel:
+def _qwen2_5_vl(ids: dict[str, int], vocab_size: int, size: Size) -> PreTrainedModel:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    vision = _VISION_CONFIG | {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1, 3]}
-    config = Qwen2_5_VLConfig(text_config=_text_config(ids, vocab_size), vision_config=vision, **_top_config(ids))
+    vision = _vision_config(size) | {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+    config = Qwen2_5_VLConfig(text_config=_text_config(ids, vocab_size, size), vision_config=vision, **_top_config(ids))
     return Qwen2_5_VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
-def _qwen3_vl(ids: dict[str, int], vocab_size: int) -> PreTrainedModel:
+def _qwen3_vl(ids: dict[str, int], vocab_size: int, size: Size) -> PreTrainedModel:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = _VISION_CONFIG | {
+    vision = _vision_config(size) | {
         "patch_size": 16,
         "num_position_embeddings": 2304,
         "deepstack_visual_indexes": [1, 2],
     }
-    config = Qwen3VLConfig(text_config=_text_config(ids, vocab_size), vision_config=vision, **_top_config(ids))
+    config = Qwen3VLConfig(text_config=_text_config(ids, vocab_size, size), vision_config=vision, **_top_config(ids))
     return Qwen3VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
@@ -156,12 +168,12 @@ FAMILIES = {
 }
 
 
-def make(out: Path, family: str = "qwen2_5_vl", seed: int = 0) -> Path:
+def make(out: Path, family: str = "qwen2_5_vl", seed: int = 0, size: Size = TINY) -> Path:
     """Write the model into `out` and return it."""
     recipe = FAMILIES[family]
     out.mkdir(parents=True, exist_ok=True)
     ids, vocab_size = _write_tokenizer(out)
-    _write_weights(out, recipe, ids, vocab_size, seed)
+    _write_weights(out, lambda: recipe.build(ids, vocab_size, size), seed)
     _write_processor(out, recipe)
     return out
 
@@ -216,12 +228,12 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def _write_weights(out: Path, recipe: Family, ids: dict[str, int], vocab_size: int, seed: int) -> None:
+def _write_weights(out: Path, build: Callable[[], PreTrainedModel], seed: int) -> None:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = recipe.build(ids, vocab_size).bfloat16()
+        model = build().bfloat16()
     model.save_pretrained(out)
     # safetensors makes it readable by its owner alone, which surprises a server that runs as somebody else.
     (out / "model.safetensors").chmod(0o644)

@@ -20,6 +20,7 @@ class VisionTower:
         self.model = model
         self.device = device
         self.batch_tokens = batch_tokens
+        self.name = type(model).__name__
 
     @classmethod
     def of(cls, scheduler: Any) -> VisionTower:
@@ -72,7 +73,7 @@ class VisionTower:
         name = f"get_{modality.name.lower()}_feature"
         function = getattr(self.model, name, None)
         if function is None:
-            raise RuntimeError(f"{type(self.model).__name__} has no {name}")
+            raise RuntimeError(f"{self.name} has no {name}")
         return function
 
 

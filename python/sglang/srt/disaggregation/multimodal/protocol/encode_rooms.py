@@ -131,9 +131,13 @@ class EncodeRooms:
     def _report_chunk(self, sender: SenderRoom, now: float) -> list[EncodeEffect]:
         effects: list[EncodeEffect] = []
         for destination in sender.unfinished:
+            blocks, report = destination.blocks, sender.report_chunk(destination)
+            effects.append(Send(destination.address, report))
             if session := self._sessions.get(destination.session_id):
-                session.end_offer(sender.room, destination.blocks)
-            effects.append(Send(destination.address, sender.report_chunk(destination)))
+                session.end_offer(sender.room, blocks)
+                if destination.finished:
+                    # It may fall silent now, while another rank still gets rows.
+                    session.rooms.discard(sender.room)
         before = sender.status
         sender.move(Status.TRANSFERRING if sender.unfinished else Status.SUCCESS)
         if sender.status is not before:

@@ -203,7 +203,12 @@ class LanguageNode:
                 self._check_delivery(effect)
 
     def _check_offer(self, info: TransferEmbeddingInfo) -> None:
+        before = next((offer for offer in reversed(self.offers) if offer.room == info.room), None)
         self.offers.append(info)
+        if before is not None and len(info.dst_embedding_indices) > len(before.dst_embedding_indices):
+            sizes = self.core.sizes()
+            if sizes["waiting_for_blocks"] or not sizes["blocks_free"]:
+                raise Violation(f"L2: room {info.room} grows at the expense of others: {sizes}")
         if any(self.pool.owner_of(block) != info.room for block in info.dst_embedding_indices):
             raise Violation(f"S2: room {info.room} offers blocks that are not its own")
 
