@@ -33,7 +33,9 @@ def warm() -> None:
 def nothing_left(warm: None) -> Iterator[None]:
     """No thread of ours, no eventfd and no socket may outlive the tests of a module."""
     from support.leftovers import Leftovers
+    from support.loopback import finish_stopping
 
     before = Leftovers.now()
     yield
+    finish_stopping()
     before.assert_same()

@@ -102,12 +102,27 @@ class EncodeInstance:
         self._process.join()
 
     def stop(self) -> None:
+        """Begin to stop: an engine takes a second for it, and the next test need not wait."""
         if self._process.is_alive():
-            problem = self.ask("stop")
-            self._process.join()
+            self._pipe.send(("stop",))
+        _stopping.append(self)
+
+    def finish(self) -> None:
+        """Hear whether it left anything behind."""
+        if self._process.exitcode is None:
+            problem = self._pipe.recv()
             assert problem is None, problem
+        self._process.join()
         self._pipe.close()
         self._process.close()
+
+
+_stopping: list[EncodeInstance] = []
+
+
+def finish_stopping() -> None:
+    while _stopping:
+        _stopping.pop().finish()
 
 
 @contextmanager
