@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +132,22 @@ def test_an_error_in_the_body_stops_the_cluster(server: Start) -> None:
     with pytest.raises(KeyboardInterrupt), LocalCluster(process.url, [[process]]):
         raise KeyboardInterrupt
     assert process.group_members() == []
+
+
+def test_an_interrupt_while_a_server_is_spawned_waits_until_its_pid_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spawn = subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        child = spawn(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    process = LocalProcess("server", [sys.executable, "-c", "import time; time.sleep(60)"], "", tmp_path / "log")
+    with pytest.raises(KeyboardInterrupt):
+        process.start()
+    assert process.group_members() == [process.pid]
+    process.kill_group()
+    process.reap()

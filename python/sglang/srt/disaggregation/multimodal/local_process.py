@@ -9,10 +9,11 @@ import shlex
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 # Below the ephemeral range (an outgoing connection would take the port before the server binds it), and beside the
@@ -89,7 +90,7 @@ class LocalProcess:
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, _signals_later():
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -144,6 +145,29 @@ class LocalProcess:
     def group_members(self) -> list[int]:
         """The running processes of the group, zombies left out: those wait for their parent only."""
         return [] if self._process is None else list(_group_members(self._process.pid))
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """An interrupt between a fork and the note of its pid would leave a process behind that nobody stops.
+
+    A blocked signal would stay blocked in the child; a handler of ours does not outlive its exec.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    came: list[int] = []
+    kept = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def wait_all_ready(processes: Iterable[LocalProcess], seconds: float, progress: Progress = silent) -> None:
