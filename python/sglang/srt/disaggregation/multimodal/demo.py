@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"sglang-relay demo: {missing}", file=sys.stderr)
         return 2
     # A service manager's stop is cleaned up after like a Ctrl-C.
+    # Both by name: a shell starts what it puts into the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, _exit_on_signal)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     reporter = Reporter()
     logs = Path(tempfile.mkdtemp(prefix="sglang-relay-demo-"))
