@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
 from sglang.srt.disaggregation.multimodal.chat_client import Answer, ask, chat_body, post
 from sglang.srt.disaggregation.multimodal.local_cluster import HOST, LocalCluster
+from sglang.srt.disaggregation.multimodal.local_numbers import numbers_of
 from sglang.srt.disaggregation.multimodal.local_process import free_ports
 from support import servers
+from support.patience import wait_until
 from support.questions import Question, squares, stories
 
 FAMILY = "qwen2_5_vl"
@@ -24,6 +27,7 @@ CONTEXT = 1200
 BLOCK, BLOCKS, DEFAULT = 16, 6, 32
 DEADLINE = 8  # seconds, for everything that waits for somebody who does not come
 AT_ONCE = DEADLINE / 2  # too soon for a half that nobody told
+MOST_WAITING = 12
 
 seeds = itertools.count(1000)
 
@@ -33,10 +37,11 @@ def pair(logs: Path) -> Iterator[LocalCluster]:
     options = servers.options(
         tiny_model.cached(FAMILY),
         logs,
-        *("--context-length", str(CONTEXT)),
+        *("--context-length", str(CONTEXT), "--enable-metrics"),
         SGLANG_EMBEDDING_CACHE_BLOCK_SIZE=str(BLOCK),
         SGLANG_EMBEDDING_CACHE_BUFFER_SIZE=str(BLOCKS),
         SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE=str(DEFAULT),
+        SGLANG_EMBEDDING_MAX_WAITING_REQUESTS=str(MOST_WAITING),
         SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT=str(DEADLINE),
         SGLANG_DISAGGREGATION_WAITING_TIMEOUT=str(DEADLINE),
     )
@@ -125,23 +130,28 @@ def bootstrap_port(pair: LocalCluster) -> int:
     return int(command[command.index("--disaggregation-bootstrap-port") + 1])
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 3 * DEADLINE
-    while not condition():
-        assert time.monotonic() < give_up, "it did not happen in time"
-        time.sleep(0.1)
+def to_half_alone(pair: LocalCluster, half: str, port: int, room: int, **options: object) -> Answer:
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
+    url = f"{pair[half].url}/v1/chat/completions"
+    return post(url, chat_body([squares(FAMILY, 4, 4, 4)], "what", **where, **options))
 
 
 def to_language_alone(pair: LocalCluster, port: int, room: int) -> Answer:
-    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
-    url = f"{pair['language'].url}/v1/chat/completions"
-    return post(url, chat_body([squares(FAMILY, 4, 4, 4)], "what", **where))
+    return to_half_alone(pair, "language", port, room)
 
 
 def test_a_registry_that_is_not_there(pair: LocalCluster) -> None:
     (port,) = free_ports(1)
     answer = to_language_alone(pair, port, room=1)
     refused(answer, 502, str(port), within=2 * DEADLINE)
+
+
+def test_a_stream_that_has_begun_ends_with_the_reason_too(pair: LocalCluster) -> None:
+    """Its status line is out when the scheduler says what is wrong: an event says it."""
+    (port,) = free_ports(1)
+    answer = to_half_alone(pair, "language", port, room=11, stream=True)
+    assert "502" in str(answer.body)
+    assert str(port) in str(answer.body)
 
 
 def test_a_registry_that_does_not_answer(pair: LocalCluster) -> None:
@@ -166,7 +176,22 @@ def test_a_client_that_goes_away(pair: LocalCluster) -> None:
 
 
 def test_an_encode_half_without_its_language_half(pair: LocalCluster) -> None:
-    url = f"{pair['encode'].url}/v1/chat/completions"
-    where = {"bootstrap_host": HOST, "bootstrap_port": 1, "bootstrap_room": 4}
-    answer = post(url, chat_body([squares(FAMILY, 4, 4, 5)], "what", **where))
+    answer = to_half_alone(pair, "encode", 1, room=4)
     refused(answer, 502, "room 4", within=2 * DEADLINE)
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_more_requests_than_may_wait(pair: LocalCluster, half: str) -> None:
+    """Rows that nobody sends, or nobody asks for, are awaited by as many requests as may wait; the next one is not."""
+    first = 100 if half == "encode" else 200
+    port, name = bootstrap_port(pair), "relay-encode" if half == "encode" else "relay"
+    with ThreadPoolExecutor(MOST_WAITING) as clients:
+        waiting = [clients.submit(to_half_alone, pair, half, port, first + at) for at in range(MOST_WAITING)]
+        wait_until(lambda: numbers_of(pair[half])["parked_requests"] == MOST_WAITING)
+        whole = ask(pair.url, [squares(FAMILY, 4, 4, 7)], "what")
+        refused(whole, 503, f"{MOST_WAITING} requests are waiting at this {half} instance")
+        assert ask(pair.url, [], "text only").status == 200
+        assert not any(one.done() for one in waiting), "the others were still waiting"
+        for one in waiting:
+            refused(one.result(), 502, within=3 * DEADLINE)  # some had to wait for a block first
+    assert re.search(rf"{name} room=\d+ refused: 503 {MOST_WAITING} requests", pair[half].log_text())

@@ -1,12 +1,14 @@
-"""What users put around the pair: SGLang's benchmark, several tokenizer workers, health checks."""
+"""What users do to a pair: bursts, SGLang's benchmark, several tokenizer workers, health checks."""
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,22 @@ import pytest
 from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
 from sglang.srt.disaggregation.multimodal.chat_client import ask, data_uri, post
 from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster
+from sglang.srt.disaggregation.multimodal.local_numbers import not_at_rest, numbers_of
 from support import servers
-from support.questions import Question, squares
+from support.patience import wait_until
+from support.questions import TOLERANCE, Question, difference, squares, stories
 
 FAMILY = "qwen2_5_vl"
 REQUESTS = 12
+BURST = 200
+BLOCKS = 8
 
 
 @pytest.fixture(scope="module")
 def pair(logs: Path) -> Iterator[LocalCluster]:
-    options = servers.options(tiny_model.cached(FAMILY), logs, "--tokenizer-worker-num", "2")
+    arguments = ("--tokenizer-worker-num", "2", "--enable-metrics")
+    pool = {"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(BLOCKS), "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "256"}
+    options = servers.options(tiny_model.cached(FAMILY), logs, *arguments, **pool)
     with servers.running(local_cluster.relay(options)) as cluster:
         yield cluster
 
@@ -86,3 +94,50 @@ def test_bench_serving(pair: LocalCluster, tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert json.loads(result.read_text().splitlines()[-1])["completed"] == REQUESTS
+
+
+def burst_questions() -> list[Question]:
+    """From a handful of token rows to 3000, the long ones of many small pictures."""
+    sizes = [
+        (1, 2),
+        (1, 5),
+        (1, 8),
+        (1, 12),
+        (2, 4),
+        (2, 9),
+        (3, 6),
+        (4, 8),
+        (6, 5),
+        (8, 8),
+        (10, 10),
+        (16, 8),
+        (30, 10),
+    ]
+    return [
+        Question(f"{count} of {side}", (*(squares(FAMILY, side, side, 50 * at + one) for one in range(count)), "what"))
+        for at, (count, side) in enumerate(sizes)
+    ]
+
+
+def test_two_hundred_at_once(pair: LocalCluster) -> None:
+    """The pool takes 1024 rows. Nobody is refused, nobody starves, and every answer is the one to its own question."""
+    questions = burst_questions()
+    alone = [question.ask(pair.url) for question in questions]
+    assert [answer.status for answer in alone] == [200] * len(questions), [answer.body for answer in alone]
+    assert max(answer.prompt_tokens for answer in alone) > 3000
+    asked = random.Random(1).choices(range(len(questions)), k=BURST)
+    before = len(stories(pair["language"].log_text()))
+    with ThreadPoolExecutor(BURST) as clients:
+        answers = list(clients.map(lambda at: questions[at].ask(pair.url), asked))
+    assert [answer.status for answer in answers] == [200] * BURST, [answer.body for answer in answers if not answer.ok]
+    for at, answer in zip(asked, answers, strict=True):
+        assert difference(answer, alone[at]) < TOLERANCE, questions[at].name
+    told = stories(pair["language"].log_text())[before:]
+    assert sorted(story.rows for story in told) == sorted(answer.prompt_tokens for answer in answers)
+    print(
+        f"{BURST} at once on {BLOCKS} blocks: {sum(story.rows for story in told)} rows,"
+        f" worst wait for a block {max(story.wait_ms for story in told) / 1000:.1f} s,"
+        f" worst answer {max(answer.seconds for answer in answers):.1f} s, most rounds {max(s.rounds for s in told)}"
+    )
+    for half in ("encode", "language"):
+        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]

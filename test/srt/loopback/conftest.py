@@ -20,21 +20,16 @@ def pytest_configure() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's own imports warn about hardware that is not there
         import sglang.srt.disaggregation.mooncake.conn_multimodal  # noqa: F401
-
-
-@pytest.fixture(scope="session", autouse=True)
-def warm() -> None:
-    from support.loopback import warm_up
-
-    warm_up()
+    forks.spare_the_collector()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_left(warm: None) -> Iterator[None]:
+def nothing_left() -> Iterator[None]:
     """No thread of ours, no eventfd and no socket may outlive the tests of a module."""
-    from support.leftovers import Leftovers
+    from support.leftovers import Leftovers, import_mooncake
     from support.loopback import finish_stopping
 
+    import_mooncake()
     before = Leftovers.now()
     yield
     finish_stopping()

@@ -3,80 +3,40 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from sglang.srt.disaggregation.mooncake import wires_multimodal
-from sglang.srt.disaggregation.mooncake.control_multimodal import ControlLoop
-from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError, UndecodableFrames
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
+from support.recorder import MAX_FRAME, Recorder
 
 
-class Recorder:
-    """A handler that takes everything but `bad`."""
-
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self.frames: list[list[bytes]] = []
-        self.ticks: list[float] = []
-        self.counted = 0
-        self.wakeup: float | None = None
-        self.arrived = threading.Event()
-        self.loop = ControlLoop(host, max_frame=1000)
-        self.address = self.loop.open()
-        self._thread = threading.Thread(target=self.loop.run, args=(self, self.count))
-        self._thread.start()
-
-    def receive(self, frames: Sequence[bytes], now: float) -> None:
-        if frames[0] == b"bad":
-            raise UndecodableFrames("it says so itself")
-        self.frames.append(list(frames))
-        self.arrived.set()
-
-    def tick(self, now: float) -> None:
-        self.ticks.append(now)
-        self.wakeup = None
-
-    def next_wakeup(self) -> float | None:
-        return self.wakeup
-
-    def count(self) -> None:
-        self.counted += 1
-
-    def send(self, to: Address, *frames: bytes) -> None:
-        self.loop.post(lambda now: self.loop.send(to, frames))
-
-    def close(self) -> None:
-        self.loop.stop()
-        self._thread.join()
+@pytest.fixture(params=[None, b"k" * 32], ids=["plain", "curve"])
+def key(request: pytest.FixtureRequest) -> bytes | None:
+    key: bytes | None = request.param
+    return key
 
 
 @pytest.fixture
-def here() -> Iterator[Recorder]:
-    recorder = Recorder()
+def here(key: bytes | None) -> Iterator[Recorder]:
+    recorder = Recorder(key=key)
     yield recorder
     recorder.close()
 
 
 @pytest.fixture
-def there() -> Iterator[Recorder]:
-    recorder = Recorder()
+def there(key: bytes | None) -> Iterator[Recorder]:
+    recorder = Recorder(key=key)
     yield recorder
     recorder.close()
-
-
-def until(condition: threading.Event) -> None:
-    assert condition.wait(5)
 
 
 def test_messages_to_one_address_stay_in_order(here: Recorder, there: Recorder) -> None:
     for number in range(2000):
         here.send(there.address, b"%d" % number, b"x")
-    deadline = time.monotonic() + 10
-    while len(there.frames) < 2000 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    there.await_frames(2000)
     assert there.frames == [[b"%d" % number, b"x"] for number in range(2000)]
 
 
@@ -108,7 +68,7 @@ def test_nonsense_is_counted_and_its_peer_named_once(
     for _ in range(5):
         here.send(there.address, b"bad")
     here.send(there.address, b"good")
-    until(there.arrived)
+    there.await_frames(1)
     assert (there.frames, there.loop.undecodable) == ([[b"good"]], 5)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "127.0.0.1 dropped" in caplog.text
@@ -116,15 +76,21 @@ def test_nonsense_is_counted_and_its_peer_named_once(
 
 
 def test_a_frame_that_is_too_long_costs_its_sender_the_connection_and_nothing_else(
-    here: Recorder, there: Recorder
+    key: bytes | None, here: Recorder, there: Recorder
 ) -> None:
-    here.send(there.address, b"x" * 2000)
+    here.send(there.address, b"x" * 2 * MAX_FRAME)
     time.sleep(0.2)
-    other = Recorder()
+    other = Recorder(key=key)
     other.send(there.address, b"good")
-    until(there.arrived)
+    there.await_frames(1)
     other.close()
     assert there.frames == [[b"good"]]
+
+
+def test_the_longest_frame_passes(here: Recorder, there: Recorder) -> None:
+    here.send(there.address, b"x" * MAX_FRAME)
+    there.await_frames(1)
+    assert there.frames == [[b"x" * MAX_FRAME]]
 
 
 def test_a_socket_that_is_not_used_is_closed_and_opened_again(
@@ -132,34 +98,35 @@ def test_a_socket_that_is_not_used_is_closed_and_opened_again(
 ) -> None:
     monkeypatch.setattr(wires_multimodal, "IDLE_SECONDS", 0.1)
     here.send(there.address, b"1")
-    until(there.arrived)
+    there.await_frames(1)
     assert here.loop.connections == 1
     time.sleep(0.4)
     assert here.loop.connections == 0
-    there.arrived.clear()
     here.send(there.address, b"2")
-    until(there.arrived)
+    there.await_frames(2)
     assert there.frames == [[b"1"], [b"2"]]
 
 
-def test_a_peer_that_is_not_there_holds_up_nobody(here: Recorder, there: Recorder) -> None:
-    gone = Recorder()
+def test_a_peer_that_is_not_there_holds_up_nobody(key: bytes | None, here: Recorder, there: Recorder) -> None:
+    gone = Recorder(key=key)
     gone.close()
     for _ in range(100):
         here.send(gone.address, b"hello?")
     here.send(there.address, b"good")
-    until(there.arrived)
+    there.await_frames(1)
 
 
 @pytest.mark.parametrize("host", ["::1", "localhost"])
-def test_other_hosts(host: str, here: Recorder) -> None:
-    other = Recorder(host)
+def test_other_hosts(host: str, key: bytes | None, here: Recorder) -> None:
+    other = Recorder(host, key)
     assert other.address.host == host
     here.send(other.address, b"hello")
-    until(other.arrived)
+    other.await_frames(1)
     other.close()
 
 
-def test_a_host_that_is_not_ours_is_refused() -> None:
+def test_a_host_that_is_not_ours_is_refused(key: bytes | None) -> None:
     with pytest.raises(SettingError, match=r"no control port can be opened on 192\.0\.2\.1"):
-        Recorder("192.0.2.1")
+        Recorder("192.0.2.1", key)
+    with pytest.raises(SettingError, match=r"no-such-host\.invalid is no address of this machine"):
+        Recorder("no-such-host.invalid", key)

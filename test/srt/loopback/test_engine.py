@@ -114,6 +114,18 @@ def test_a_failed_write_lands_late_and_quiet_is_claimed_only_after_it_has(linked
     assert target.ones() == SIZE
 
 
+def test_an_engine_that_is_thrown_away_holds_up_nobody(linked: Linked) -> None:
+    """Left to itself its destructor waits for a second, and with it every thread of Python: the scheduler's, too."""
+    target, link, ones = linked
+    took = []
+    for _ in range(3):
+        link.write([Entry(ones, target.pointer, 8)])
+        started = time.monotonic()
+        link.renew()
+        took.append(time.monotonic() - started)
+    assert min(took) < 0.5, took
+
+
 def test_ipv6() -> None:
     write_over_ipv6()
 

@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Queued,
     Register,
     StatusReport,
     ToEncode,
@@ -28,7 +29,8 @@ pytestmark = unhurried
 words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=codec.MAX_TEXT)
 rooms = st.integers(0, codec.MAX_ROOM)
 rows = st.integers(1, codec.MAX_ROWS)
-addresses = st.builds(Address, words, st.integers(1, 65535))
+hosts = st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,60}|::[0-9a-f]{1,4}", fullmatch=True)
+addresses = st.builds(Address, hosts, st.integers(1, 65535))
 sentences = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
 failures = st.builds(Failure, st.integers(400, 599), sentences)
 indices = st.lists(st.integers(0, codec.MAX_BLOCKS - 1), min_size=1, max_size=40, unique=True).map(tuple)
@@ -38,16 +40,17 @@ indices = st.lists(st.integers(0, codec.MAX_BLOCKS - 1), min_size=1, max_size=40
 def registers(draw: st.DrawFn) -> Register:
     columns = draw(st.integers(1, 8))
     lens = tuple(draw(st.lists(st.integers(1, 2**40), min_size=columns, max_size=columns)))
-    pointers = tuple(draw(st.lists(st.integers(0, 2**64 - 1), min_size=columns, max_size=columns)))
     blocks = draw(st.integers(1, codec.MAX_BLOCKS))
-    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, draw(words), draw(st.integers(0, 9)), blocks)
+    pointers = tuple(draw(st.integers(1, 2**64 - blocks * item_len)) for item_len in lens)
+    dtype = draw(words.filter(lambda word: len(word) <= 64))
+    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, dtype, draw(st.integers(0, 9)), blocks)
     return Register(draw(addresses), draw(words), pointers, handshake)
 
 
 infos = st.builds(
     TransferEmbeddingInfo,
     room=rooms,
-    endpoint=words,
+    endpoint=hosts,
     dst_port=st.integers(1, 65535),
     mooncake_session_id=words,
     dst_embedding_indices=indices,
@@ -58,6 +61,7 @@ infos = st.builds(
 to_encode = st.one_of(
     registers(),
     infos,
+    st.builds(Queued, rooms, addresses, words),
     st.builds(Abort, rooms, addresses, words, st.none() | failures),
     st.builds(Ping, addresses, words, words),
 )
@@ -71,7 +75,9 @@ to_language = st.one_of(reports, st.builds(AbortAck, rooms), st.builds(Pong, wor
 # Bytes that come near to being something.
 near_frames = st.one_of(
     st.binary(max_size=20),
-    st.sampled_from([b"None", b"ABORT", b"ABORTED", b"PING", b"PONG", b"", b"0", b"-1", b"1,2", b"1,1", b"1_0", b"+1"]),
+    st.sampled_from(
+        [b"None", b"ABORT", b"ABORTED", b"QUEUED", b"PING", b"PONG", b"", b"0", b"-1", b"1,2", b"1,1", b"1_0", b"+1"]
+    ),
     st.sampled_from([b"\xd9\xa1", b"007", b"9" * 19, b"9" * 30, b"{}", b"[" * 3000, b"1,", b",", b" 1", b"4", b"3"]),
     st.integers(-(2**65), 2**65).map(lambda value: str(value).encode()),
 )

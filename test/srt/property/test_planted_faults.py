@@ -8,21 +8,30 @@ from typing import Any
 import msgspec
 import pytest
 
+from sglang.srt.disaggregation.multimodal.protocol.admission import Admission
 from sglang.srt.disaggregation.multimodal.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
 from sglang.srt.disaggregation.multimodal.protocol.encode_rooms import EncodeRooms
 from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure, LocalError
 from sglang.srt.disaggregation.multimodal.protocol.language_rooms import LanguageRooms
-from sglang.srt.disaggregation.multimodal.protocol.messages import Abort, AbortAck, TransferEmbeddingInfo
-from sglang.srt.disaggregation.multimodal.protocol.peers import Peers
+from sglang.srt.disaggregation.multimodal.protocol.messages import (
+    Abort,
+    AbortAck,
+    Queued,
+    Register,
+    TransferEmbeddingInfo,
+)
+from sglang.srt.disaggregation.multimodal.protocol.peers import Peer, Peers
 from sglang.srt.disaggregation.multimodal.protocol.receiver import ReceiverRoom
 from sglang.srt.disaggregation.multimodal.protocol.sender import Destination, SenderRoom
 from sglang.srt.disaggregation.multimodal.protocol.sessions import Session, Sessions
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.unexpected import UnexpectedRooms
 from sglang.srt.disaggregation.multimodal.testing.watch import Violation
 from sglang.srt.disaggregation.multimodal.testing.world import World
 from support.effort import unhurried
-from support.schedules import run_chaos, run_orderly, run_slow
+from support.hostile import Seeded, run_chaotic_siege, run_siege
+from support.schedules import Shape, run_bereaved, run_chaos, run_orderly, run_slow
 
 pytestmark = unhurried
 
@@ -122,14 +131,15 @@ def blocks_freed_when_a_write_failed(patch: Patch) -> None:
 
 
 def abort_acknowledged_after_a_failed_write(patch: Patch) -> None:
-    patch.setattr(Sessions, "note_failed_write", lambda self, session_id, room: None)
+    patch.setattr(Sessions, "note_failed_write", lambda self, session_id, room, address: None)
 
 
 def abort_acknowledged_during_a_write(patch: Patch) -> None:
     def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
         effects = honest(self, message, now)
-        ack = Send(message.address, AbortAck(message.room))
-        return effects if ack in effects else [*effects, ack]
+        ack = AbortAck(message.room)
+        told = any(isinstance(effect, Send) and effect.message == ack for effect in effects)
+        return effects if told else [*effects, Send(message.address, ack)]
 
     honest = EncodeSide._abort
     patch.setattr(EncodeSide, "_abort", abort)
@@ -266,6 +276,108 @@ def finished_rank_must_keep_talking(patch: Patch) -> None:
     patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
 
 
+def next_room_begins_while_those_of_a_dead_session_end(patch: Patch) -> None:
+    """The blocks of the first go to the second, whose rows then go to the process that came after."""
+
+    def fail_all_of(self: EncodeRooms, session: Session, text: str, now: float) -> list[EncodeEffect]:
+        effects: list[EncodeEffect] = []
+        for room in sorted(session.rooms):
+            if not self[room].is_over:
+                effects += self.fail(self[room], Failure(502, text), now)
+        return effects
+
+    patch.setattr(EncodeRooms, "fail_all_of", fail_all_of)
+
+
+def second_registration_believed_without_proof(patch: Patch) -> None:
+    def contest(self: Admission, known: Session, message: Register) -> list[EncodeEffect]:
+        honest(self, known, message)
+        return self.proven(message.session_id, known.register.address, True, known.heard)
+
+    honest = Admission._contest
+    patch.setattr(Admission, "_contest", contest)
+
+
+def abort_of_a_stranger_obeyed(patch: Patch) -> None:
+    def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
+        sender = self._rooms.get(message.room)
+        if sender is None or message.session_id in sender.destinations or sender.is_over:
+            return honest(self, message, now)
+        return self._rooms.fail(sender, Failure(499, "gone"), now)
+
+    honest = EncodeSide._abort
+    patch.setattr(EncodeSide, "_abort", abort)
+
+
+def offer_alone_claims_its_blocks(patch: Patch) -> None:
+    """Anybody can then take the blocks of a session away from its real rooms, without knowing any of them."""
+
+    def take_offer(self: EncodeSide, info: TransferEmbeddingInfo, session: Session | None, now: float) -> Any:
+        if session is not None and session.flaw(info) is None and self._rooms.ended.get(info.room) is None:
+            session.claim(info.room, info.dst_embedding_indices)
+        return honest(self, info, session, now)
+
+    honest = EncodeSide._take_offer
+    patch.setattr(EncodeSide, "_take_offer", take_offer)
+
+
+def answer_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
+    """He asks for a room that is taken, and the rank that has it is told that its room has failed."""
+    patch.setattr(SenderRoom, "has_destination_at", lambda self, address: False)
+
+
+def acknowledgement_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
+    """Nothing can land at the stranger's; but it is another rank that hears so."""
+
+    def must_wait(self: Sessions, session_id: str, room: int, address: Any) -> bool:
+        own = self._unquiet.get(session_id, {}).get(room)
+        if own is not None:
+            own.was_asked_about = True
+        return own is not None
+
+    patch.setattr(Sessions, "must_wait", must_wait)
+
+
+def invented_rooms_without_bound(patch: Patch) -> None:
+    patch.setattr(UnexpectedRooms, "one_too_many", lambda self: None)
+
+
+def sessions_without_bound(patch: Patch) -> None:
+    patch.setattr(Admission, "_make_place", lambda self, session_id: [])
+
+
+def block_indices_not_checked(patch: Patch) -> None:
+    patch.setattr(Session, "flaw", lambda self, info: None)
+
+
+def first_word_never_sent(patch: Patch) -> None:
+    patch.setattr(LanguageRooms, "announce", lambda self, peer, now: [])
+
+
+def first_word_without_a_deadline(patch: Patch) -> None:
+    def expect(self: EncodeRooms, sender: SenderRoom, now: float) -> None:
+        sender.expected = True
+
+    patch.setattr(EncodeRooms, "expect", expect)
+
+
+def queued_room_not_bound_to_its_session(patch: Patch) -> None:
+    def note_queued(self: EncodeRooms, message: Queued, sender: SenderRoom, session: Session, now: float) -> None:
+        honest(self, message, sender, session, now)
+        session.rooms.discard(sender.room)
+
+    honest = EncodeRooms.note_queued
+    patch.setattr(EncodeRooms, "note_queued", note_queued)
+
+
+def queued_room_left_in_the_table_of_its_session(patch: Patch) -> None:
+    patch.setattr(EncodeRooms, "_unbind_queued", lambda self, sender: sender.queued.clear())
+
+
+def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
+    patch.setattr(Peer, "is_watched", property(lambda self: bool(self.under_way)))
+
+
 def _replaced(struct: Any, **changes: Any) -> Any:
     return msgspec.structs.replace(struct, **changes)
 
@@ -285,7 +397,19 @@ class Planted:
     """Which of them it must be caught by; `refused`: our own table or allocator raised."""
 
 
+def siege(seed: int) -> World:
+    return run_siege(Seeded(seed)).world
+
+
+def chaotic_siege(seed: int) -> World:
+    return run_chaotic_siege(Seeded(seed)).world
+
+
+# One rank has everything long before the other, and then nothing more to say.
+lopsided = functools.partial(run_slow, busy=0.05, shape=Shape(1, 6, (5, 1), (20, 1), 1))
 restarts = functools.partial(run_chaos, focus=("replace encode", "pass time"))
+
+replacements = functools.partial(run_chaos, focus=("replace language",))
 
 FAULTS = [
     Planted(allocate_before_release, run_orderly, ("L1",)),
@@ -295,7 +419,7 @@ FAULTS = [
     Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
-    Planted(blocks_freed_when_a_write_failed, run_chaos, ("S3",)),
+    Planted(blocks_freed_when_a_write_failed, run_chaos, ("S2", "S3")),
     Planted(abort_acknowledged_after_a_failed_write, run_chaos, ("S3",)),
     Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
     Planted(new_process_at_the_old_address_taken_for_proof, restarts, ("S3",)),
@@ -309,8 +433,23 @@ FAULTS = [
     Planted(growth_into_the_last_block, run_orderly, ("L2",)),
     Planted(last_come_first_served, run_orderly, ("L2",)),
     Planted(ended_room_left_in_the_table_of_its_peer, run_orderly, ("S5", "refused")),
-    Planted(finished_rank_must_keep_talking, run_slow, ("L1",)),
+    Planted(finished_rank_must_keep_talking, lopsided, ("L1",)),
+    Planted(first_word_never_sent, run_slow, ("L1",)),
+    Planted(first_word_without_a_deadline, run_bereaved, ("L3",)),
+    Planted(queued_room_not_bound_to_its_session, run_bereaved, ("L3",)),
+    Planted(queued_room_left_in_the_table_of_its_session, run_bereaved, ("S5", "refused")),
+    Planted(no_pings_for_rooms_that_are_queued, run_slow, ("L1",)),
+    Planted(no_pings_for_rooms_that_are_queued, run_bereaved, ("L3",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
+    Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
+    Planted(second_registration_believed_without_proof, siege, ("siege",)),
+    Planted(abort_of_a_stranger_obeyed, siege, ("siege",)),
+    Planted(offer_alone_claims_its_blocks, siege, ("siege",)),
+    Planted(answer_for_a_stranger_sent_where_he_likes, siege, ("siege",)),
+    Planted(acknowledgement_for_a_stranger_sent_where_he_likes, chaotic_siege, ("S3",)),
+    Planted(invented_rooms_without_bound, chaotic_siege, ("bounds",)),
+    Planted(sessions_without_bound, chaotic_siege, ("bounds",)),
+    Planted(block_indices_not_checked, chaotic_siege, ("bounds", "refused")),
 ]
 
 ENOUGH = 3000

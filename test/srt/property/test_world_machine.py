@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.effort import DAILY, SCHEDULES, effort, unhurried
-from support.schedules import Schedule, Shape, run_chaos, run_orderly, run_slow
+from support.schedules import Schedule, Shape, run_bereaved, run_chaos, run_orderly, run_slow
 
 pytestmark = unhurried
 
@@ -102,6 +102,10 @@ class ChaosMachine(RuleBasedStateMachine):
     def refuse(self, peer: int, which: int) -> None:
         self.schedule.refuse(peer, which)
 
+    @rule(total=st.integers(1, 30), peer=numbers, half=st.sampled_from(("encode", "language")))
+    def start_one_half(self, total: int, peer: int, half: str) -> None:
+        self.schedule.start(total, 0, peer, [half])
+
     @rule(seconds=st.sampled_from((0.1, 1.0, 3.0, 8.0, 25.0)))
     def pass_time(self, seconds: float) -> None:
         self.schedule.pass_time(seconds)
@@ -117,6 +121,10 @@ class ChaosMachine(RuleBasedStateMachine):
     @rule(rank=numbers, same_address=st.booleans())
     def restart_language(self, rank: int, same_address: bool) -> None:
         self.schedule.restart_language(rank, same_address)
+
+    @rule(rank=numbers)
+    def replace_language(self, rank: int) -> None:
+        self.schedule.replace_language(rank)
 
     def teardown(self) -> None:
         if hasattr(self, "schedule"):
@@ -141,6 +149,11 @@ def test_orderly_schedules_by_seed() -> None:
 def test_slow_schedules_by_seed() -> None:
     for seed in range(SEEDS // 2):
         run_slow(seed)
+
+
+def test_bereaved_schedules_by_seed() -> None:
+    for seed in range(SEEDS):
+        run_bereaved(seed)
 
 
 def test_chaotic_schedules_by_seed() -> None:

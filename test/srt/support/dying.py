@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from sglang.srt.disaggregation.multimodal.config import RelayConfig
 from sglang.srt.disaggregation.multimodal.layout import BufferLayout
-from support.forks import fork
+from support.forks import fork, spare_the_collector
 from support.loopback import language_rank
 
 
@@ -48,6 +48,7 @@ def _main(
     rooms: tuple[int, ...],
     rows: int | None,
 ) -> None:
+    spare_the_collector()
     with language_rank(layout, config) as language:
         receivers = language.start(peer, *rooms, hint_rows=rows)
         pipe.send("started")

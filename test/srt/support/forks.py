@@ -1,5 +1,6 @@
 """Processes forked from one that has imported everything and opened nothing: a new instance costs milliseconds."""
 
+import gc
 import multiprocessing
 import os
 from multiprocessing import forkserver, resource_tracker
@@ -8,6 +9,11 @@ from support.repo import REPO
 
 LOG = REPO / "test-output" / "loopback-processes.log"
 fork = multiprocessing.get_context("forkserver")
+
+
+def spare_the_collector() -> None:
+    """Looking through all that SGLang imports takes it most of a second, in which no thread of the process runs."""
+    gc.freeze()
 
 
 def prepare() -> None:
@@ -19,7 +25,7 @@ def prepare() -> None:
     resource_tracker.ensure_running()
     # The fork server does not get our sys.path.
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(REPO / "test/srt")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "test/srt"), *([before] if before else [])])
     LOG.parent.mkdir(exist_ok=True)
     stderr = os.dup(2)
     with LOG.open("w") as log:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,15 +20,14 @@ from sglang.srt.disaggregation.mooncake.conn_multimodal import (
     MooncakeEmbeddingReceiver,
     MooncakeEmbeddingSender,
 )
-from sglang.srt.disaggregation.mooncake.engine_multimodal import MooncakeDataPlane
 from sglang.srt.disaggregation.multimodal.config import RelayConfig
-from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region
+from sglang.srt.disaggregation.multimodal.data_plane import Entry
 from sglang.srt.disaggregation.multimodal.layout import BufferLayout
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 from sglang.srt.disaggregation.multimodal.protocol.status import Status, is_final
-from support.forks import fork
-from support.leftovers import Leftovers
+from support.forks import fork, spare_the_collector
+from support.leftovers import Leftovers, import_mooncake
 from support.rows import Spec, difference, make_rows
 
 torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
@@ -35,23 +35,14 @@ torch.set_num_threads(1)  # two processes on two cores; and no pool of native th
 HOST = "127.0.0.1"
 DEFAULTS = RelayConfig()
 ENDED = (Status.SUCCESS, Status.FAILED)
+# More than Mooncake's TCP transport queues for one peer.
+TOO_MANY_ENTRIES = 5000
 
 
 def small_layout(**changes: Any) -> BufferLayout:
     return BufferLayout(
         **{"hidden_size": 64, "dtype": "bfloat16", "deepstack_rows": 0, "block_size": 128, "blocks": 64, **changes}
     )
-
-
-def warm_up() -> None:
-    """What Mooncake opens once per process and never closes is nobody's leak."""
-    plane = MooncakeDataPlane(HOST, "tcp")
-    memory = torch.zeros(16, dtype=torch.uint8)
-    plane.start([Region(memory.data_ptr(), 16)])
-    link = plane.link(plane.session_id)
-    link.write([Entry(memory.data_ptr(), memory.data_ptr() + 8, 8)])
-    link.close()
-    plane.close()
 
 
 # ---- encode
@@ -67,7 +58,7 @@ class EncodeInstance:
         self._process.start()
         theirs.close()
         self.port: int = self._pipe.recv()
-        self.left: list[str] = []
+        self._killed = False
 
     @property
     def peer(self) -> str:
@@ -97,19 +88,24 @@ class EncodeInstance:
         end: tuple[Status, Failure | None] = ends[room]
         return end
 
+    def signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
     def kill(self) -> None:
+        self._killed = True
         self._process.kill()
         self._process.join()
 
     def stop(self) -> None:
         """Begin to stop: an engine takes a second for it, and the next test need not wait."""
-        if self._process.is_alive():
+        if not self._killed:
             self._pipe.send(("stop",))
         _stopping.append(self)
 
     def finish(self) -> None:
         """Hear whether it left anything behind."""
-        if self._process.exitcode is None:
+        if not self._killed:
             problem = self._pipe.recv()
             assert problem is None, problem
         self._process.join()
@@ -136,9 +132,10 @@ def encode_instance(layout: BufferLayout, config: RelayConfig = DEFAULTS) -> Ite
 
 def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(message)s")
-    warm_up()
+    spare_the_collector()
+    import_mooncake()
     before = Leftovers.now()
-    registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
+    registry = MooncakeEmbeddingBootstrapServer(HOST, 0, config.keys.registry if config.keys else None)
     registry.start()
     manager = MooncakeEmbeddingManager.encode(layout, config, host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
@@ -197,6 +194,21 @@ class _EncodeLoop:
 
     def _refuse(self, room: int, failure: Failure) -> None:
         MooncakeEmbeddingSender(self._manager, room).refuse(failure)
+
+    def _poison(self) -> None:
+        """Have the engine of the only link reject a batch just before its next write, of garbage to the same place."""
+        [link] = self._manager.plane._links  # type: ignore[attr-defined]
+        session_id, pointer, write = link._session_id, self._manager._buffers.pointers[0], link.write
+
+        def write_after_rejection(entries: Sequence[Entry]) -> None:
+            link.write = write
+            where = [entries[0].destination] * TOO_MANY_ENTRIES
+            sources, lengths = [pointer] * len(where), [64] * len(where)
+            assert link._engine.batch_transfer_sync_write(session_id, sources, where, lengths) == -1
+            write(entries)
+
+        link.write = write_after_rejection
+        self._pipe.send(None)
 
     def _metrics(self) -> None:
         self._pipe.send(self._manager.metrics())

@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     PROTOCOL_VERSION,
     Address,
     Handshake,
+    Queued,
     Register,
     StatusReport,
     TransferEmbeddingInfo,
@@ -22,7 +23,7 @@ from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
 T = TypeVar("T")
 
 BLOCK = 4
-TIMING = Timing(bootstrap=30.0, waiting=60.0, heartbeat_interval=5.0, heartbeat_max_failures=2)
+TIMING = Timing(bootstrap=30.0, first_word=10.0, waiting=60.0, heartbeat_interval=5.0, heartbeat_max_failures=2)
 ENCODE = Address("encode", 1)
 ROOM = 7
 
@@ -51,6 +52,11 @@ def offer(
     return TransferEmbeddingInfo(
         room, who.address.host, who.address.port, who.session_id, blocks or (0,), ranks, sent, rows
     )
+
+
+def queued(rank: int = 0, room: int = ROOM) -> Queued:
+    who = register(rank)
+    return Queued(room, who.address, who.session_id)
 
 
 def encode_side(blocks: int = 8, timing: Timing = TIMING) -> EncodeSide:

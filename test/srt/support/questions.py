@@ -65,10 +65,12 @@ class Story:
 
     rows: int
     rounds: int
+    wait_ms: float
+    """For the first receive block."""
 
 
-STORY = re.compile(r"relay room=\d+ status=Success rows=(\d+) rounds=(\d+) ")
+STORY = re.compile(r"relay room=\d+ status=Success rows=(\d+) rounds=(\d+) bytes=\d+ wait_ms=([\d.]+) ")
 
 
 def stories(log: str) -> list[Story]:
-    return [Story(int(rows), int(rounds)) for rows, rounds in STORY.findall(log)]
+    return [Story(int(rows), int(rounds), float(wait)) for rows, rounds, wait in STORY.findall(log)]

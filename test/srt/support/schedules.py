@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.multimodal.testing.world import World
 
 TIMING = Timing(
     bootstrap=20.0,
+    first_word=8.0,
     waiting=20.0,
     heartbeat_interval=2.0,
     heartbeat_max_failures=2,
@@ -25,6 +26,9 @@ TIMING = Timing(
 
 # Long enough for every deadline of a room, one after the other.
 PATIENCE = TIMING.bootstrap + 2 * TIMING.waiting
+
+# Long enough to find out that the other side is gone: nothing is heard of a room at all, or nothing more.
+NOTICED = max(TIMING.unasked, TIMING.silence + TIMING.heartbeat_interval)
 
 
 LANDS_LATE = list(Fault).index(Fault.LANDS_LATE)
@@ -40,14 +44,14 @@ class Shape:
     defaults: tuple[int | None, ...]
     encodes: int
 
-    def build(self, **sides: Any) -> World:
+    def build(self, timing: Timing = TIMING, **sides: Any) -> World:
         return World(
             block_size=self.block_size,
             encode_blocks=self.encode_blocks,
             language_blocks=self.language_blocks,
             default_tokens=self.defaults,
             encodes=self.encodes,
-            timing=TIMING,
+            timing=timing,
             **sides,
         )
 
@@ -66,17 +70,17 @@ class Shape:
 class Schedule:
     """Moves take plain numbers and make the best of them, so that any sequence of numbers is a schedule."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, first_room: int = 1) -> None:
         self.world = world
-        self.rooms = 0
+        self.rooms = first_room - 1
 
     # ---- what a correct, lucky world does
 
-    def start(self, total: int, text_rows: int, peer: int) -> None:
+    def start(self, total: int, text_rows: int, peer: int, halves: Sequence[str] = ("encode", "language")) -> None:
         self.rooms += 1
         names = list(self.world.encodes)
         runs = [(text_rows, total)] if text_rows < total else []
-        self.world.start(self.rooms, total, runs, names[peer % len(names)])
+        self.world.start(self.rooms, total, runs, names[peer % len(names)], halves)
 
     def deliver_in_order(self, which: int, again: bool = False) -> None:
         if ready := self.world.first_wires():
@@ -96,10 +100,16 @@ class Schedule:
         for encode in self.world.encodes.values():
             moves += [lambda e=encode, i=i: e.run_tower(i) for i in range(len(encode.towers))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.write(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
+            moves += [lambda e=encode, i=i: e.prove(i) for i in range(len(encode.doubts))]  # type: ignore[misc]
         for rank in self.world.languages:
             moves += [lambda r=rank, i=i: r.copy(i) for i in range(len(rank.copies))]  # type: ignore[misc]
             moves += [lambda r=rank, i=i: r.look_up(i) for i in range(len(rank.lookups))]  # type: ignore[misc]
         return moves
+
+    def look_up_all(self) -> None:
+        for rank in self.world.languages:
+            while rank.lookups:
+                rank.look_up()
 
     # ---- what else may happen
 
@@ -145,7 +155,27 @@ class Schedule:
     def restart_language(self, rank: int, same_address: bool) -> None:
         self.world.restart_language(rank % len(self.world.languages), 3, same_address)
 
+    def replace_language(self, rank: int) -> None:
+        """Its Mooncake port, which is its session, is given to the new process again."""
+        self.world.restart_language(rank % len(self.world.languages), 3, same_session=True)
+
     # ---- the end
+
+    def outlive(self, dead: str) -> None:
+        """L3: every instance of one side dies; those of the other do not wait as long for it as for a slow one."""
+        world = self.world
+        if dead == "language":
+            for rank in range(len(world.languages)):
+                self.restart_language(rank, same_address=False)
+        else:
+            for peer in range(len(world.encodes)):
+                self.restart_encode(peer, same_address=False)
+            world.unreachable.update(world.encodes)
+        self._calm_down()
+        world.advance(NOTICED, between=self._calm_down)
+        for node in world.encodes.values() if dead == "language" else world.languages:
+            if open_rooms := node.journal.open_rooms:
+                raise Violation(f"L3: {node.journal.name} waits in rooms {open_rooms} for the dead")
 
     def finish_without_clock(self) -> None:
         """L1: nothing was lost and nothing failed, so everything succeeds, and no deadline is needed for it."""
@@ -213,15 +243,15 @@ def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
     return world
 
 
-def run_slow(seed: int, steps: int = 80, **sides: Any) -> World:
+def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None = None, **sides: Any) -> World:
     """As orderly, but time passes too: less than any deadline, and enough for a living peer to be taken for dead."""
     rng = random.Random(seed)
-    world = Shape.random(rng).build(**sides)
+    world = (shape or Shape.random(rng)).build(**sides)
     schedule = Schedule(world)
     seconds_left = TIMING.bootstrap - 1.0
     for _ in range(steps):
         luck = rng.random()
-        if luck < 0.1:
+        if luck < busy:
             schedule.start(rng.randint(1, 60), rng.randint(0, 6), rng.randrange(2))
         elif luck < 0.4:
             schedule.deliver_in_order(rng.randrange(1000))
@@ -230,9 +260,33 @@ def run_slow(seed: int, steps: int = 80, **sides: Any) -> World:
         elif seconds_left > 0:
             seconds_left -= 1.0
             schedule.pass_time(1.0)
+            if seconds_left % 4 == 0:
+                schedule.look_up_all()  # a lookup has a deadline of its own, before that of the first word
             while world.wires:
                 schedule.deliver_in_order(rng.randrange(1000))
     schedule.finish_without_clock()
+    return world
+
+
+def run_bereaved(seed: int, steps: int = 50, **sides: Any) -> World:
+    """As slow, with requests that only one side got; then every instance of one side dies."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    dead, alive = rng.sample(("encode", "language"), 2)
+    for _ in range(steps):
+        luck = rng.random()
+        if luck < 0.25:
+            halves = (dead, alive) if rng.random() < 0.8 else (alive,)
+            schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2), halves)
+        elif luck < 0.65:
+            schedule.deliver_in_order(rng.randrange(1000), again=rng.random() < 0.1)
+        elif luck < 0.95:
+            schedule.work(rng.randrange(1000))
+        else:
+            schedule.pass_time(1.0)
+    schedule.outlive(dead)
+    schedule.finish()
     return world
 
 
@@ -275,7 +329,9 @@ def _mishaps(schedule: Schedule, rng: random.Random) -> dict[str, Callable[[], N
         "refuse": lambda: schedule.refuse(pick(), pick()),
         "pass time": lambda: schedule.pass_time(rng.choice((0.1, 1.0, 3.0, 8.0, 25.0))),
         "toggle registry": lambda: schedule.toggle_registry(pick()),
+        "refuse connection": lambda: schedule.start(pick() % 30 + 1, 0, pick(), [("encode", "language")[pick() % 2]]),
         "restart encode": lambda: schedule.restart_encode(pick(), rng.random() < 0.5),
         "replace encode": lambda: schedule.restart_encode(pick(), True),
         "restart language": lambda: schedule.restart_language(pick(), rng.random() < 0.5),
+        "replace language": lambda: schedule.replace_language(pick()),
     }

@@ -32,6 +32,7 @@ class Target:
 
     def clear(self) -> None:
         self._pipe.send("clear")
+        self._pipe.recv()
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
@@ -74,5 +75,6 @@ def _target_main(pipe: Connection, host: str) -> None:
     while True:
         if pipe.recv() == "clear":
             memory.zero_()
+            pipe.send("cleared")
         else:
             pipe.send(int(memory.sum(dtype=torch.int64)))

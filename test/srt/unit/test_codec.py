@@ -11,6 +11,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Queued,
     Register,
     StatusReport,
     TransferEmbeddingInfo,
@@ -19,14 +20,15 @@ from sglang.srt.disaggregation.multimodal.protocol.status import Status
 
 HERE, SESSION = Address("10.0.0.2", 4711), "10.0.0.2:15001"
 SENDER = [b"10.0.0.2", b"4711", b"10.0.0.2:15001"]
+ONE = b"\1" + b"\0" * 7
 HANDSHAKE = b'{"version":1,"block_size":128,"item_lens":[9],"dtype":"bfloat16","deepstack_rows":0,"blocks":8}'
 
 
 def test_the_frames_of_the_specification() -> None:
-    register = Register(HERE, SESSION, (1, 2**64 - 1), Handshake(1, 128, (64, 9), "bfloat16", 0, 8))
+    register = Register(HERE, SESSION, (1, 2**64 - 72), Handshake(1, 128, (64, 9), "bfloat16", 0, 8))
     frames = codec.encode(register)
     assert frames[:4] == [b"None", *SENDER]
-    assert frames[4] == b"\1" + b"\0" * 7 + b"\xff" * 8
+    assert frames[4] == b"\1" + b"\0" * 7 + b"\xb8" + b"\xff" * 7
     assert codec.decode_to_encode(frames) == register
     info = TransferEmbeddingInfo(7, HERE.host, HERE.port, SESSION, (3, 0, 2), 2, 0, 300)
     assert codec.encode(info) == [b"7", *SENDER, b"3,0,2", b"2", b"300"]
@@ -37,6 +39,8 @@ def test_the_frames_of_the_specification() -> None:
 
 
 def test_our_own_frames() -> None:
+    assert codec.encode(Queued(7, HERE, SESSION)) == [b"7", *SENDER, b"QUEUED"]
+    assert codec.decode_to_encode([b"7", *SENDER, b"QUEUED"]) == Queued(7, HERE, SESSION)
     assert codec.encode(Abort(7, HERE, SESSION)) == [b"7", *SENDER, b"ABORT"]
     assert codec.encode(Abort(7, HERE, SESSION, Failure(499, "gone")))[5:] == [b"499 gone"]
     assert codec.encode(Ping(HERE, SESSION, "b7c1")) == [b"PING", *SENDER, b"b7c1"]
@@ -69,12 +73,22 @@ def test_the_longest_list_of_blocks_fits_into_a_frame() -> None:
         [b"None", *SENDER, b"", HANDSHAKE],
         [b"None", *SENDER, b"\0" * 16, HANDSHAKE],
         [b"None", *SENDER, b"\0" * 8 * 33, HANDSHAKE],
-        [b"None", *SENDER, b"\0" * 8, b"{}"],
-        [b"None", *SENDER, b"\0" * 8, b"[" * 4000],
-        [b"None", *SENDER, b"\0" * 8, HANDSHAKE.replace(b"128", b"0")],
-        [b"None", *SENDER, b"\0" * 8, HANDSHAKE.replace(b":8}", b":0}")],
-        [b"None", *SENDER, b"\0" * 8, HANDSHAKE.replace(b"bfloat16", "bfl\u00f6at".encode())],
-        [b"None", *SENDER, b"\0" * 8, HANDSHAKE.replace(b"bfloat16", b"b" * 5000)],
+        [b"None", *SENDER, ONE, b"{}"],
+        [b"None", *SENDER, ONE, b"[" * 4000],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"128", b"0")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b":8}", b":0}")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b":8}", b":1048577}")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[0]")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[]")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[%d]" % (1 << 49))],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", "bfl\u00f6at".encode())],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", rb"a\nline")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", b"b" * 5000)],
+        [b"None", *SENDER, b"\0" * 8, HANDSHAKE],
+        [b"None", *SENDER, b"\xb9" + b"\xff" * 7, HANDSHAKE],
+        [b"PING", b"!", b"1", b"s", b"x"],
+        [b"PING", b"10.0.0.2;10.0.0.1", b"1", b"s", b"x"],
+        [b"PING", b"*", b"1", b"s", b"x"],
         [b"7", *SENDER, b"", b"1", b"300"],
         [b"7", *SENDER, b"1,1", b"1", b"300"],
         [b"7", *SENDER, b"1,", b"1", b"300"],
@@ -98,6 +112,11 @@ def test_the_longest_list_of_blocks_fits_into_a_frame() -> None:
         [b"7\n", *SENDER, b"1", b"1", b"300"],
         [b"7", *SENDER, b"ABORT", b"499 gone", b"more"],
         [b"7", *SENDER, b"ABORTED"],
+        [b"7", *SENDER, b"QUEUED", b"more"],
+        [b"7", *SENDER[:2], b"QUEUED"],
+        [b"7", *SENDER, b"queued"],
+        [b"-7", *SENDER, b"QUEUED"],
+        [b"7", b"10.0.0.2", b"0", b"s", b"QUEUED"],
         [b"7", *SENDER, b"ABORT", b"\xff"],
         [b"7", *SENDER, b"ABORT", b"x" * 5000],
         [b"PING", *SENDER],

@@ -14,6 +14,7 @@ COUNTS = [
     config.WAITING_TIMEOUT,
     config.HEARTBEAT_MAX_FAILURES,
 ]
+SECONDS = [config.FIRST_WORD_TIMEOUT, config.HEARTBEAT_INTERVAL]
 BAD_COUNTS = [
     "0",
     "-1",
@@ -38,6 +39,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         block_size=128,
         default_allocate_tokens=8192,
         bootstrap_timeout=300,
+        first_word_timeout=30.0,
         waiting_timeout=300,
         heartbeat_interval=5.0,
         heartbeat_max_failures=2,
@@ -46,7 +48,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 
 
 def test_an_empty_value_is_an_unset_one() -> None:
-    assert RelayConfig.from_environment(dict.fromkeys([*COUNTS, config.HEARTBEAT_INTERVAL], " ")) == RelayConfig()
+    assert RelayConfig.from_environment(dict.fromkeys([*COUNTS, *SECONDS], " ")) == RelayConfig()
 
 
 def test_every_setting_is_read() -> None:
@@ -56,15 +58,26 @@ def test_every_setting_is_read() -> None:
             config.BLOCK_SIZE: " 16 ",
             config.DEFAULT_ALLOCATE: "1200",
             config.BOOTSTRAP_TIMEOUT: "30",
+            config.FIRST_WORD_TIMEOUT: "2.5",
             config.WAITING_TIMEOUT: "60",
             config.HEARTBEAT_INTERVAL: "0.5",
             config.HEARTBEAT_MAX_FAILURES: "3",
             config.MOONCAKE_PROTOCOL: "RDMA",
         }
     )
-    assert read == RelayConfig(8, 16, 1200, 30, 60, 0.5, 3, "rdma")
+    assert read == RelayConfig(
+        cache_blocks=8,
+        block_size=16,
+        default_allocate_tokens=1200,
+        bootstrap_timeout=30,
+        first_word_timeout=2.5,
+        waiting_timeout=60,
+        heartbeat_interval=0.5,
+        heartbeat_max_failures=3,
+        transport="rdma",
+    )
     timing = read.timing
-    assert (timing.bootstrap, timing.waiting, timing.silence) == (30, 60, 2.0)
+    assert (timing.bootstrap, timing.first_word, timing.waiting, timing.silence) == (30, 2.5, 60, 2.0)
 
 
 @pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])
@@ -90,10 +103,11 @@ def test_only_the_first_allocation_may_be_learned(name: str) -> None:
         RelayConfig.from_environment({name: "auto"})
 
 
+@pytest.mark.parametrize("name", SECONDS)
 @pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "soon", "1,5"])
-def test_a_bad_interval_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match=f"^{config.HEARTBEAT_INTERVAL} must be a positive number of seconds"):
-        RelayConfig.from_environment({config.HEARTBEAT_INTERVAL: text})
+def test_a_bad_number_of_seconds_is_refused(name: str, text: str) -> None:
+    with pytest.raises(SettingError, match=f"^{name} must be a positive number of seconds"):
+        RelayConfig.from_environment({name: text})
 
 
 @pytest.mark.parametrize(

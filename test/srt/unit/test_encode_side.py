@@ -1,10 +1,12 @@
 """The encode side alone: who is let in, what is sent when, and how rooms end."""
 
+import msgspec
 import pytest
 
 from sglang.srt.disaggregation.multimodal.protocol.effects import (
     DropRows,
     Note,
+    ProveGone,
     Send,
     StatusChanged,
     TransferEmbeddingChunk,
@@ -22,6 +24,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
 from support.protocol import (
     BLOCK,
     ROOM,
@@ -31,6 +34,7 @@ from support.protocol import (
     handshake,
     offer,
     only,
+    queued,
     register,
     reported_failures,
     sent,
@@ -125,18 +129,39 @@ def test_an_offer_that_cannot_be_true_fails_the_room(bad: TransferEmbeddingInfo,
     assert side.is_empty()
 
 
-def test_a_block_cannot_be_offered_to_two_rooms() -> None:
+def test_a_block_cannot_be_offered_to_two_rooms_whose_requests_are_here() -> None:
     side = side_with()
+    for room in (1, 2):
+        side.expect(room, 0.0)
     side.receive(offer(4, 0, room=1), 0.0)
     (failure,) = reported_failures(side.receive(offer(4, 0, room=2), 0.0))
     assert failure.text == "session language-0:1 offers room 2 block 0, which room 1 has"
 
 
+def test_a_resume_cannot_take_the_block_of_another_room() -> None:
+    side, chunk = writing()
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    side.expect(8, 0.0)
+    side.receive(offer(4, 5, room=8), 0.0)
+    (failure,) = reported_failures(side.receive(offer(4, 5, sent=8), 0.0))
+    assert failure.text == "session language-0:1 offers room 7 block 5, which room 8 has"
+
+
+def test_an_invented_room_takes_no_block_from_a_real_one() -> None:
+    """Anybody can offer blocks in the name of a session, but not make a request arrive."""
+    side = side_with()
+    side.receive(offer(32, *range(8), room=666), 0.0)
+    side.expect(ROOM, 0.0)
+    assert side.receive(offer(8, 0, 1), 0.0) == [StatusChanged(ROOM, Status.WAITING_FOR_INPUT)]
+
+
 def test_blocks_of_a_failed_room_may_be_offered_again() -> None:
     side = side_with()
+    for room in (1, 2):
+        side.expect(room, 0.0)
     side.receive(offer(4, 0, room=1), 0.0)
     side.refuse(1, Failure(400, "bad"), 0.0)
-    assert side.receive(offer(4, 0, room=2), 0.0) == []
+    assert side.receive(offer(4, 0, room=2), 0.0) == [StatusChanged(2, Status.WAITING_FOR_INPUT)]
 
 
 def test_a_rank_too_many_is_turned_away_and_the_room_goes_on() -> None:
@@ -388,8 +413,124 @@ def test_not_every_rank_asked() -> None:
 
 def test_nobody_asked() -> None:
     side = side_with()
+    side.expect(ROOM, 5.0)
+    side.expect(ROOM, 6.0)
+    assert side.next_wakeup() == 15.0
+    assert failure_of(side.tick(15.0)) == Failure(503, f"no language instance has asked for room {ROOM} within 10 s")
+
+
+def test_a_short_bootstrap_deadline_is_short_for_the_first_word_too() -> None:
+    side = encode_side(timing=Timing(bootstrap=2.0, first_word=10.0))
     side.expect(ROOM, 0.0)
-    assert failure_of(side.tick(30.0)) == Failure(502, f"only 0 of ? language ranks asked for room {ROOM} within 30 s")
+    assert failure_of(side.tick(2.0)) == Failure(503, f"no language instance has asked for room {ROOM} within 2 s")
+
+
+def test_after_the_first_word_blocks_may_take_until_the_bootstrap_deadline() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    assert side.receive(queued(), 9.0) == []
+    for now in (15.0, 29.9):
+        keep_alive(side, now)
+        assert side.tick(now) == []
+    effects = side.tick(30.0)
+    failure = Failure(503, f"the language side had no receive blocks for room {ROOM} within 30 s")
+    assert failure_of(effects) == failure
+    assert reported_failures(effects) == [failure], "the rank that waits is told"
+    assert side.is_empty()
+
+
+def test_one_first_word_is_enough_and_each_rank_is_bound_by_its_own() -> None:
+    side = side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(queued(rank=1), 1.0)
+    side.receive(offer(8, 0, 1, rank=0, ranks=2), 14.0)
+    keep_alive(side, 16.0)
+    effects = side.tick(16.0)
+    assert failure_of(effects) == Failure(502, "session language-1:1 was silent for 15 s")
+    assert [send.to for send in only(effects, Send)] == [Address("language", 100), Address("language", 101)]
+    assert side.is_empty()
+
+
+def test_a_session_that_dies_while_its_room_is_queued_is_noticed() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 1.0)
+    assert side.tick(15.9) == []
+    assert failure_of(side.tick(16.0)) == Failure(502, "session language-0:1 was silent for 15 s")
+    side.tick(16.0 + TIMING.forget_session)
+    assert side.sessions() == frozenset(), "nothing binds it any more"
+
+
+def test_a_queued_room_is_taken_up_as_if_it_had_been_asked_for_at_once() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 1.0)
+    assert side.receive(offer(8, 0, 1), 12.0) == [StatusChanged(ROOM, Status.WAITING_FOR_INPUT)]
+    assert side.receive(queued(), 13.0) == [], "late"
+    (chunk,) = only(side.submit(ROOM, 8, 13.0), TransferEmbeddingChunk)
+    assert side.receive(queued(), 13.0) == [], "later"
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 14.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
+    assert reported_failures(side.receive(queued(), 15.0)) == [Failure(409, f"room {ROOM} was used before")]
+    assert side.counts() == {"queued_repeated": 2, "offer_for_ended_room": 1}
+    side.tick(14.0 + TIMING.silence)
+    assert side.is_empty()
+
+
+def test_a_first_word_may_come_before_the_request() -> None:
+    side = side_with()
+    assert side.receive(queued(), 0.0) == []
+    assert side.receive(queued(), 1.0) == []
+    assert side.counts() == {"queued_repeated": 1}
+    keep_alive(side, 25.0)
+    assert side.expect(ROOM, 25.0) == []
+    keep_alive(side, 30.0)
+    assert failure_of(side.tick(30.0)) is not None, "counted from the beginning of the room"
+
+    side = side_with()
+    side.receive(queued(), 0.0)
+    keep_alive(side, 30.0)
+    (failure,) = reported_failures(side.tick(30.0))
+    assert failure == Failure(503, f"the request of room {ROOM} did not reach the encode instance within 30 s")
+
+
+def test_a_first_word_hears_at_once_what_is_wrong() -> None:
+    side = encode_side()
+    misdirected = Failure(421, "session language-0:1 is not registered here")
+    assert reported_failures(side.receive(queued(), 0.0)) == [misdirected]
+    assert side.is_empty()
+    side.receive(register(0, block_size=64), 0.0)
+    side.expect(ROOM, 0.0)
+    effects = side.receive(queued(), 0.0)
+    (failure,) = reported_failures(effects)
+    assert (failure.code, failure_of(effects)) == (500, failure)
+    assert reported_failures(side.receive(queued(), 0.0)) == [failure]
+    side = side_with()
+    side.receive(queued(), 0.0)
+    refusal = Failure(400, "the image cannot be decoded")
+    assert reported_failures(side.refuse(ROOM, refusal, 1.0)) == [refusal]
+
+
+def test_a_rank_that_leaves_the_queue_is_not_told_what_it_has_said_itself() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 0.0)
+    who, failure = register(), Failure(499, "the client is gone")
+    assert side.receive(Abort(ROOM, who.address, who.session_id, failure), 1.0) == [
+        StatusChanged(ROOM, Status.FAILED, failure),
+        Send(who.address, AbortAck(ROOM)),
+    ]
+
+
+def test_whoever_else_is_queued_does_not_matter_to_a_room_that_is_complete() -> None:
+    side = side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(queued(rank=1), 0.0)
+    side.receive(offer(8, 0, 1), 10.0)
+    keep_alive(side, 16.0)
+    assert side.tick(16.0) == []
+    (failure,) = reported_failures(side.receive(queued(rank=1), 16.0))
+    assert "has all of its 1 destinations" in failure.text
+    assert not side.is_empty()
 
 
 def keep_alive(side: EncodeSide, now: float) -> None:
@@ -472,15 +613,184 @@ def test_silence_of_an_idle_session_harms_no_later_room() -> None:
     assert not side.is_empty()
 
 
-def test_the_same_session_with_other_buffers_is_another_process() -> None:
+# ---- strangers
+
+SESSION, KNOWN_AT = "language-0:1", Address("language", 100)
+RIVAL_AT = Address("language", 999)
+RIVAL = Register(RIVAL_AT, SESSION, (3 << 20, 3 << 21), handshake())
+
+
+def rival_offer(room: int) -> TransferEmbeddingInfo:
+    return TransferEmbeddingInfo(room, RIVAL_AT.host, RIVAL_AT.port, SESSION, (0, 1), 1, 0, 8)
+
+
+def test_a_second_registration_of_a_session_changes_nothing_before_there_is_proof() -> None:
     side, chunk = writing()
-    other = Register(register().address, register().session_id, (3 << 20, 3 << 21), handshake())
-    assert failure_of(side.receive(other, 1.0)) == Failure(
-        502, "session language-0:1 was registered again with other buffers"
-    )
-    assert side.session("language-0:1") == other
+    assert side.receive(RIVAL, 1.0) == [ProveGone(SESSION, KNOWN_AT)]
+    assert side.receive(RIVAL, 1.0) == [], "one question at a time"
+    assert side.session(SESSION) == register()
+    (note,) = only(side.proven(SESSION, KNOWN_AT, False, 2.0), Note)
+    assert note.text == "session language-0:1 is claimed from language:999, but language:100 may be alive"
+    assert side.session(SESSION) == register()
+    assert side.counts() == {"registration_refused": 1}
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 3.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)]
+    side.receive(RIVAL, 4.0)
+    assert side.proven(SESSION, KNOWN_AT, False, 4.0) == [], "it is said once"
+
+
+def test_a_process_that_is_proven_gone_makes_way_for_the_one_in_its_place() -> None:
+    side, chunk = writing()
+    side.receive(RIVAL, 1.0)
+    effects = side.proven(SESSION, KNOWN_AT, True, 2.0)
+    text = "session language-0:1 has ended: another process is registered in its place"
+    assert failure_of(effects) == Failure(502, text)
+    assert side.session(SESSION) == RIVAL
     assert side.transferred(ROOM, chunk.transfer_id, {}, 2.0) == [DropRows(ROOM)]
     assert side.is_empty()
+
+
+def test_no_room_of_a_replaced_session_begins_while_the_others_end() -> None:
+    """Its rows would go into the memory of the new process, which has given those blocks to somebody else."""
+    side = side_with(blocks=1)
+    for room in (1, 2):
+        side.expect(room, 0.0)
+        side.receive(offer(4, room, room=room), 0.0)
+        effects = side.submit(room, 8, 0.0)
+        for chunk in only(effects, TransferEmbeddingChunk):
+            side.transferred(room, chunk.transfer_id, {}, 0.0)
+    assert side.sizes()["waiting_for_blocks"] == 1
+    side.receive(RIVAL, 1.0)
+    effects = side.proven(SESSION, KNOWN_AT, True, 2.0)
+    assert [change.room for change in only(effects, StatusChanged)] == [1, 2]
+    assert not only(effects, TransferEmbeddingChunk)
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_offers_of_a_contender_are_answered_when_it_is_known_who_has_the_session(is_gone: bool) -> None:
+    side = side_with()
+    side.receive(RIVAL, 1.0)
+    assert side.receive(rival_offer(8), 1.0) == []
+    misdirected = Failure(421, f"session {SESSION} is not registered here")
+    answer = Send(RIVAL_AT, StatusReport(8, Status.FAILED, failure=misdirected), courtesy=True)
+    assert answer in side.proven(SESSION, KNOWN_AT, is_gone, 2.0)
+    assert side.sizes()["contenders"] == 0
+    side.expect(8, 3.0)
+    assert (StatusChanged(8, Status.WAITING_FOR_INPUT) in side.receive(rival_offer(8), 3.0)) is is_gone
+
+
+def test_an_idle_session_is_not_replaced_without_proof_either() -> None:
+    side = side_with()
+    assert side.receive(RIVAL, 2 * TIMING.silence) == [ProveGone(SESSION, KNOWN_AT)]
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_session_that_was_forgotten_meanwhile_is_free_for_whoever_registers_then(is_gone: bool) -> None:
+    side = side_with()
+    now = TIMING.forget_session
+    side.receive(RIVAL, now - 1)
+    side.tick(now)
+    side.proven(SESSION, KNOWN_AT, is_gone, now)
+    assert side.session(SESSION) == (RIVAL if is_gone else None)
+    side.receive(RIVAL, now)
+    assert side.session(SESSION) == RIVAL
+
+
+def test_only_so_many_sessions_are_looked_into_at_a_time() -> None:
+    side = side_with(*range(65))
+    rivals = [Register(RIVAL_AT, register(rank).session_id, (3 << 20, 3 << 21), handshake()) for rank in range(65)]
+    questions = [only(side.receive(rival, 0.0), ProveGone) for rival in rivals]
+    assert [len(asked) for asked in questions] == [1] * 64 + [0]
+    assert side.sizes()["contenders"] == 64
+    for number in range(100):
+        side.receive(rival_offer(number), 0.0)
+    assert len(reported_failures(side.proven(SESSION, KNOWN_AT, False, 1.0))) == 64
+
+
+def test_a_proof_that_nobody_asked_for_is_our_own_mistake() -> None:
+    with pytest.raises(LocalError, match="nobody asked"):
+        side_with().proven(SESSION, KNOWN_AT, True, 0.0)
+
+
+def test_what_is_said_in_the_name_of_a_session_from_elsewhere_is_not_the_session_s() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    side.receive(Ping(RIVAL_AT, SESSION, "encode-1"), 14.0)
+    (failure,) = reported_failures(side.receive(rival_offer(8), 14.0))
+    assert failure.code == 421
+    assert failure_of(side.tick(15.0)) == Failure(502, "session language-0:1 was silent for 15 s")
+
+
+def test_strangers_cannot_abort_a_room_that_has_all_of_its_ranks() -> None:
+    side, chunk = writing()
+    assert side.receive(Abort(ROOM, RIVAL_AT, "stranger:1"), 0.0) == []
+    assert side.counts() == {"abort_ignored": 1}
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 1.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)]
+
+
+def test_before_that_anyone_may_abort_because_a_rank_may_never_have_offered() -> None:
+    side = side_with()
+    side.expect(ROOM, 0.0)
+    failure = Failure(503, "no receive blocks within 30 s")
+    effects = side.receive(Abort(ROOM, RIVAL_AT, "queued:1", failure), 0.0)
+    assert failure_of(effects) == failure
+    assert sent(effects) == [AbortAck(ROOM)]
+
+
+def test_an_idle_session_makes_way_when_there_are_too_many_and_a_busy_one_does_not() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_sessions=2))
+    side.receive(register(0), 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    side.receive(register(1), 1.0)
+    (note,) = only(side.receive(register(2), 2.0), Note)
+    assert note.text == "more than 2 sessions: idle ones must register again"
+    assert side.sessions() == {"language-0:1", "language-2:1"}
+    side.receive(offer(8, 0, 1, rank=2, room=8), 3.0)
+    (note,) = only(side.receive(register(3), 4.0), Note)
+    assert note.text == "2 sessions are busy: no more are registered"
+    assert side.sessions() == {"language-0:1", "language-2:1"}
+    assert side.counts() == {"session_displaced": 1, "registration_refused": 1}
+    side.tick(TIMING.forget_session)
+
+
+def test_whoever_was_heard_last_is_displaced_last() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_sessions=2))
+    side.receive(register(0), 0.0)
+    side.receive(register(1), 0.0)
+    keep_alive(side, 1.0)
+    side.receive(register(2), 2.0)
+    assert side.sessions() == {"language-0:1", "language-2:1"}
+
+
+def test_rooms_that_nobody_expects_are_bounded_in_number_and_the_oldest_gives_way() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_unexpected_rooms=2))
+    side.receive(register(), 0.0)
+    side.expect(ROOM, 0.0)
+    for room in (ROOM, 1, 2):
+        side.receive(offer(4, room, room=room), 0.0)
+    assert side.sizes()["unexpected"] == 2
+    (failure,) = reported_failures(side.receive(offer(4, 3, room=3), 0.0))
+    assert failure == Failure(503, "no request of room 1 has come, and too many rooms wait for theirs")
+    assert side.expect(2, 0.0) == [StatusChanged(2, Status.WAITING_FOR_INPUT)]
+    assert side.sizes()["unexpected"] == 1
+    assert side.sizes()["rooms"] == 3
+
+
+def test_rooms_that_nobody_expects_are_bounded_in_blocks() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_unexpected_blocks=8))
+    side.receive(register(), 0.0)
+    assert side.receive(offer(4, 0, 1, 2, 3, 4, room=1), 0.0) == []
+    assert len(reported_failures(side.receive(offer(4, 0, 1, 2, 3, room=2), 0.0))) == 1
+    assert side.sizes()["unexpected"] == 1
+
+
+def test_the_same_complaint_is_made_once_and_there_is_an_end_to_complaints() -> None:
+    side = encode_side()
+    notes = [note for rank in (*range(2000), 7) for note in only(side.receive(register(rank, version=9), 0.0), Note)]
+    assert len(notes) == 1000
+
+
+# ---- others
 
 
 def test_a_late_registration_from_the_address_of_a_living_session_harms_nobody() -> None:
@@ -493,18 +803,34 @@ def test_a_late_registration_from_the_address_of_a_living_session_harms_nobody()
 def test_a_ping_is_answered_with_who_is_here_and_who_was_asked() -> None:
     side = encode_side()
     assert side.receive(Ping(Address("l", 5), "nobody:1", "encode-0"), 0.0) == [
-        Send(Address("l", 5), Pong("encode-1", "encode-0"))
+        Send(Address("l", 5), Pong("encode-1", "encode-0"), courtesy=True)
     ]
+
+
+def test_what_is_said_to_strangers_is_a_courtesy_and_what_a_request_needs_is_not() -> None:
+    side = side_with(0, 1)
+    assert [answer.courtesy for answer in only(side.receive(offer(8, 0, 1, room=666), 0.0), Send)] == []
+    keep = Ping(KNOWN_AT, SESSION, "encode-1")
+    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [True], "no request of its is here"
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [False]
+    assert [answer.courtesy for answer in only(side.receive(offer(8, 0, 1, rank=1), 0.0), Send)] == [True]
+    assert [answer.courtesy for answer in only(side.refuse(666, Failure(400, "bad"), 0.0), Send)] == [True]
+    assert [answer.courtesy for answer in only(side.refuse(ROOM, Failure(400, "bad"), 0.0), Send)] == [False]
+    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [True]
 
 
 def test_sizes_and_counts_have_names() -> None:
     side, _ = writing()
     assert side.sizes() == {
         "rooms": 1,
+        "unexpected": 0,
         "waiting_for_blocks": 0,
         "transfers": 1,
         "remembered": 0,
         "sessions": 1,
+        "contenders": 0,
         "unquiet": 0,
         "blocks_free": 8 - 20 // BLOCK,
         "blocks_leased": 20 // BLOCK,

@@ -15,12 +15,12 @@ PREFIX = "sglang.srt.disaggregation"
 PROTOCOL = f"{PREFIX}.multimodal.protocol"
 TESTING = f"{PREFIX}.multimodal.testing"
 # Pure data and logic that the protocol's shell, its tests and the scheduler share.
-PURE = tuple(f"{PREFIX}.multimodal.{name}" for name in ("blocks", "config", "data_plane", "layout"))
+PURE = tuple(f"{PREFIX}.multimodal.{name}" for name in ("blocks", "config", "data_plane", "keys", "layout"))
 # What runs inside SGLang's scheduler and knows its classes: on top of everything.
 SCHEDULER = tuple(
     f"{PREFIX}.multimodal.{name}"
     for name in (
-        *("halves", "hooks", "instance", "media", "modes", "multimodal_embedding", "multimodal_language"),
+        *("front", "halves", "hooks", "instance", "media", "modes", "multimodal_embedding", "multimodal_language"),
         *("roles", "server_settings", "tower"),
     )
 )

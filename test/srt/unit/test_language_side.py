@@ -19,6 +19,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     Address,
     Ping,
     Pong,
+    Queued,
     Register,
     StatusReport,
     TransferEmbeddingInfo,
@@ -33,6 +34,7 @@ from support.protocol import (
     failure_of,
     language_side,
     only,
+    queued,
     register,
     sent,
 )
@@ -137,7 +139,7 @@ def test_with_several_ranks_a_room_that_is_looked_up_keeps_a_block() -> None:
     side.request(1, SECOND, 0.0)
     effects = resolved(side, 2)
     assert len(resume_in(effects).dst_embedding_indices) == 2, "two are left for rooms 0 and 1"
-    assert sent(side.request(3, PEER, 0.0)) == []
+    assert sent(side.request(3, PEER, 0.0)) == [queued(room=3)]
     effects = side.peer_resolved(SECOND, Address("other", 1), "encode-2", 0.0)
     assert [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)] == [0]
 
@@ -145,7 +147,7 @@ def test_with_several_ranks_a_room_that_is_looked_up_keeps_a_block() -> None:
 def test_with_several_ranks_a_cancelled_room_makes_way() -> None:
     side = language_side(blocks=1, ranks=2)
     side.request(1, SECOND, 0.0)
-    assert sent(resolved(side, 2)) == []
+    assert sent(resolved(side, 2)) == [register(blocks=1), queued(room=2)]
     assert resume_in(side.cancel(1, 0.0)).room == 2
 
 
@@ -153,6 +155,131 @@ def test_alone_a_rank_serves_whoever_is_ready() -> None:
     side = language_side(blocks=1)
     side.request(1, SECOND, 0.0)
     assert resume_in(resolved(side, 2)).room == 2
+
+
+# ---- the queue, as the encode side sees it
+
+
+def test_a_room_that_must_wait_for_blocks_says_so_once_and_others_say_nothing() -> None:
+    side = language_side(blocks=2)
+    assert [type(message) for message in sent(resolved(side, 1, 2, 3))] == [
+        Register,
+        TransferEmbeddingInfo,
+        Queued,
+        Queued,
+    ]
+    assert sent(side.request(4, PEER, 1.0)) == [queued(room=4)]
+    side.receive(report(Status.SUCCESS, 5, room=1), 2.0)
+    (init,) = sent(side.copied(1, 5, 5, 2.0))
+    assert isinstance(init, TransferEmbeddingInfo)
+    assert init.room == 2
+
+
+def test_there_is_no_extra_message_while_blocks_are_free() -> None:
+    side = language_side(blocks=8, default=4)
+    messages = [type(message) for message in sent(resolved(side, 1, 2))]
+    for room in range(3, 9):
+        messages += [type(message) for message in sent(side.request(room, PEER, 0.0))]
+    assert messages == [Register] + 8 * [TransferEmbeddingInfo]
+
+
+def waiting_room(room: int = 8) -> LanguageSide:
+    """Another peer's room has all blocks, so that this peer has nothing but a room that waits."""
+    side = language_side(blocks=2)
+    side.request(1, SECOND, 0.0)
+    side.peer_resolved(SECOND, Address("other", 1), "encode-2", 0.0)
+    assert sent(resolved(side, room)) == [register(blocks=2), queued(room=room)]
+    return side
+
+
+def test_a_peer_of_queued_rooms_alone_is_pinged_and_missed() -> None:
+    side = waiting_room()
+    for now in (5.0, 10.0):
+        assert [send.to for send in only(side.tick(now), Send)] == [Address("other", 1), ENCODE]
+        side.receive(Pong("encode-2", "encode-2"), now)
+    effects = side.tick(15.0)
+    assert Resolve(PEER) in effects
+    assert failure_of(effects) is None, "it may be only slow"
+    side.receive(Pong("encode-2", "encode-2"), 15.0)
+    (ping,) = side.tick(20.0)
+    assert isinstance(ping, Send)
+    assert ping.to == Address("other", 1), "that it is lost is said once"
+    assert failure_of(side.peer_unreachable(PEER, "connection refused", 16.0)) == Failure(
+        502, f"encode instance {PEER} cannot be found: connection refused"
+    )
+    assert side.sizes()["waiting_for_blocks"] == 0
+
+
+def test_a_peer_of_queued_rooms_alone_is_watched_and_need_not_be_looked_up() -> None:
+    assert waiting_room().request(9, PEER, 20.0) == [Send(ENCODE, queued(room=9))]
+
+
+@pytest.mark.parametrize("instance", ["encode-1", "encode-9"])
+def test_a_peer_that_is_found_again_is_told_again(instance: str) -> None:
+    side = waiting_room()
+    for now in (5.0, 10.0, 15.0):
+        side.tick(now)
+    assert sent(side.peer_resolved(PEER, ENCODE, instance, 16.0)) == [register(blocks=2), queued(room=8)]
+
+
+def test_a_peer_that_was_restarted_is_told_of_the_rooms_that_wait_for_it() -> None:
+    side = waiting_room()
+    assert side.receive(Pong("encode-9", "encode-1"), 1.0) == [Resolve(PEER)]
+    where = Address("encode", 2)
+    effects = side.peer_resolved(PEER, where, "encode-9", 2.0)
+    assert effects == [Send(where, register(blocks=2)), Send(where, queued(room=8))]
+    assert sent(side.peer_resolved(PEER, where, "encode-9", 3.0)) == []
+    assert sent(side.peer_resolved(PEER, ENCODE, "encode-10", 3.0)) == [register(blocks=2), queued(room=8)]
+
+
+def test_a_queued_room_ends_with_its_other_half_and_nobody_is_told() -> None:
+    side = waiting_room()
+    failure = Failure(400, "the image cannot be decoded")
+    failed = StatusReport(8, Status.FAILED, failure=failure)
+    assert side.receive(failed, 1.0) == [StatusChanged(8, Status.FAILED, failure)]
+    assert side.sizes()["waiting_for_blocks"] == 0
+    assert side.receive(failed, 1.0) == []
+    assert failure_of(side.request(8, PEER, 2.0)) == Failure(409, "room 8 was used before")
+
+
+def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
+    side = waiting_room()
+    for message in (report(Status.TRANSFERRING, None, 8), report(Status.SUCCESS, 5, 8), AbortAck(8)):
+        assert side.receive(message, 1.0) == []
+    side.request(9, "registry3:80", 1.0)
+    failed = StatusReport(9, Status.FAILED, failure=Failure(400, "of old"))
+    assert side.receive(failed, 1.0) == [], "nobody has been asked for room 9"
+    assert side.counts() == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
+
+
+def test_a_queued_room_of_a_forgotten_session_is_announced_again_once() -> None:
+    side = waiting_room()
+    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "who are you?"))
+    assert side.receive(misdirected, 0.0) == [Send(ENCODE, register(blocks=2)), Send(ENCODE, queued(room=8))]
+    effects = side.receive(misdirected, 0.0)
+    assert failure_of(effects) == Failure(502, "who are you?")
+    assert [type(message) for message in sent(effects)] == [Abort], "the other half does not know"
+
+
+def test_a_queued_room_of_a_lost_peer_is_announced_when_it_is_found() -> None:
+    side = waiting_room()
+    side.receive(Pong("encode-9", "encode-1"), 1.0)
+    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "who are you?"))
+    assert side.receive(misdirected, 1.0) == []
+    assert sent(side.peer_resolved(PEER, ENCODE, "encode-9", 2.0)) == [register(blocks=2), queued(room=8)]
+
+
+def test_an_init_behind_a_first_word_may_be_misdirected_with_it() -> None:
+    """Both were on their way when the encode side answered the first that it has forgotten the session."""
+    side = language_side(blocks=2)
+    resolved(side, 1, ROOM)
+    side.receive(report(Status.SUCCESS, 5, room=1), 0.0)
+    init = resume_in(side.copied(1, 5, 5, 0.0))
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "who are you?"))
+    again = [Send(ENCODE, register(blocks=2)), Send(ENCODE, init)]
+    assert side.receive(misdirected, 0.0) == again
+    assert side.receive(misdirected, 0.0) == again
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "who are you?")
 
 
 # ---- rows
@@ -366,10 +493,41 @@ def test_an_unreachable_registry_fails_those_that_wait_for_it() -> None:
     side.request(2, SECOND, 0.0)
     effects = side.peer_unreachable(PEER, "connection refused", 0.0)
     assert effects == [
-        StatusChanged(1, Status.FAILED, Failure(502, f"bootstrap registry {PEER} did not answer: connection refused"))
+        StatusChanged(1, Status.FAILED, Failure(502, f"encode instance {PEER} cannot be found: connection refused"))
     ]
     assert side.sizes()["peers"] == 1
     assert side.request(3, PEER, 0.0) == [Resolve(PEER)]
+
+
+def test_a_room_that_ends_while_its_peer_is_looked_up_is_aborted_there_afterwards() -> None:
+    side = language_side()
+    for room in (1, 2):
+        side.request(room, PEER, 0.0)
+    gone = Failure(499, "the client of room 1 is gone")
+    assert sent(side.cancel(1, 0.0)) == []
+    effects = side.peer_resolved(PEER, ENCODE, "encode-1", 1.0)
+    who = register()
+    assert effects[0] == Send(ENCODE, Abort(1, who.address, who.session_id, gone))
+    assert [type(message) for message in sent(effects)] == [Abort, Register, TransferEmbeddingInfo]
+    assert sent(side.peer_resolved(PEER, ENCODE, "encode-1", 2.0)) == [], "it is said once"
+
+
+def test_there_is_nobody_to_be_told_when_the_lookup_fails() -> None:
+    side = language_side()
+    side.request(1, PEER, 0.0)
+    side.cancel(1, 0.0)
+    assert side.peer_unreachable(PEER, "connection refused", 1.0) == []
+    side.request(2, PEER, 2.0)
+    messages = sent(side.peer_resolved(PEER, ENCODE, "encode-1", 3.0))
+    assert [type(message) for message in messages] == [Register, TransferEmbeddingInfo]
+
+
+def test_only_so_many_wait_to_be_told() -> None:
+    side = language_side()
+    for room in range(10_001):
+        side.request(room, PEER, 0.0)
+        side.cancel(room, 0.0)
+    assert len(sent(side.peer_resolved(PEER, ENCODE, "encode-1", 1.0))) == 10_000
 
 
 def test_a_peer_that_does_not_fit_is_refused_with_the_reason() -> None:

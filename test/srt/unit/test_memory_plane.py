@@ -42,13 +42,14 @@ def test_bytes_move(sides: tuple[Side, Side]) -> None:
 
 def test_nothing_outside_the_registered_memory_is_touched(sides: tuple[Side, Side]) -> None:
     a, b = sides
-    for bad in (
-        Entry(a.address, b.address + 9, 2),
-        Entry(a.address - 1, b.address, 1),
-        Entry(a.address, b.address, 11),
-    ):
+    before = bytes(b.memory)
+    for bad in (Entry(a.address, b.address + 9, 2), Entry(a.address, b.address - 1, 1)):
+        with pytest.raises(TransferError, match="b:1 has not registered"):
+            a.plane.link("b:1").write([bad])
+    for bad in (Entry(a.address - 1, b.address, 1), Entry(a.address, b.address, 11)):
         with pytest.raises(LocalError, match="not in the registered memory"):
             a.plane.link("b:1").write([bad])
+    assert bytes(b.memory) == before
 
 
 def test_too_many_entries_are_refused(sides: tuple[Side, Side]) -> None:

@@ -8,6 +8,7 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     AbortAck,
     Ping,
     Pong,
+    Queued,
     StatusReport,
     ToEncode,
     ToLanguage,
@@ -86,6 +87,7 @@ def messages_to_encode(language: LanguageNode) -> dict[str, ToEncode]:
 
     return {
         "register": register,
+        "queued": Queued(ROOM, language.address, register.session_id),
         "init": info(0),
         "init of other blocks": info(0, blocks=(1, 0)),
         "init of another number of ranks": info(0, ranks=2),
@@ -116,7 +118,7 @@ def test_every_message_to_an_encode_room_in_every_status(status: Status, name: s
     assert is_final(language.journal.statuses[ROOM])
     if name == "abort" and not is_final(status):
         assert encode.journal.statuses[ROOM] is F
-    if name in ("register", "ping", "resume of no chunk", "resume of the next chunk") and status is not F:
+    if name in ("register", "ping", "queued", "resume of no chunk", "resume of the next chunk") and status is not F:
         assert encode.journal.statuses[ROOM] is S
     if name in ("init", "init of other blocks") and status in (W, T):
         assert language.journal.statuses[ROOM] is S

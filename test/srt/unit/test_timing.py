@@ -51,5 +51,10 @@ def test_against_a_dictionary() -> None:
     assert len(alarms._heap) < 300, "what was overtaken is thrown away in time"
 
 
+def test_a_first_word_is_awaited_no_longer_than_everything_else() -> None:
+    assert Timing(first_word=30.0, bootstrap=300.0).unasked == 30.0
+    assert Timing(first_word=30.0, bootstrap=2.0).unasked == 2.0
+
+
 def test_the_silence_of_a_peer_covers_every_ping_that_may_fail() -> None:
     assert Timing(heartbeat_interval=5.0, heartbeat_max_failures=2).silence == pytest.approx(15.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ class ScriptedPlane:
 
     def __init__(self) -> None:
         self.failures = 0
+        self.broken: BaseException | None = None
         self.quiet = True
         self.calls: list[str] = []
         self.gate: threading.Event | None = None
@@ -48,6 +50,8 @@ class ScriptedLink:
             raise TransferError("no luck")
 
     def renew(self) -> None:
+        if self._plane.broken:
+            raise self._plane.broken
         self._plane.calls.append("renew")
 
     def is_quiet(self) -> bool:
@@ -74,6 +78,11 @@ class Desk:
 
     def answer(self) -> str:
         return self.answers.get(timeout=10)
+
+
+def thread_named(name: str) -> Any:
+    [thread] = [thread for thread in threading.enumerate() if thread.name == name]
+    return thread
 
 
 @pytest.fixture
@@ -152,18 +161,70 @@ def test_a_stuck_peer_holds_up_nobody_else(desk: Desk) -> None:
     assert len(desk.workers) == 2
 
 
-def test_a_worker_that_dies_answers_and_is_reported_and_replaced(desk: Desk) -> None:
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), SystemExit("leave"), KeyboardInterrupt("stop")])
+def test_a_job_that_breaks_its_worker_is_answered_and_reported_and_the_next_one_works(
+    desk: Desk, bug: BaseException
+) -> None:
     def explode(link: Link) -> None:
-        raise ZeroDivisionError("a bug")
+        raise bug
 
     desk.write(write=explode)
-    assert desk.answer() == "the transfer worker for peer died"
-    assert desk.deaths.get(timeout=10) == "relay-transfer-peer died: a bug"
-    for thread in threading.enumerate():
-        if thread.name == "relay-transfer-peer":
-            thread.join(10)
+    assert desk.answer() == f"the transfer worker for peer failed: {bug!r}"
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-peer failed: {bug!r}"
     desk.write()
     assert desk.answer() == ""
+    # How far the broken write got, nobody knows: its engine was thrown away, and the proof is about that one.
+    assert desk.plane.calls == ["renew", "write"]
+    desk.plane.quiet = False
+    desk.workers.watch("peer")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.05)
+    desk.plane.quiet = True
+    assert desk.quiet.get(timeout=10) == "peer"
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), SystemExit("leave")])
+def test_a_worker_that_dies_answers_all_its_jobs_and_is_reported_and_replaced(desk: Desk, bug: BaseException) -> None:
+    desk.plane.gate = threading.Event()
+    desk.plane.failures, desk.plane.broken = 1, bug
+    for _ in range(3):
+        desk.write("stuck")
+    worker = thread_named("relay-transfer-stuck")
+    desk.plane.gate.set()
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-stuck failed: {bug!r}"
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-stuck died: {bug!r}"
+    assert desk.answer() == "the transfer worker for stuck has died"
+    assert [desk.answer(), desk.answer()] == ["the transfer worker for stuck has ended"] * 2
+    worker.join(10)
+    worker.submit(lambda link: link.write(ENTRIES), desk.answers.put)  # it saw it alive a moment ago
+    assert desk.answer() == "the transfer worker for stuck has ended"
+    desk.plane.broken = None
+    desk.write("stuck")
+    assert desk.answer() == ""
+
+
+def test_no_other_worker_vouches_for_the_writes_of_one_that_died(desk: Desk) -> None:
+    """S3: with the worker went its connections, and so the only proof of their end."""
+    desk.plane.failures, desk.plane.broken = 1, ZeroDivisionError("a bug")
+    desk.plane.gate = threading.Event()
+    desk.write("stuck")
+    worker = thread_named("relay-transfer-stuck")
+    desk.plane.gate.set()
+    desk.answer()
+    worker.join(10)
+    desk.plane.broken = None
+    desk.write("stuck")
+    assert desk.answer() == ""
+    desk.workers.watch("stuck")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.2)
+
+
+def test_a_worker_without_an_engine_answers_and_is_reported(desk: Desk) -> None:
+    desk.plane.link = None  # type: ignore[method-assign, assignment]
+    desk.write()
+    assert desk.answer() == "the transfer worker for peer has ended"
+    assert desk.deaths.get(timeout=10).startswith("relay-transfer-peer died: TypeError")
 
 
 def test_the_worker_of_a_session_that_is_gone_ends(desk: Desk) -> None:

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import logging
 import os
-import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
+from sglang.srt.disaggregation.mooncake import seal_multimodal as seals
+from sglang.srt.disaggregation.mooncake.threads_multimodal import WatchedThread
+from sglang.srt.disaggregation.multimodal.config import SECRET_FILE
 from sglang.srt.disaggregation.multimodal.protocol.errors import RemoteError, SettingError
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address, Handshake
+from sglang.srt.disaggregation.multimodal.protocol.messages import Address, Handshake, Host, Word
 
 logger = logging.getLogger(__name__)
 
 _PATH: Final = "/relay/ranks"
+_HEALTH: Final = "/health"
 _MAX_RANKS: Final = 4096
 _MAX_BODY: Final = 64 * 1024
 _REQUEST_TIMEOUT: Final = 5.0
+_UNAUTHORIZED: Final = 401
 
 
 class EncodeRank(msgspec.Struct, frozen=True):
     """What the registry knows of one encode rank. A new `instance` under an old name is a new process."""
 
     rank: Annotated[int, msgspec.Meta(ge=0, lt=_MAX_RANKS)]
-    host: str
+    host: Host
     port: Annotated[int, msgspec.Meta(gt=0, lt=65536)]
-    instance: str
+    instance: Word
     handshake: Handshake
 
     @property
@@ -45,13 +53,15 @@ class RegistryError(RemoteError):
 class MooncakeEmbeddingBootstrapServer:
     """Runs in the HTTP-server process of an encode instance, in a thread of its own."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, key: bytes | None = None) -> None:
+        """With a `key`, it hears only who has that key, and its answers can be told from anybody else's."""
         self._host = host
         self._port = port
+        self._key = key
         self._ranks: dict[int, EncodeRank] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: WatchedThread | None = None
 
     @property
     def port(self) -> int:
@@ -60,9 +70,8 @@ class MooncakeEmbeddingBootstrapServer:
 
     def start(self) -> None:
         bound: Future[int] = Future()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(bound)), name="relay-bootstrap", daemon=True
-        )
+        # The scheduler, which lives in another process, notices the end of this thread by itself: see `Announcer`.
+        self._thread = WatchedThread("relay-bootstrap", lambda: self._run(bound), logger.error)
         self._thread.start()
         try:
             self._port = bound.result()
@@ -75,20 +84,29 @@ class MooncakeEmbeddingBootstrapServer:
     def close(self) -> None:
         if self._thread is None or self._loop is None or self._stop is None:
             return
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # its thread has died, and the loop with it
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._thread = None
 
+    def _run(self, bound: Future[int]) -> None:
+        try:
+            asyncio.run(self._serve(bound))
+        except BaseException as error:
+            if bound.done():
+                raise
+            bound.set_exception(error)  # `start` waits for it
+
     async def _serve(self, bound: Future[int]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application(client_max_size=_MAX_BODY)
+        app = web.Application(client_max_size=_MAX_BODY, middlewares=[_sealed(self._key)] if self._key else [])
         app.router.add_put(_PATH, self._put)
         app.router.add_get(_PATH + "/{rank}", self._get)
-        app.router.add_get("/health", self._health)
+        app.router.add_get(_HEALTH, self._health)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self._host or None, self._port).start()
+            await web.TCPSite(runner, self._host, self._port).start()
             bound.set_result(int(runner.addresses[0][1]))
             await self._stop.wait()
         except OSError as error:
@@ -116,14 +134,38 @@ class MooncakeEmbeddingBootstrapServer:
         return web.Response(text="OK")
 
 
-def announce(registry: Address, rank: EncodeRank) -> None:
+def _sealed(key: bytes) -> Middleware:
+    """All but the health check is for those who have the secret, and each answer to them proves that we have it."""
+    inspector = seals.Inspector(key, time.time_ns())
+
+    @web.middleware
+    async def inspect(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == _HEALTH:
+            return await handler(request)
+        assert request.transport is not None
+        to = _name(request.transport.get_extra_info("sockname")) if request.method == "PUT" else ""
+        asked = seals.Request(request.method, request.raw_path, await request.read(), to)
+        objection = inspector.objection(asked, request.headers, time.time_ns())
+        if objection:
+            return web.Response(status=_UNAUTHORIZED, text=objection)
+        answer = await handler(request)
+        assert isinstance(answer, web.Response)
+        assert isinstance(answer.body, bytes)
+        nonce = request.headers[seals.NONCE]
+        answer.headers[seals.SEAL] = seals.seal_answer(key, nonce, answer.status, answer.body)
+        return answer
+
+    return inspect
+
+
+def announce(registry: Address, rank: EncodeRank, key: bytes | None = None) -> None:
     """Tell the registry about a rank; raises RegistryError."""
-    _request(registry, "PUT", _PATH, msgspec.json.encode(rank))
+    _request(registry, "PUT", _PATH, msgspec.json.encode(rank), key)
 
 
-def look_up(registry: Address, rank: int) -> EncodeRank:
+def look_up(registry: Address, rank: int, key: bytes | None = None) -> EncodeRank:
     """Ask the registry for a rank; raises RegistryError."""
-    body = _request(registry, "GET", f"{_PATH}/{rank}", b"")
+    body = _request(registry, "GET", f"{_PATH}/{rank}", b"", key)
     try:
         return msgspec.json.decode(body, type=EncodeRank)
     except msgspec.DecodeError as error:
@@ -139,18 +181,36 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def _request(registry: Address, method: str, path: str, body: bytes) -> bytes:
+def _request(registry: Address, method: str, path: str, body: bytes, key: bytes | None) -> bytes:
     """A direct connection: a proxy of the environment is for the world outside, not for our own instances."""
     connection = http.client.HTTPConnection(registry.host, registry.port, timeout=_REQUEST_TIMEOUT)
+    headers = {}
     try:
-        connection.request(method, path, body)
+        connection.connect()
+        if key:
+            to = _name(connection.sock.getpeername()) if method == "PUT" else ""
+            headers = seals.seal_request(key, seals.Request(method, path, body, to), time.time_ns())
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         answer = response.read(_MAX_BODY)
     except (OSError, UnicodeError, http.client.HTTPException) as error:  # Unicode: a host that no name server takes
         raise RegistryError(f"bootstrap registry {registry} did not answer: {error}") from error
     finally:
         connection.close()
+    text = answer.decode(errors="replace")[:200]
+    if response.status == _UNAUTHORIZED:  # never sealed, because whoever asked may not have the secret
+        raise RegistryError(f"bootstrap registry {registry} refuses this instance: {text}")
+    seal = response.getheader(seals.SEAL, "")
+    if key and not seals.is_sealed_answer(key, headers[seals.NONCE], response.status, answer, seal):
+        raise RegistryError(
+            f"bootstrap registry {registry} does not prove that it has our secret:"
+            f" {SECRET_FILE} differs or is missing there"
+        )
     if response.status != 200:
-        text = answer.decode(errors="replace")[:200]
         raise RegistryError(f"bootstrap registry {registry} answered {response.status}: {text}")
     return answer
+
+
+def _name(socket_address: Sequence[Any]) -> str:
+    """Of an address as sockets give it, with two parts or four."""
+    return str(Address(*socket_address[:2]))

@@ -30,6 +30,11 @@ class ChunkJob:
         self._staging = threading.Lock()
         self._counting = threading.Lock()
 
+    @property
+    def rows(self) -> int:
+        """Written, to all destinations together."""
+        return sum(one.stop_row - one.start_row for one in self.chunk.destinations if one.session_id not in self.errors)
+
     def write(self, destination: ChunkDestination, pointers: Sequence[int], link: Link) -> None:
         """Raise TransferError if some of it may be missing at the peer; may then be called again."""
         with self._staging:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import uuid
 
 from sglang.srt.disaggregation.mooncake.announce_multimodal import Announcer
@@ -14,6 +13,7 @@ from sglang.srt.disaggregation.mooncake.encode_multimodal import EncodeShell
 from sglang.srt.disaggregation.mooncake.engine_multimodal import MooncakeDataPlane
 from sglang.srt.disaggregation.mooncake.language_multimodal import LanguageShell
 from sglang.srt.disaggregation.mooncake.rooms_multimodal import MooncakeEmbeddingReceiver, MooncakeEmbeddingSender
+from sglang.srt.disaggregation.mooncake.threads_multimodal import WatchedThread
 from sglang.srt.disaggregation.mooncake.workers_multimodal import TransferWorker
 from sglang.srt.disaggregation.multimodal.blocks import BlockPool
 from sglang.srt.disaggregation.multimodal.board import Board, Notice
@@ -21,6 +21,7 @@ from sglang.srt.disaggregation.multimodal.buffers import EmbeddingBuffers, Sourc
 from sglang.srt.disaggregation.multimodal.config import RelayConfig
 from sglang.srt.disaggregation.multimodal.data_plane import DataPlane
 from sglang.srt.disaggregation.multimodal.layout import BufferLayout
+from sglang.srt.disaggregation.multimodal.observer import NOBODY, Observer
 from sglang.srt.disaggregation.multimodal.protocol import codec
 from sglang.srt.disaggregation.multimodal.protocol.effects import TransferEmbeddingChunk
 from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
@@ -54,10 +55,12 @@ class MooncakeEmbeddingManager:
         self.pool = BlockPool(layout.blocks)
         self.plane = plane
         self.unhealthy_reason: str | None = None
+        self.observer: Observer = NOBODY
         self._buffers = EmbeddingBuffers(layout)
         self._board = Board()
-        self._loop = ControlLoop(host, codec.MAX_FRAME_BYTES)
-        self._thread = threading.Thread(target=self.embedding_thread, name="relay-control", daemon=True)
+        self._loop = ControlLoop(host, codec.MAX_FRAME_BYTES, config.keys.control if config.keys else None)
+        self._registry_key = config.keys.registry if config.keys else None
+        self._thread = WatchedThread("relay-control", self.embedding_thread, self._end_all)
         self._opened = contextlib.ExitStack()
         self._registry: tuple[Address, int] | None = None
         self._max_rows = self.ranks = 0
@@ -113,11 +116,15 @@ class MooncakeEmbeddingManager:
     def _assemble_encode(self, opened: contextlib.ExitStack, registry: Address, rank: int) -> None:
         handshake = self.layout.handshake()
         core = EncodeSide(handshake=handshake, instance=self.instance, pool=self.pool, timing=self.config.timing)
-        self._encode = EncodeShell(core, self._buffers, self._loop, self.update_status, self.transfer_worker)
+        self._encode = EncodeShell(
+            core, self._buffers, self._loop, self.update_status, self.transfer_worker, self.observer
+        )
         opened.callback(self._encode.close)
         self._start_thread(opened)
         who = EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake)
-        self._announcer = Announcer(registry, who, self.config.bootstrap_timeout, self.report_illness)
+        self._announcer = Announcer(
+            registry, who, self.config.bootstrap_timeout, self.report_illness, self._registry_key
+        )
         opened.callback(self._announcer.close)
         self._announcer.start()
 
@@ -131,7 +138,9 @@ class MooncakeEmbeddingManager:
             ranks=self.ranks,
             timing=self.config.timing,
         )
-        self._language = LanguageShell(core, self._buffers, self._loop, self.update_status)
+        self._language = LanguageShell(
+            core, self._buffers, self._loop, self.update_status, self.observer, self._registry_key
+        )
         opened.callback(self._language.close)
         self._start_thread(opened)
 
@@ -166,9 +175,14 @@ class MooncakeEmbeddingManager:
 
     def _count(self) -> None:
         side = self._encode or self._language
-        loop = {"connections": self._loop.connections, "undecodable_total": self._loop.undecodable}
-        mine = {"blocks": self.pool.count, "followed": len(self._board), **loop}
-        self._numbers = {**mine, **(side.metrics() if side else {})}
+        loop = {
+            "connections": self._loop.connections,
+            "undecodable_total": self._loop.undecodable,
+            "refused_clients_total": self._loop.refused_clients,
+        }
+        mine = {"blocks": self.pool.count, "followed": len(self._board), "engines_renewed_total": self.plane.renewals}
+        self._numbers = {**mine, **loop, **(side.metrics() if side else {})}
+        self.observer.counted(self._numbers)
 
     # ---- statuses
 
@@ -201,12 +215,12 @@ class MooncakeEmbeddingManager:
         """The control thread: owns the core, the sockets and the timers."""
         side = self._encode or self._language
         assert side is not None
-        try:
-            self._loop.run(side, self._count)
-        except Exception as error:  # the top of a thread: every open room must get its answer
-            logger.exception("the control thread died")
-            self.report_illness(f"the control thread died: {error!r}")
-            self._board.fail_all(Failure(UNAVAILABLE, str(self.unhealthy_reason)))
+        self._loop.run(side, self._count)
+
+    def _end_all(self, reason: str) -> None:
+        """Without the control thread nothing is reported any more: every open room must get its answer now."""
+        self.report_illness(reason)
+        self._board.fail_all(Failure(UNAVAILABLE, reason))
 
     def transfer_worker(self, session_id: str) -> TransferWorker:
         """A thread that writes to one destination session."""

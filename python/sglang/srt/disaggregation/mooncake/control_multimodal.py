@@ -11,7 +11,8 @@ from typing import Final, Protocol
 
 import zmq
 
-from sglang.srt.disaggregation.mooncake.wires_multimodal import Inlet, Outlets
+from sglang.srt.disaggregation.mooncake.curve_multimodal import Curve, Doorkeeper
+from sglang.srt.disaggregation.mooncake.wires_multimodal import MAX_SOCKETS, Inlet, Outlets
 from sglang.srt.disaggregation.multimodal.protocol.errors import LocalError, UndecodableFrames
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 from sglang.srt.disaggregation.multimodal.wakeup import WakeUp
@@ -39,9 +40,11 @@ class Handler(Protocol):
 
 
 class ControlLoop:
-    def __init__(self, host: str, max_frame: int) -> None:
+    def __init__(self, host: str, max_frame: int, key: bytes | None = None) -> None:
+        """With a `key`, it talks to others with the same key only, and nobody else can read along."""
         self._host = host
         self._max_frame = max_frame
+        self._key = key
         self._calls: SimpleQueue[Call] = SimpleQueue()
         self._wakeup = WakeUp()
         self._stopping = False
@@ -49,6 +52,7 @@ class ControlLoop:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._inlet: Inlet | None = None
         self._outlets: Outlets | None = None
+        self._doorkeeper: Doorkeeper | None = None
         self._named_peers: set[str] = set()
         self.undecodable = 0
 
@@ -57,13 +61,15 @@ class ControlLoop:
     def open(self) -> Address:
         self._wakeup.open()
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         try:
-            self._inlet = Inlet(self._context, self._host, self._max_frame)
+            curve = Curve(self._key) if self._key else None
+            self._doorkeeper = Doorkeeper(self._context, curve) if curve else None
+            self._inlet = Inlet(self._context, self._host, self._max_frame, curve)
         except BaseException:
-            self._context.term()
-            self._wakeup.close()
+            self.close()
             raise
-        self._outlets = Outlets(self._context)
+        self._outlets = Outlets(self._context, curve)
         return self._inlet.address
 
     def post(self, call: Call) -> None:
@@ -87,6 +93,8 @@ class ControlLoop:
             self._inlet.close()
         if self._outlets:
             self._outlets.close()
+        if self._doorkeeper:
+            self._doorkeeper.close()
         self._context.term()
         self._wakeup.close()
         self._context = None
@@ -101,6 +109,8 @@ class ControlLoop:
         poller = zmq.Poller()
         poller.register(inlet.socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        if self._doorkeeper:
+            poller.register(self._doorkeeper.socket, zmq.POLLIN)
         try:
             while not self._stopping:
                 poller.poll(_timeout_ms(handler.next_wakeup(), outlets.next_wakeup(), self._count_at))
@@ -112,6 +122,8 @@ class ControlLoop:
     def _turn(self, handler: Handler, inlet: Inlet, outlets: Outlets) -> None:
         self._wakeup.clear()
         self._run_calls()
+        if self._doorkeeper:
+            self._doorkeeper.answer()
         for peer, frames in inlet.messages():
             self._receive(handler, peer, frames)
         now = time.monotonic()
@@ -148,10 +160,15 @@ class ControlLoop:
                 self._named_peers.add(peer)
                 logger.warning("relay message from %s dropped, and so will be all like it: %s", peer, reason)
 
-    def send(self, to: Address, frames: Sequence[bytes]) -> None:
+    def send(self, to: Address, frames: Sequence[bytes], *, courtesy: bool = False) -> None:
         if self._outlets is None:
             raise LocalError("a control loop is opened before it sends")
-        self._outlets.send(to, frames, time.monotonic())
+        self._outlets.send(to, frames, time.monotonic(), courtesy=courtesy)
+
+    @property
+    def refused_clients(self) -> int:
+        """Who came with a key of CURVE's that is not ours."""
+        return self._doorkeeper.refused if self._doorkeeper else 0
 
     @property
     def connections(self) -> int:

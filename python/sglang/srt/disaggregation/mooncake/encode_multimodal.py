@@ -10,21 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 
 from sglang.srt.disaggregation.mooncake.chunk_multimodal import ChunkJob
 from sglang.srt.disaggregation.mooncake.control_multimodal import ControlLoop
+from sglang.srt.disaggregation.mooncake.proof_multimodal import Prover
 from sglang.srt.disaggregation.mooncake.workers_multimodal import TransferWorker, TransferWorkers
 from sglang.srt.disaggregation.multimodal.board import Publish
 from sglang.srt.disaggregation.multimodal.buffers import EmbeddingBuffers, SourceRows
+from sglang.srt.disaggregation.multimodal.observer import Observer, Summary
 from sglang.srt.disaggregation.multimodal.protocol import codec
 from sglang.srt.disaggregation.multimodal.protocol.effects import (
     DropRows,
     EncodeEffect,
     Note,
+    ProveGone,
     Send,
     StatusChanged,
     TransferEmbeddingChunk,
 )
 from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
-from sglang.srt.disaggregation.multimodal.protocol.messages import Register
 from sglang.srt.disaggregation.multimodal.protocol.status import Status, is_final
 
 logger = logging.getLogger(__name__)
@@ -51,15 +53,19 @@ class EncodeShell:
         loop: ControlLoop,
         publish: Publish,
         make_worker: Callable[[str], TransferWorker],
+        observer: Observer,
     ) -> None:
         self._core = core
         self._buffers = buffers
         self._loop = loop
         self._publish = publish
+        self._observer = observer
         self._workers = TransferWorkers(make_worker)
+        self._prover = Prover(self.report_proof)
         self._sources: dict[int, SourceRows] = {}
         self._tallies: dict[int, _Tally] = {}
         self._rounds_total = 0
+        self._rows_total = 0
         self._bytes_total = 0
 
     # ---- any thread
@@ -77,18 +83,20 @@ class EncodeShell:
         """No failed write to the session can land any more."""
         self._loop.post(lambda now: self._run(self._core.session_quiet(session_id, now), now))
 
+    def report_proof(self, asked: ProveGone, is_gone: bool) -> None:
+        """Whether the process that has a session by now is known to be gone."""
+        self._loop.post(lambda now: self._run(self._core.proven(asked.session_id, asked.address, is_gone, now), now))
+
     def close(self) -> None:
         """After the control thread has ended."""
+        self._prover.close()
         self._workers.close()
         self._sources.clear()
 
     # ---- the control loop's handler
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
-        message = codec.decode_to_encode(frames)
-        self._run(self._core.receive(message, now), now)
-        if isinstance(message, Register):
-            self._workers.keep_only(self._core.sessions())  # it may have replaced an older one
+        self._run(self._core.receive(codec.decode_to_encode(frames), now), now)
 
     def tick(self, now: float) -> None:
         self._run(self._core.tick(now), now)
@@ -101,9 +109,9 @@ class EncodeShell:
         )
 
     def metrics(self) -> dict[str, float]:
-        totals = {"rounds_total": self._rounds_total, "bytes_total": self._bytes_total}
+        moved = {"rounds_total": self._rounds_total, "rows_total": self._rows_total, "bytes_total": self._bytes_total}
         shell = {"workers": len(self._workers), "sources": len(self._sources), "tallies": len(self._tallies)}
-        return {**self._core.sizes(), **self._core.counts(), **shell, **totals}
+        return {**self._core.sizes(), **self._core.counts(), **shell, **moved}
 
     # ---- commands
 
@@ -123,13 +131,15 @@ class EncodeShell:
         for effect in effects:
             match effect:
                 case Send():
-                    self._loop.send(effect.to, codec.encode(effect.message))
+                    self._loop.send(effect.to, codec.encode(effect.message), courtesy=effect.courtesy)
                 case StatusChanged():
                     self._changed(effect, now)
                 case TransferEmbeddingChunk():
                     self.add_transfer_request(effect, now)
                 case DropRows():
                     self._sources.pop(effect.room, None)
+                case ProveGone():
+                    self._prover.ask(effect)
                 case Note():
                     logger.warning("relay-encode %s", effect.text)
 
@@ -153,6 +163,7 @@ class EncodeShell:
 
     def _transferred(self, job: ChunkJob, now: float) -> None:
         self._rounds_total += 1
+        self._rows_total += job.rows
         self._bytes_total += job.bytes
         if (tally := self._tallies.get(job.chunk.room)) is not None:
             tally.rounds += 1
@@ -171,12 +182,12 @@ class EncodeShell:
         if effect.status is Status.FAILED:
             logger.info("relay-encode room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
         elif tally is not None and tally.submitted_at is not None:
-            logger.info(
-                "relay-encode room=%d status=Success rows=%d rounds=%d bytes=%d wait_ms=%.1f transfer_ms=%.1f",
-                effect.room,
-                tally.rows,
-                tally.rounds,
-                tally.bytes,
-                (tally.submitted_at - tally.expected_at) * 1000,
-                (now - tally.submitted_at) * 1000,
+            summary = Summary(
+                rows=tally.rows,
+                rounds=tally.rounds,
+                bytes=tally.bytes,
+                wait_s=tally.submitted_at - tally.expected_at,
+                transfer_s=now - tally.submitted_at,
             )
+            logger.info("relay-encode room=%d status=Success %s", effect.room, summary)
+            self._observer.succeeded(summary)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sglang.srt.disaggregation.mooncake.quiet_multimodal import HeldConnections, is_gone, own_sockets
+from sglang.srt.disaggregation.mooncake.quiet_multimodal import HeldConnections, hurry_listener, is_gone, own_sockets
 from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region, TransferError
 from sglang.srt.disaggregation.multimodal.protocol.errors import LocalError, SettingError
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
@@ -33,6 +33,7 @@ class MooncakeDataPlane:
         self._regions: tuple[Region, ...] = ()
         self._engine: Any = None
         self._links: list[MooncakeLink] = []
+        self.renewals = 0
         self._lock = threading.Lock()
 
     def start(self, regions: Sequence[Region]) -> None:
@@ -83,9 +84,14 @@ class MooncakeDataPlane:
             if link in self._links:
                 self._links.remove(link)
 
+    def note_renewal(self) -> None:
+        with self._lock:
+            self.renewals += 1
+
     def close(self) -> None:
         for link in list(self._links):
             link.close()
+        _hasten_end(self._engine)
         self._engine = None  # the destructor closes its sockets and joins its threads
 
 
@@ -128,12 +134,13 @@ class MooncakeLink:
         """The new engine is made by the next write; dropping the old one ends its sending."""
         ended, self._connections = self._connections, HeldConnections()
         if self._plane.is_tcp:
+            self._closed.append(ended)
             ended.hold_new(self._baseline)
+        _hasten_end(self._engine)
         self._engine = None
+        self._plane.note_renewal()
         ended.end_those_of_the_engine()
         logger.warning("relay engine for %s renewed, %d connections to be drained", self._session_id, len(ended))
-        if self._plane.is_tcp:
-            self._closed.append(ended)
         if is_gone(self._session_id):
             self._forget_closed()
 
@@ -148,10 +155,17 @@ class MooncakeLink:
         self._closed.clear()
 
     def close(self) -> None:
+        _hasten_end(self._engine)
         self._engine = None
         self._connections.close()
         self._forget_closed()
         self._plane.forget(self)
+
+
+def _hasten_end(engine: Any) -> None:
+    """The destructor waits a second for its listening thread, and no other thread of Python runs meanwhile."""
+    if engine is not None:
+        hurry_listener(engine.get_rpc_port())
 
 
 def _engine_class() -> Any:

@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.mooncake.control_multimodal import ControlLoop
 from sglang.srt.disaggregation.mooncake.lookup_multimodal import PeerLookup
 from sglang.srt.disaggregation.multimodal.board import Publish
 from sglang.srt.disaggregation.multimodal.buffers import EmbeddingBuffers, ReceivedRows
+from sglang.srt.disaggregation.multimodal.observer import Observer, Summary
 from sglang.srt.disaggregation.multimodal.protocol import codec
 from sglang.srt.disaggregation.multimodal.protocol.effects import (
     CopyOut,
@@ -61,14 +62,25 @@ class _Arrival:
 class LanguageShell:
     """Every method runs in the control thread, but for those under `any thread`."""
 
-    def __init__(self, core: LanguageSide, buffers: EmbeddingBuffers, loop: ControlLoop, publish: Publish) -> None:
+    def __init__(
+        self,
+        core: LanguageSide,
+        buffers: EmbeddingBuffers,
+        loop: ControlLoop,
+        publish: Publish,
+        observer: Observer,
+        registry_key: bytes | None,
+    ) -> None:
         self._core = core
         self._buffers = buffers
         self._loop = loop
         self._publish = publish
-        self._lookup = PeerLookup(self, loop.post)
+        self._observer = observer
+        self._lookup = PeerLookup(self, loop.post, registry_key)
         self._arrivals: dict[int, _Arrival] = {}
         self._rounds_total = 0
+        self._resumes_total = 0
+        self._rows_total = 0
         self._bytes_total = 0
 
     # ---- any thread
@@ -96,8 +108,9 @@ class LanguageShell:
         return self._core.next_wakeup()
 
     def metrics(self) -> dict[str, float]:
-        totals = {"rounds_total": self._rounds_total, "bytes_total": self._bytes_total}
-        return {**self._core.sizes(), **self._core.counts(), "arrivals": len(self._arrivals), **totals}
+        moved = {"rounds_total": self._rounds_total, "rows_total": self._rows_total, "bytes_total": self._bytes_total}
+        shell = {"arrivals": len(self._arrivals), "resumes_total": self._resumes_total}
+        return {**self._core.sizes(), **self._core.counts(), **shell, **moved}
 
     # ---- commands
 
@@ -142,6 +155,7 @@ class LanguageShell:
         arrival = self._arrivals[info.room]
         arrival.encode_address = to
         if info.is_resume:
+            self._resumes_total += 1
             arrival.receiver.resume_transfer(info.dst_embedding_indices, info.sent_tokens, info.allocated_tokens)
             return
         arrival.offered_at = arrival.offered_at or now
@@ -170,6 +184,7 @@ class LanguageShell:
         arrival.rounds += 1
         arrival.bytes += copied
         self._rounds_total += 1
+        self._rows_total += rows
         self._bytes_total += copied
         return self._core.copied(effect.room, rows, arrival.rows.total, now)
 
@@ -178,15 +193,15 @@ class LanguageShell:
         assert arrival.rows is not None
         assert arrival.offered_at is not None
         arrival.receiver.deliver(arrival.rows, effect.rounds)
-        logger.info(
-            "relay room=%d status=Success rows=%d rounds=%d bytes=%d wait_ms=%.1f transfer_ms=%.1f",
-            effect.room,
-            effect.rows,
-            effect.rounds,
-            arrival.bytes,
-            (arrival.offered_at - arrival.requested_at) * 1000,
-            (now - arrival.offered_at) * 1000,
+        summary = Summary(
+            rows=effect.rows,
+            rounds=effect.rounds,
+            bytes=arrival.bytes,
+            wait_s=arrival.offered_at - arrival.requested_at,
+            transfer_s=now - arrival.offered_at,
         )
+        logger.info("relay room=%d status=Success %s", effect.room, summary)
+        self._observer.succeeded(summary)
 
     def _changed(self, effect: StatusChanged) -> None:
         if effect.status is Status.FAILED:

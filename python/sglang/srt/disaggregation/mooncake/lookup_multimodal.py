@@ -40,8 +40,11 @@ class Answers(Protocol):
 
 
 class PeerLookup:
-    def __init__(self, answers: Answers, post: Callable[[Callable[[float], None]], None]) -> None:
+    def __init__(
+        self, answers: Answers, post: Callable[[Callable[[float], None]], None], key: bytes | None = None
+    ) -> None:
         self._answers = answers
+        self._key = key
         self._post = post
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="relay-lookup")
@@ -60,7 +63,7 @@ class PeerLookup:
     def _resolve(self, peer: str) -> None:
         try:
             self._find(peer)
-        except Exception as error:  # the top of a thread: who waits for this answer must get one
+        except BaseException as error:  # the top of a thread: who waits for this answer must get one
             logger.exception("the lookup of %s failed", peer)
             self._post(functools.partial(self._answers.peer_unreachable, peer, repr(error)))
 
@@ -81,7 +84,7 @@ class PeerLookup:
         registry, deadline = parse_address(peer), time.monotonic() + _PATIENCE
         while True:
             try:
-                rank = look_up(registry, _SENDING_RANK)
+                rank = look_up(registry, _SENDING_RANK, self._key)
                 if is_refused(rank.address):
                     raise RegistryError(f"encode rank {rank.rank} of {registry} is gone: {rank.address} refuses")
                 return rank

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Final
 
@@ -18,6 +19,8 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 
 _PROBE_TIMEOUT: Final = 2.0
 _TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_LOOPBACK: Final = {socket.AF_INET: ("0.0.0.0", "127.0.0.1"), socket.AF_INET6: ("::", "::1")}
+_FIVE_MILLISECONDS: Final = struct.pack("ll", 0, 5000)
 
 
 def is_refused(address: Address) -> bool:
@@ -48,6 +51,18 @@ def own_sockets() -> dict[str, int]:
             if target.startswith("socket:"):
                 sockets[target] = int(name)
     return sockets
+
+
+def hurry_listener(port: int) -> None:
+    """Have the thread that waits for connections at this port of all addresses look up every few milliseconds."""
+    for descriptor in own_sockets().values():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
+            if listener.family in _LOOPBACK and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                every, loopback = _LOOPBACK[listener.family]
+                if listener.getsockname()[:2] == (every, port):
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _FIVE_MILLISECONDS)
+                    # This wait began with the old patience, so give it a reason to end.
+                    socket.create_connection((loopback, port), timeout=_PROBE_TIMEOUT).close()
 
 
 class HeldConnections:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from sglang.srt.disaggregation.mooncake.threads_multimodal import WatchedThread
 from sglang.srt.disaggregation.multimodal.data_plane import DataPlane, Link, TransferError
 
 logger = logging.getLogger(__name__)
@@ -42,20 +42,26 @@ class TransferWorkers:
         self._workers: dict[str, TransferWorker] = {}
         self._last_used: dict[str, float] = {}  # the longest unused first
         self._ended: list[TransferWorker] = []
+        self._unproven: set[str] = set()
+        """Sessions with a failed write of which no worker can prove any more that it is over."""
 
     def submit(self, session_id: str, now: float, write: Write, done: Done) -> None:
         """Run `write` in the session's own thread, after what was submitted for it before."""
-        self._last_used.pop(session_id, None)
-        self._last_used[session_id] = now
         worker = self._workers.get(session_id)
-        if worker is None or not worker.is_alive():
+        if worker is not None and not worker.is_alive():
+            self._end(session_id)
+            worker = None
+        if worker is None:
             worker = self._workers[session_id] = self._make_worker(session_id)
             worker.start()
+        self._last_used.pop(session_id, None)
+        self._last_used[session_id] = now
         worker.submit(write, done)
 
     def watch(self, session_id: str) -> None:
         """Report as soon as it is proven that no failed write to the session can land any more."""
-        if (worker := self._workers.get(session_id)) is not None:
+        worker = self._workers.get(session_id)
+        if worker is not None and session_id not in self._unproven:
             worker.watch()
 
     def keep_only(self, sessions: Collection[str]) -> None:
@@ -67,6 +73,8 @@ class TransferWorkers:
     def _end(self, session_id: str) -> None:
         self._last_used.pop(session_id, None)
         worker = self._workers.pop(session_id)
+        if worker.owes_proof:
+            self._unproven.add(session_id)
         worker.stop()
         self._ended.append(worker)
 
@@ -94,24 +102,28 @@ class TransferWorkers:
         self._ended.clear()
 
 
-class TransferWorker(threading.Thread):
+class TransferWorker(WatchedThread):
     def __init__(
         self, session_id: str, plane: DataPlane, on_quiet: Callable[[str], None], on_death: Callable[[str], None]
     ) -> None:
-        super().__init__(name=f"relay-transfer-{session_id}", daemon=True)
+        super().__init__(f"relay-transfer-{session_id}", self._serve, on_death)
         self._session_id = session_id
         self._plane = plane
         self._on_quiet = on_quiet
-        self._on_death = on_death
         self._jobs: SimpleQueue[_Job | _Order] = SimpleQueue()
         self._stopped = False
+        self._is_over = False
         self._is_working = False
         self._watch_until: float | None = None
+        self.owes_proof = False
+        """A write has failed, and may still land."""
 
     # ---- any thread
 
     def submit(self, write: Write, done: Done) -> None:
         self._jobs.put((write, done))
+        if self._is_over:
+            self._answer_the_rest()
 
     @property
     def is_busy(self) -> bool:
@@ -124,20 +136,30 @@ class TransferWorker(threading.Thread):
         self._stopped = True
         self._jobs.put(_Order.STOP)
 
+    def _answer_the_rest(self) -> None:
+        """Nobody works on these jobs any more. Several threads may be here at a time: each job is taken once."""
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                return
+            if not isinstance(job, _Order):
+                job[1](f"the transfer worker for {self._session_id} has ended")
+
     # ---- its own thread
 
-    def run(self) -> None:
+    def _serve(self) -> None:
         try:
             link = self._plane.link(self._session_id)
             try:
-                self._work(link)
+                self._work_on(link)
             finally:
                 link.close()
-        except Exception as error:  # the top of a thread: whatever it is, the instance must say that it is ill
-            logger.exception("%s died", self.name)
-            self._on_death(f"{self.name} died: {error}")
+        finally:
+            self._is_over = True
+            self._answer_the_rest()
 
-    def _work(self, link: Link) -> None:
+    def _work_on(self, link: Link) -> None:
         while True:
             try:
                 job = self._jobs.get(timeout=self._patience())
@@ -151,7 +173,7 @@ class TransferWorker(threading.Thread):
                 self._look_for_proof(link)
                 continue
             write, done = job
-            problem = f"the transfer worker for {self._session_id} died"
+            problem = f"the transfer worker for {self._session_id} has died"
             self._is_working = True
             try:
                 problem = self._attempt(link, write)
@@ -170,26 +192,42 @@ class TransferWorker(threading.Thread):
         if self._stopped:
             return f"session {self._session_id} is gone"
         try:
+            return self._write_or_retry(link, write)
+        except BaseException as error:
+            # A bug, and nobody knows how far the write got. The instance is ill, but its peer will want the proof that
+            # nothing more can land, so this thread goes on.
+            logger.exception("%s failed", self.name)
+            self._report(f"{self.name} failed: {error!r}")
+            self._give_up(link)
+            return f"the transfer worker for {self._session_id} failed: {error!r}"
+
+    def _write_or_retry(self, link: Link, write: Write) -> str:
+        try:
             write(link)
         except TransferError as error:
             logger.warning("relay transfer failed, the engine is renewed: %s", error)
         else:
             return ""
-        link.renew()
+        self._give_up(link)
         # The same bytes may be written again only when no older copy of them can land later, over newer rows.
         if not self._wait_until_quiet(link):
             return f"the write to {self._session_id} failed, and may still land"
         try:
             write(link)
         except TransferError as error:
-            link.renew()
+            self._give_up(link)
             return str(error)
         return ""
+
+    def _give_up(self, link: Link) -> None:
+        self.owes_proof = True
+        link.renew()
 
     def _wait_until_quiet(self, link: Link) -> bool:
         deadline = time.monotonic() + _RETRY_PATIENCE
         while not self._stopped and time.monotonic() < deadline:
             if link.is_quiet():
+                self.owes_proof = False
                 return True
             time.sleep(_LOOK_EVERY)
         return False
@@ -199,6 +237,7 @@ class TransferWorker(threading.Thread):
             return
         if link.is_quiet():
             self._watch_until = None
+            self.owes_proof = False
             self._on_quiet(self._session_id)
         elif time.monotonic() > self._watch_until:
             self._watch_until = None

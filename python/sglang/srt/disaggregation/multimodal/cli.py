@@ -27,6 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
     tiny.set_defaults(run=_tiny_model)
 
+    secret = commands.add_parser(
+        "make-secret",
+        help="write a new secret for the instances of one deployment",
+        description="Write a new secret to FILE, readable by you only. Every instance of a deployment gets a copy, and "
+        "SGLANG_EMBEDDING_SECRET_FILE tells it where. A FILE that exists is not replaced.",
+    )
+    secret.add_argument("file", type=Path, metavar="FILE", help="where to write it")
+    secret.set_defaults(run=_make_secret)
+
     demo = commands.add_parser(
         "demo",
         help="start everything on this machine and watch one long picture cross over",
@@ -73,6 +82,18 @@ def _tiny_model(arguments: argparse.Namespace) -> int:
 
     tiny_model.make(arguments.out, arguments.family, arguments.seed)
     print(arguments.out)
+    return 0
+
+
+def _make_secret(arguments: argparse.Namespace) -> int:
+    from sglang.srt.disaggregation.multimodal import keys
+
+    try:
+        keys.make_secret(arguments.file)
+    except OSError as error:
+        print(f"sglang-relay make-secret: {arguments.file}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(arguments.file)
     return 0
 
 

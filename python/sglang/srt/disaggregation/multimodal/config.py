@@ -8,13 +8,17 @@ import os
 from collections.abc import Mapping
 from typing import Final
 
-from sglang.srt.disaggregation.multimodal.protocol.codec import MAX_BLOCKS
+from sglang.srt.disaggregation.multimodal.keys import BadSecret, Keys, read_keys
 from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
+from sglang.srt.disaggregation.multimodal.protocol.messages import MAX_BLOCKS
 from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
 
 CACHE_BLOCKS: Final = "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
 BLOCK_SIZE: Final = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE"
 DEFAULT_ALLOCATE: Final = "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
+MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
+SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
+FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 
 # SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
 BOOTSTRAP_TIMEOUT: Final = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
@@ -37,12 +41,18 @@ class RelayConfig:
     block_size: int = 128
     default_allocate_tokens: int | None = 8192
     """Rows that the language side reserves first; None learns it from recent requests (`auto`)."""
+    max_waiting_requests: int = 512
+    """Requests whose rows are awaited, or awaited by others; one more is answered 503 at once."""
     bootstrap_timeout: float = 300.0
+    first_word_timeout: float = 30.0
+    """How long the encode side waits to hear that the language side has the other half of a request."""
     waiting_timeout: float = 300.0
     heartbeat_interval: float = 5.0
     heartbeat_max_failures: int = 2
     transport: str | None = None
     """None takes RDMA where the machine has a device for it, else TCP."""
+    keys: Keys | None = None
+    """What is made from the secret of this deployment; None lets everybody in."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RelayConfig:
@@ -51,11 +61,14 @@ class RelayConfig:
             cache_blocks=reader.count(CACHE_BLOCKS, cls.cache_blocks),
             block_size=reader.count(BLOCK_SIZE, cls.block_size),
             default_allocate_tokens=reader.count_or_auto(DEFAULT_ALLOCATE, cls.default_allocate_tokens),
+            max_waiting_requests=reader.count(MAX_WAITING, cls.max_waiting_requests),
             bootstrap_timeout=reader.count(BOOTSTRAP_TIMEOUT, int(cls.bootstrap_timeout)),
+            first_word_timeout=reader.seconds(FIRST_WORD_TIMEOUT, cls.first_word_timeout),
             waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),
             heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
             transport=reader.transport(),
+            keys=reader.keys(),
         )
         if config.cache_blocks > MAX_BLOCKS:
             raise SettingError(f"{CACHE_BLOCKS} must be at most {MAX_BLOCKS} blocks, not {config.cache_blocks}")
@@ -70,6 +83,7 @@ class RelayConfig:
     def timing(self) -> Timing:
         return Timing(
             bootstrap=self.bootstrap_timeout,
+            first_word=self.first_word_timeout,
             waiting=self.waiting_timeout,
             heartbeat_interval=self.heartbeat_interval,
             heartbeat_max_failures=self.heartbeat_max_failures,
@@ -125,7 +139,14 @@ class _Reader:
             raise SettingError(f"{MOONCAKE_PROTOCOL} must be one of {', '.join(TRANSPORTS)}, not {_shown(text)}")
         return text or None
 
+    def keys(self) -> Keys | None:
+        path = self._text(SECRET_FILE)
+        try:
+            return read_keys(path) if path else None
+        except BadSecret as reason:
+            raise SettingError(f"{SECRET_FILE}: {_shown(path, 100)} {reason}") from None
 
-def _shown(text: str) -> str:
+
+def _shown(text: str, longest: int = 40) -> str:
     """One line, however the value looks."""
-    return repr(text if len(text) <= 40 else text[:40] + "…")
+    return repr(text if len(text) <= longest else text[:longest] + "…")

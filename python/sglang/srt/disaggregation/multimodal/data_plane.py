@@ -48,6 +48,9 @@ class Link(Protocol):
 class DataPlane(Protocol):
     """One per process side. `start` and `close` open and close everything; links outlive neither."""
 
+    renewals: int
+    """How often a link was renewed."""
+
     @property
     def session_id(self) -> str:
         """The name under which peers write to the registered memory; known after `start`."""

@@ -124,18 +124,18 @@ def generate(original: Original, manager: Any, obj: Any, request: Any = None) ->
     mode = modes.current()
     if mode is None:
         return original(manager, obj, request)
-    from sglang.srt.disaggregation.multimodal import roles
+    from sglang.srt.disaggregation.multimodal import front
 
     if mode == modes.ENCODE:
         modes.ask_for_rows_only(obj)
-    return roles.generate_or_tell(original, manager, obj, request)
+    return front.generate(original, manager, obj, request)
 
 
 def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
     if modes.current() is not None and (state := manager.rid_to_state.get(rid)) is not None:
-        from sglang.srt.disaggregation.multimodal import roles
+        from sglang.srt.disaggregation.multimodal import front
 
-        roles.note_dispatched(state.obj)
+        front.note_dispatched(state.obj)
 
 
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
@@ -182,7 +182,7 @@ def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kw
 
 def step(_result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.step()
+        scheduler.embedding_relay.turn()
 
 
 def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:

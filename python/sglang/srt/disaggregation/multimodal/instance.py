@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
-from sglang.srt.disaggregation.multimodal.config import RelayConfig
+from sglang.srt.disaggregation.mooncake.wires_multimodal import numeric_address
+from sglang.srt.disaggregation.multimodal.config import SECRET_FILE, RelayConfig
 from sglang.srt.disaggregation.multimodal.layout import BufferLayout
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 
-_WILDCARDS = ("0.0.0.0", "::", "")
+logger = logging.getLogger(__name__)
 
 
 def encode_manager(scheduler: Any) -> MooncakeEmbeddingManager:
-    config = RelayConfig.from_environment()
+    config, host = RelayConfig.from_environment(), reachable_host()
+    warn_if_open(config, host)
     return MooncakeEmbeddingManager.encode(
         _layout(scheduler, config),
         config,
-        host=_reachable_host(),
-        bootstrap=Address(_reachable_host(), get_disagg().disaggregation_bootstrap_port),
+        host=host,
+        bootstrap=Address(host, get_disagg().disaggregation_bootstrap_port),
         rank=get_parallel().tp_rank,
         ib_device=get_disagg().disaggregation_ib_device or "",
     )
 
 
 def language_manager(scheduler: Any) -> MooncakeEmbeddingManager:
-    config = RelayConfig.from_environment()
+    config, host = RelayConfig.from_environment(), reachable_host()
+    warn_if_open(config, host)
     return MooncakeEmbeddingManager.language(
         _layout(scheduler, config),
         config,
-        host=_reachable_host(),
+        host=host,
         ranks=get_parallel().tp_size,
         max_rows=scheduler.max_req_input_len,
         ib_device=get_disagg().disaggregation_ib_device or "",
@@ -49,7 +54,21 @@ def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:
     )
 
 
-def _reachable_host() -> str:
+def reachable_host() -> str:
     """The operator's address, if others can use it."""
     host = str(get_serving().host)
-    return str(get_local_ip_auto()) if host in _WILDCARDS else host
+    return str(get_local_ip_auto()) if _ip(host).is_unspecified else host
+
+
+def warn_if_open(config: RelayConfig, host: str) -> None:
+    if config.keys is None and not _ip(host).is_loopback:
+        logger.warning(
+            "relay: ANYONE who reaches %s can take part in this deployment, end its requests and read who takes part, "
+            "because %s is not set. See docs/security.md; `sglang-relay make-secret FILE` makes a secret.",
+            host,
+            SECRET_FILE,
+        )
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(numeric_address(host))

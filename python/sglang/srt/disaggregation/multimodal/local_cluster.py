@@ -32,6 +32,14 @@ CPU_ARGUMENTS = (
 )
 # An idle scheduler would otherwise spin on one core, and the others of this machine need it.
 COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
+# The router's breaker counts an error against both servers of a pair, so a dead encode instance would shut out the
+# language instance as well. Health checks tell them apart; by default they take minutes.
+ROUTER_ARGUMENTS = (
+    "--disable-circuit-breaker",
+    *("--health-check-interval-secs", "5"),
+    *("--health-failure-threshold", "2"),
+    *("--health-success-threshold", "1"),
+)
 # Two servers share one accelerator.
 ACCELERATOR_ARGUMENTS = ("--mem-fraction-static", "0.3")
 
@@ -79,8 +87,8 @@ def router(
         command += ["--decode", url]
     command += ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics_port)]
     # Its default waits three minutes for connections in flight before it ends.
-    command += ["--policy", "round_robin", "--shutdown-grace-period-secs", "3", *arguments]
-    command += ["--worker-startup-check-interval", "1"]
+    command += ["--policy", "round_robin", "--shutdown-grace-period-secs", "3", "--worker-startup-check-interval", "1"]
+    command += [*ROUTER_ARGUMENTS, *arguments]
     # Its /health is content before it knows a single server.
     ready_path = "/readiness"
     return LocalProcess("router", command, f"http://{HOST}:{port}", options.logs / "router.log", ready_path=ready_path)

@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import instance, media
+from sglang.srt.disaggregation.multimodal import instance, media, modes
+from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.protocol.errors import (
     BAD_REQUEST,
     CLIENT_GONE,
     INTERNAL,
-    UNAVAILABLE,
     Failure,
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.roles import Refusal, Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class MultimodalEmbeddingBootstrapQueue:
 
 
 class EncodeRole(Role):
+    mode = modes.ENCODE
+
     def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager, tower: VisionTower) -> None:
         super().__init__(scheduler, manager)
         self.tower = tower
@@ -82,22 +84,20 @@ class EncodeRole(Role):
         return cls(scheduler, instance.encode_manager(scheduler), VisionTower.of(scheduler))
 
     def take_over(self, recv_req: Any) -> bool:
-        failure = self._reason_to_refuse(recv_req)
-        if failure is None:
-            # Not earlier: the server in front of us gives a client that asked for them their (empty) places.
-            recv_req.return_logprob = False
-            return False
-        if recv_req.bootstrap_room is not None and not is_local(recv_req):
+        if is_local(recv_req):
+            return not self.manager.healthy()  # unanswered: to SGLang any answer means health
+        if recv_req.bootstrap_room is None:
+            text = f"Disaggregated request received without bootstrap room id. {recv_req.rid=}"
+            self.answer_with_failure(recv_req, Failure(BAD_REQUEST, text))
+            return True
+        if recv_req.mm_inputs is not None and (failure := self.reason_to_turn_away()) is not None:
+            logger.warning("relay-encode room=%d refused: %s", recv_req.bootstrap_room, failure)
             MooncakeEmbeddingSender(self.manager, recv_req.bootstrap_room).refuse(failure)
-        self.answer_with_failure(recv_req, failure)
-        return True
-
-    def _reason_to_refuse(self, recv_req: Any) -> Failure | None:
-        if not self.manager.healthy():
-            return Failure(UNAVAILABLE, f"the encode instance is ill: {self.manager.unhealthy_reason}")
-        if recv_req.bootstrap_room is None and not is_local(recv_req):
-            return Failure(BAD_REQUEST, f"Disaggregated request received without bootstrap room id. {recv_req.rid=}")
-        return None
+            self.answer_with_failure(recv_req, failure)
+            return True
+        # Not earlier: the server in front of us gives a client that asked for them their (empty) places.
+        recv_req.return_logprob = False
+        return False
 
     def take_from_queue(self, req: Any) -> bool:
         if is_local(req) and not self.manager.reachable():
@@ -166,10 +166,15 @@ class EncodeRole(Role):
     def abort(self, recv_req: Any) -> None:
         for request in (*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight):
             if aborted(recv_req, request.req.rid):
-                request.sender.refuse(Failure(CLIENT_GONE, "the encode half of the request was aborted"))
+                gone = Failure(CLIENT_GONE, "the encode half of the request was aborted")
+                request.sender.refuse(reason_of(recv_req) or gone)
 
     def refuse(self, refusal: Refusal) -> None:
         MooncakeEmbeddingSender(self.manager, refusal.room).refuse(refusal.failure)
+
+    def tables(self) -> dict[str, int]:
+        queues = (self.bootstrap_queue.queue, self.tower_queue, self.inflight, self.before_reachable)
+        return {"parked": sum(map(len, queues))}
 
     def is_idle(self) -> bool:
         return not (self.bootstrap_queue.queue or self.tower_queue or self.inflight)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingReceiver
-from sglang.srt.disaggregation.multimodal import instance, media
+from sglang.srt.disaggregation.multimodal import instance, media, modes
 from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows
-from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
+from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
+from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
 from sglang.srt.disaggregation.multimodal.protocol.messages import Address
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.roles import Refusal, Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,6 @@ class MultimodalLanguageRequest:
         self.receiver = receiver
         self.uses_left = 1
         self.waiting: list[Any] = []
-        self.refusal: Failure | None = None
         self.rows: ReceivedRows | None = None
         self.over_since = 0.0
 
@@ -77,19 +77,18 @@ class MultimodalLanguagePreallocQueue:
         self.queue: dict[int, MultimodalLanguageRequest] = {}
 
     def add(self, recv_req: Any) -> None:
-        request = self._open(recv_req.bootstrap_host, recv_req.bootstrap_port, recv_req.bootstrap_room)
+        room, peer = recv_req.bootstrap_room, Address(recv_req.bootstrap_host, recv_req.bootstrap_port)
+        request = MultimodalLanguageRequest(MooncakeEmbeddingReceiver(self.manager, str(peer), room))
         request.uses_left = uses_of_room(recv_req)
         request.waiting.append(recv_req)
-
-    def add_refusal(self, refusal: Refusal, port: int) -> None:
-        """An encode instance must be found before it can be told that nobody wants its rows: it takes its turn."""
-        self._open(str(refusal.host), port, refusal.room).refusal = refusal.failure
-
-    def _open(self, host: str, port: int, room: int) -> MultimodalLanguageRequest:
-        request = MultimodalLanguageRequest(MooncakeEmbeddingReceiver(self.manager, str(Address(host, port)), room))
         self.queue[room] = request
         request.receiver.start()
-        return request
+
+    def decline(self, host: str, port: int, room: int, failure: Failure) -> None:
+        """The other half of the request is told that nobody wants its rows."""
+        receiver = MooncakeEmbeddingReceiver(self.manager, str(Address(host, port)), room)
+        receiver.start()
+        receiver.abort(failure)
 
     def pop_preallocated(self) -> dict[int, MultimodalLanguageRequest]:
         """Rooms whose blocks are reserved and announced to the encode side, and those that failed before."""
@@ -120,6 +119,8 @@ class MultimodalLanguageTransferQueue:
 
 
 class LanguageRole(Role):
+    mode = modes.LANGUAGE
+
     def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager) -> None:
         super().__init__(scheduler, manager)
         self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, manager.config.default_allocate_tokens)
@@ -132,12 +133,8 @@ class LanguageRole(Role):
         return cls(scheduler, instance.language_manager(scheduler))
 
     def take_over(self, recv_req: Any) -> bool:
-        if not self.manager.healthy():
-            reason = f"the language instance is ill: {self.manager.unhealthy_reason}"
-            self.answer_with_failure(recv_req, Failure(UNAVAILABLE, reason))
-            return True
-        if not recv_req.need_wait_for_mm_inputs or is_local(recv_req):
-            return False
+        if is_local(recv_req) or not recv_req.need_wait_for_mm_inputs:
+            return is_local(recv_req) and not self.manager.healthy()  # unanswered: to SGLang any answer means health
         if recv_req.bootstrap_host is None:
             self.answer_with_failure(recv_req, Failure(BAD_REQUEST, "the request names no bootstrap_host"))
             return True
@@ -151,6 +148,10 @@ class LanguageRole(Role):
             self._use(over, recv_req)
         elif (parked := self._parked(room)) is not None:
             parked.waiting.append(recv_req)
+        elif (failure := self.reason_to_turn_away()) is not None:
+            logger.warning("relay room=%d refused: %s", room, failure)
+            self.prealloc_queue.decline(recv_req.bootstrap_host, recv_req.bootstrap_port, room, failure)
+            self.answer_with_failure(recv_req, failure)
         else:
             self.prealloc_queue.add(recv_req)
 
@@ -162,11 +163,7 @@ class LanguageRole(Role):
 
     def step(self) -> None:
         if self.manager.drain_events():
-            announced = self.prealloc_queue.pop_preallocated()
-            for request in announced.values():
-                if request.refusal is not None:
-                    request.receiver.abort(request.refusal)
-            self.transfer_queue.extend(announced)
+            self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
             for room, request in self.transfer_queue.pop_transferred().items():
                 self._hand_over(room, request)
         self._forget_unused()
@@ -203,7 +200,7 @@ class LanguageRole(Role):
         self.shared = {room: request for room, request in self.shared.items() if request.over_since > oldest}
 
     def abort(self, recv_req: Any) -> None:
-        gone = Failure(CLIENT_GONE, "the request was aborted")
+        gone = reason_of(recv_req) or Failure(CLIENT_GONE, "the request was aborted")
         for request in (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values()):
             for waiting in [one for one in request.waiting if aborted(recv_req, one.rid)]:
                 request.waiting.remove(waiting)
@@ -213,7 +210,11 @@ class LanguageRole(Role):
 
     def refuse(self, refusal: Refusal) -> None:
         if refusal.host is not None and self._parked(refusal.room) is None:
-            self.prealloc_queue.add_refusal(refusal, self._port(refusal.port))
+            self.prealloc_queue.decline(refusal.host, self._port(refusal.port), refusal.room, refusal.failure)
+
+    def tables(self) -> dict[str, int]:
+        rooms = (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values())
+        return {"parked": sum(len(room.waiting) for room in rooms), "shared": len(self.shared)}
 
     def is_idle(self) -> bool:
         return not (self.prealloc_queue.queue or self.transfer_queue.queue)

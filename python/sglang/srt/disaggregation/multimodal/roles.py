@@ -3,115 +3,40 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
 import zmq
 
 from sglang.srt.disaggregation.multimodal import modes
-from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, Failure
+from sglang.srt.disaggregation.multimodal.front import Refusal, refusal_in
+from sglang.srt.disaggregation.multimodal.observer import NOBODY, Observer
+from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
+from sglang.srt.disaggregation.multimodal.pulse import Pulse, name_of
+from sglang.srt.runtime_context import get_serving
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_MS: Final = 1000
 
 
-# ---- in the tokenizer manager
-
-
-class Refusal(NamedTuple):
-    """A room that will never be asked for here, because its request failed before the scheduler saw it."""
-
-    room: int
-    host: str | None
-    port: int | None
-    failure: Failure
-
-
-_with_scheduler: Final[set[int]] = set()
-"""Rooms that the scheduler has been given, while their request is under way: how they end is its business."""
-
-
-def note_dispatched(obj: Any) -> None:
-    if (room := getattr(obj, "bootstrap_room", None)) is not None:
-        _with_scheduler.add(room)
-
-
-async def generate_or_tell(
-    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
-) -> AsyncGenerator[Any, None]:
-    """Around a whole request. Whatever one half alone finds wrong with it, the other half must not wait in vain."""
-    try:
-        async with contextlib.aclosing(original(manager, obj, request)) as answers:
-            async for answer in answers:
-                yield answer
-    except Exception as error:
-        for refusal in _refusals(obj, error):
-            logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
-            manager._dispatch_to_scheduler(_as_message(refusal))
-        raise
-    finally:
-        _with_scheduler.difference_update(_rooms(obj))
-
-
-def _refusals(obj: Any, error: Exception) -> list[Refusal]:
-    rooms = [room for room in _rooms(obj) if room not in _with_scheduler]
-    if not rooms or not obj.contains_mm_input():
-        return []  # no other half, or one that waits for nothing
-    code = getattr(error, "status_code", BAD_REQUEST if isinstance(error, ValueError) else INTERNAL)
-    failure = Failure(code, str(getattr(error, "detail", error)) or type(error).__name__)
-    return [Refusal(room, _first(obj.bootstrap_host), _first(obj.bootstrap_port), failure) for room in rooms]
-
-
-def _rooms(obj: Any) -> list[int]:
-    """One for each prompt; SGLang numbers samples too, but they share the room of their prompt."""
-    rooms = getattr(obj, "bootstrap_room", None)
-    if isinstance(rooms, list):
-        return [room for room in rooms[: getattr(obj, "batch_size", len(rooms))] if room is not None]
-    return [] if rooms is None else [rooms]
-
-
-def _first(value: Any) -> Any:
-    """The router pairs a whole batch with one encode instance."""
-    return value[0] if isinstance(value, list) else value
-
-
-def _as_message(refusal: Refusal) -> Any:
-    """An abort of nobody: of all that SGLang's two processes can tell each other, the one with room for a reason."""
-    from sglang.srt.managers.io_struct import AbortReq
-
-    room, host, port, failure = refusal
-    reason = {"type": "abort", "status_code": failure.code, "message": failure.text}
-    return AbortReq(
-        rid=f"relay-refused-{room}",
-        finished_reason={**reason, "relay_room": room, "relay_host": host, "relay_port": port},
-    )
-
-
-def _from_message(recv_req: Any) -> Refusal | None:
-    reason = recv_req.finished_reason
-    if not reason or "relay_room" not in reason:
-        return None
-    failure = Failure(reason["status_code"], reason["message"])
-    return Refusal(reason["relay_room"], reason["relay_host"], reason["relay_port"], failure)
-
-
-# ---- in the scheduler
-
-
 class Role(abc.ABC):
     """Owned by one scheduler; every method runs in the scheduler's own thread."""
+
+    mode: ClassVar[str]
 
     def __init__(self, scheduler: Any, manager: Any) -> None:
         self.scheduler = scheduler
         self.manager = manager
         self.scheduler_idle = False
+        self._tables: dict[str, int] = {}
         self._poller = zmq.Poller()
+        serving = get_serving()
+        self.pulse = Pulse(name_of(serving.host, serving.port), lambda: manager.unhealthy_reason)
 
     def start(self) -> None:
         self.manager.start()
+        self.pulse.start()
         channels = self.scheduler.ipc_channels
         for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
             if isinstance(socket, zmq.Socket):
@@ -121,6 +46,7 @@ class Role(abc.ABC):
             self.scheduler.idle_sleeper.poller.register(self.manager.wakeup_fd, zmq.POLLIN)
 
     def close(self) -> None:
+        self.pulse.close()
         self.manager.close()
 
     @abc.abstractmethod
@@ -131,12 +57,24 @@ class Role(abc.ABC):
         """Look at a validated request before it is queued; True: it never enters SGLang's queue."""
         return False
 
+    def turn(self) -> None:
+        """Once per turn of the scheduler's loop, after it has read its messages."""
+        self.pulse.beat()
+        self.step()
+        if self.manager.observer is not NOBODY and (tables := self.tables()) != self._tables:
+            self._tables = tables
+            self.manager.observer.parked(tables)
+
     @abc.abstractmethod
     def step(self) -> None:
-        """Once per turn of the scheduler's loop, after it has read its messages."""
+        """Act on what has changed since the last turn."""
+
+    @abc.abstractmethod
+    def tables(self) -> dict[str, int]:
+        """The sizes of what is kept here, for those who watch."""
 
     def hear_abort(self, recv_req: Any) -> None:
-        refusal = _from_message(recv_req)
+        refusal = refusal_in(recv_req)
         if refusal is None:
             self.abort(recv_req)
         else:
@@ -165,6 +103,15 @@ class Role(abc.ABC):
         """
         if self.scheduler_idle and not self.is_idle() and not self.has_work():
             self._poller.poll(_LONGEST_SLEEP_MS)
+
+    def reason_to_turn_away(self) -> Failure | None:
+        """Why no further request that waits for rows is admitted, if so."""
+        if not self.manager.healthy():
+            return Failure(UNAVAILABLE, f"this {self.mode} instance is ill: {self.manager.unhealthy_reason}")
+        most, waiting = self.manager.config.max_waiting_requests, self.tables()["parked"]
+        if waiting < most:
+            return None
+        return Failure(UNAVAILABLE, f"{waiting} requests are waiting at this {self.mode} instance, of at most {most}")
 
     def answer_with_failure(self, recv_req: Any, failure: Failure) -> None:
         from sglang.srt.managers.io_struct import AbortReq
@@ -196,7 +143,16 @@ def start_role(scheduler: Any, mode: str) -> Role:
         from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 
         role = LanguageRole.of(scheduler)
+    role.manager.observer = _observer(scheduler, mode)
     role.start()
     held = sum(parameter.numel() for parameter in scheduler.tp_worker.model_runner.model.parameters())
     logger.info("relay mode=%s parameters=%d", mode, held)
     return role
+
+
+def _observer(scheduler: Any, mode: str) -> Observer:
+    if not scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
+        return NOBODY
+    from sglang.srt.disaggregation.multimodal.metrics import RelayMetrics
+
+    return RelayMetrics(mode, scheduler.metrics_collector.labels)

@@ -40,6 +40,8 @@ def settle(server_args: Any) -> None:
     if cfg.disaggregation_transfer_backend != "mooncake":
         backend = cfg.disaggregation_transfer_backend
         raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
+    if not cfg.host:
+        raise SettingError("--host must name an address; 0.0.0.0 or :: is for all of them")
     RelayConfig.from_environment()
     if mode == modes.ENCODE:
         declare_resolution(
@@ -84,6 +86,9 @@ def start_registry() -> Any:
     from sglang.srt.disaggregation.mooncake.bootstrap_multimodal import MooncakeEmbeddingBootstrapServer
     from sglang.srt.runtime_context import get_disagg, get_serving
 
-    server = MooncakeEmbeddingBootstrapServer(get_serving().host, get_disagg().disaggregation_bootstrap_port)
+    keys = RelayConfig.from_environment().keys
+    server = MooncakeEmbeddingBootstrapServer(
+        get_serving().host, get_disagg().disaggregation_bootstrap_port, keys.registry if keys else None
+    )
     server.start()
     return server

@@ -1,6 +1,6 @@
 """Frames <-> messages, and the only place that tells messages apart by their frames.
 
-To the encode side:   register 6, init 7, resume 8 frames; abort 5 or 6; ping 5.
+To the encode side:   register 6, queued 5, init 7, resume 8 frames; abort 5 or 6; ping 5.
 To the language side: status 2 or 3, acknowledged abort 2, pong 3 frames.
 """
 
@@ -15,12 +15,16 @@ import msgspec
 
 from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_GATEWAY, Failure, UndecodableFrames
 from sglang.srt.disaggregation.multimodal.protocol.messages import (
+    HOST,
+    MAX_BLOCKS,
+    MAX_COLUMNS,
     Abort,
     AbortAck,
     Address,
     Handshake,
     Ping,
     Pong,
+    Queued,
     Register,
     StatusReport,
     ToEncode,
@@ -29,11 +33,9 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
 )
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
 
-MAX_BLOCKS: Final = 1 << 20
 MAX_ROWS: Final = 1 << 40
 MAX_ROOM: Final = (1 << 63) - 1
 MAX_RANKS: Final = 1024
-MAX_COLUMNS: Final = 32
 MAX_TEXT: Final = 256
 MAX_REASON: Final = 4096
 MAX_HANDSHAKE: Final = 4096
@@ -43,12 +45,15 @@ MAX_FRAMES: Final = 8
 MAX_FRAME_BYTES: Final = MAX_BLOCKS * 8
 
 _REGISTER: Final = b"None"
+_QUEUED: Final = b"QUEUED"
 _ABORT: Final = b"ABORT"
 _ABORTED: Final = b"ABORTED"
 _PING: Final = b"PING"
 _PONG: Final = b"PONG"
 
 _INTEGER: Final = re.compile(rb"0|[1-9][0-9]{0,18}")
+_INDICES: Final = re.compile(rb"(?:0|[1-9][0-9]{0,6})(?:,(?:0|[1-9][0-9]{0,6}))*")
+_HOST: Final = re.compile(HOST.encode())
 _WORD: Final = re.compile(rb"[!-~]{1,%d}" % MAX_TEXT)
 _REASON: Final = re.compile(r"([45][0-9]{2}) (.*)", re.DOTALL)
 
@@ -66,6 +71,8 @@ def encode(message: ToEncode | ToLanguage) -> list[bytes]:
         packed = struct.pack(f"<{len(pointers)}Q", *pointers)
         handshake = msgspec.json.encode(message.handshake)
         return [_REGISTER, *_sender(message.address, message.session_id), packed, handshake]
+    if isinstance(message, Queued):
+        return [_integer(message.room), *_sender(message.address, message.session_id), _QUEUED]
     if isinstance(message, Abort):
         reason = [] if message.failure is None else [_encode_failure(message.failure)]
         return [_integer(message.room), *_sender(message.address, message.session_id), _ABORT, *reason]
@@ -121,6 +128,8 @@ def decode_to_encode(frames: Sequence[bytes]) -> ToEncode:
         return _decode_register(frames)
     if frames[0] == _PING:
         return _decode_ping(frames)
+    if len(frames) == 5 and frames[4] == _QUEUED:
+        return Queued(_decode_integer(frames[0], 0, MAX_ROOM), *_decode_sender(frames))
     if len(frames) in (5, 6) and frames[4] == _ABORT:
         address, session_id = _decode_sender(frames)
         failure = _decode_failure(frames[5]) if len(frames) == 6 else None
@@ -155,8 +164,11 @@ def _decode_register(frames: Sequence[bytes]) -> Register:
         handshake = msgspec.json.decode(frames[5], type=Handshake)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UndecodableFrames(f"a handshake that cannot be read: {error}") from None
-    if handshake.block_size < 1 or not 1 <= handshake.blocks <= MAX_BLOCKS or len(handshake.item_lens) != len(pointers):
-        raise UndecodableFrames(f"a handshake that cannot be true: {handshake}")
+    if len(handshake.item_lens) != len(pointers):
+        raise UndecodableFrames(f"{len(pointers)} buffer pointers and {len(handshake.item_lens)} item lengths")
+    for pointer, item_len in zip(pointers, handshake.item_lens, strict=True):
+        if pointer == 0 or pointer + handshake.blocks * item_len > 1 << 64:
+            raise UndecodableFrames(f"{handshake.blocks} blocks of {item_len} bytes cannot be at {pointer:#x}")
     return Register(address, session_id, pointers, handshake)
 
 
@@ -195,8 +207,10 @@ def _decode_report(frames: Sequence[bytes]) -> StatusReport:
 
 
 def _decode_sender(frames: Sequence[bytes]) -> tuple[Address, str]:
-    address = Address(_decode_word(frames[1]), _decode_integer(frames[2], 1, 65535))
-    return address, _decode_word(frames[3])
+    host = frames[1]
+    if not _HOST.fullmatch(host):
+        raise UndecodableFrames(f"{host[:24]!r} is no host")
+    return Address(host.decode("ascii"), _decode_integer(frames[2], 1, 65535)), _decode_word(frames[3])
 
 
 def _decode_failure(frame: bytes) -> Failure:
@@ -209,7 +223,10 @@ def _decode_failure(frame: bytes) -> Failure:
 
 
 def _decode_indices(frame: bytes) -> tuple[int, ...]:
-    indices = tuple(_decode_integer(part, 0, MAX_BLOCKS - 1) for part in frame.split(b","))
+    # At once: a stranger's list of a million indices must not cost a million calls.
+    indices = tuple(map(int, frame.split(b","))) if _INDICES.fullmatch(frame) else ()
+    if not indices or max(indices) >= MAX_BLOCKS:
+        raise UndecodableFrames(f"{frame[:24]!r} are no block indices below {MAX_BLOCKS}")
     if len(set(indices)) != len(indices):
         raise UndecodableFrames("a block index that is named twice")
     return indices

@@ -16,6 +16,8 @@ class Send(msgspec.Struct, frozen=True):
 
     to: Address
     message: ToEncode | ToLanguage
+    courtesy: bool = False
+    """To somebody who has no request under way here. Anybody can ask for many of these, at invented addresses."""
 
 
 class StatusChanged(msgspec.Struct, frozen=True):
@@ -73,7 +75,14 @@ class DropRows(msgspec.Struct, frozen=True):
     room: int
 
 
-EncodeEffect = Send | StatusChanged | Note | TransferEmbeddingChunk | DropRows
+class ProveGone(msgspec.Struct, frozen=True):
+    """Somebody else claims this session: answer with `proven`, whether the process at `address` is known to be gone."""
+
+    session_id: str
+    address: Address
+
+
+EncodeEffect = Send | StatusChanged | Note | TransferEmbeddingChunk | DropRows | ProveGone
 
 # ---- language side
 

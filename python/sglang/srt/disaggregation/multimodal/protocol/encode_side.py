@@ -6,7 +6,8 @@ import collections
 from collections.abc import Mapping
 
 from sglang.srt.disaggregation.multimodal.blocks import BlockPool
-from sglang.srt.disaggregation.multimodal.protocol.effects import DropRows, EncodeEffect, Note, Send, StatusChanged
+from sglang.srt.disaggregation.multimodal.protocol.admission import Admission
+from sglang.srt.disaggregation.multimodal.protocol.effects import DropRows, EncodeEffect, Send, StatusChanged
 from sglang.srt.disaggregation.multimodal.protocol.encode_rooms import EncodeRooms
 from sglang.srt.disaggregation.multimodal.protocol.ended import Ending
 from sglang.srt.disaggregation.multimodal.protocol.errors import (
@@ -20,14 +21,17 @@ from sglang.srt.disaggregation.multimodal.protocol.errors import (
 from sglang.srt.disaggregation.multimodal.protocol.messages import (
     Abort,
     AbortAck,
+    Address,
     Handshake,
     Ping,
     Pong,
+    Queued,
     Register,
     StatusReport,
     ToEncode,
     TransferEmbeddingInfo,
 )
+from sglang.srt.disaggregation.multimodal.protocol.sender import SenderRoom
 from sglang.srt.disaggregation.multimodal.protocol.sessions import Session, Sessions
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
 from sglang.srt.disaggregation.multimodal.protocol.timing import Alarms, Timing
@@ -45,6 +49,7 @@ class EncodeSide:
         self._sessions = Sessions(handshake)
         self._rooms = EncodeRooms(pool, handshake.block_size, timing, self._sessions, self._alarms)
         self._counts: collections.Counter[str] = collections.Counter()
+        self._admission = Admission(self._sessions, self._rooms, self._alarms, timing, self._counts)
 
     # ---- from this instance
 
@@ -53,7 +58,7 @@ class EncodeSide:
         if ending := self._rooms.ended.get(room):
             return [StatusChanged(room, ending.status, ending.failure)]
         sender = self._rooms.open(room, now)
-        sender.expected = True
+        self._rooms.expect(sender, now)
         return self._rooms.advance(sender, now)
 
     def submit(self, room: int, total_rows: int, now: float) -> list[EncodeEffect]:
@@ -66,7 +71,8 @@ class EncodeSide:
         if sender.total is not None:
             self._counts["submit_repeated"] += 1
             return []
-        sender.expected, sender.total = True, total_rows
+        self._rooms.expect(sender, now)
+        sender.total = total_rows
         if sender.status is Status.WAITING_FOR_INPUT:
             self._alarms.set(room, now + self._timing.waiting)
         return self._rooms.advance(sender, now)
@@ -76,8 +82,7 @@ class EncodeSide:
         sender = self._rooms.get(room)
         if sender is not None and not sender.is_over:
             return self._rooms.fail(sender, failure, now)
-        if self._rooms.ended.get(room) is None:
-            self._rooms.ended.add(room, Status.FAILED, failure, now)
+        self._rooms.end_unopened(room, failure, now)
         return []
 
     def transferred(self, room: int, transfer_id: int, errors: Mapping[str, str], now: float) -> list[EncodeEffect]:
@@ -87,7 +92,7 @@ class EncodeSide:
             raise LocalError(f"room {room} has no transfer {transfer_id} under way")
         step = sender.end_step(transfer_id)
         for session_id in errors:
-            self._sessions.note_failed_write(session_id, room)
+            self._sessions.note_failed_write(session_id, room, sender.destinations[session_id].address)
         if sender.is_over:
             return self._rooms.close(sender)
         if errors:
@@ -100,43 +105,46 @@ class EncodeSide:
         """It is proven that no write reported as failed before this call can still land at the session."""
         return [Send(address, AbortAck(room)) for address, room in self._sessions.quiet(session_id)]
 
+    def proven(self, session_id: str, address: Address, is_gone: bool, now: float) -> list[EncodeEffect]:
+        """The answer to `ProveGone`: is it certain that the process at `address` is gone?"""
+        return self._admission.proven(session_id, address, is_gone, now)
+
     # ---- from the language side
 
     def receive(self, message: ToEncode, now: float) -> list[EncodeEffect]:
         if isinstance(message, Register):
-            return self._register(message, now)
-        sent_by = message.mooncake_session_id if isinstance(message, TransferEmbeddingInfo) else message.session_id
-        session = self._sessions.get(sent_by)
-        if session is not None:
-            session.heard = now
+            return self._admission.register(message, now)
+        session = self._sessions.hear(message.session_id, message.address, now)
         if isinstance(message, Ping):
-            return [Send(message.address, Pong(self._instance, message.instance))]
+            is_stranger = session is None or not session.served
+            return [Send(message.address, Pong(self._instance, message.instance), courtesy=is_stranger)]
         if isinstance(message, Abort):
             return self._abort(message, now)
+        if ending := self._rooms.ended.get(message.room):
+            return self._answer_for_ended(message, ending)
+        if session is None and self._admission.keep_waiting(message):
+            return []
+        if session is None:
+            return self._turn_away(message, MISDIRECTED, f"session {message.session_id} is not registered here")
+        if isinstance(message, Queued):
+            return self._take_queued(message, session, now)
         return self._take_offer(message, session, now)
 
-    def _register(self, message: Register, now: float) -> list[EncodeEffect]:
-        session = self._sessions.get(message.session_id)
-        if session is not None and session.register == message:
-            session.heard = now
+    def _take_queued(self, message: Queued, session: Session, now: float) -> list[EncodeEffect]:
+        """The first word about a room whose init will be late."""
+        sender = self._rooms.open(message.room, now)
+        if message.session_id in sender.destinations or message.session_id in sender.queued:
+            self._counts["queued_repeated"] += 1
             return []
-        effects: list[EncodeEffect] = []
-        if session is not None:
-            text = f"session {message.session_id} was registered again with other buffers"
-            effects += self._fail_rooms(session, text, now)
-        # Another session at the same address is left to its own silence: this message may be the older of the two.
-        session = self._sessions.add(message, now)
-        self._alarms.set(message.session_id, now + self._timing.forget_session)
+        if sender.is_complete:
+            return self._turn_away_from_complete(message, sender)
         if session.refusal:
-            effects.append(Note(f"session {message.session_id} at {message.address}: {session.refusal.text}"))
-        return effects
+            return [_tell(message, session.refusal), *self._rooms.fail(sender, session.refusal, now)]
+        self._rooms.note_queued(message, sender, session, now)
+        return self._rooms.make_place(now)
 
-    def _take_offer(self, info: TransferEmbeddingInfo, session: Session | None, now: float) -> list[EncodeEffect]:
+    def _take_offer(self, info: TransferEmbeddingInfo, session: Session, now: float) -> list[EncodeEffect]:
         """An init or a resume: the same checks, and the same way on."""
-        if ending := self._rooms.ended.get(info.room):
-            return self._answer_for_ended(info, ending)
-        if session is None:
-            return self._turn_away(info, MISDIRECTED, f"session {info.mooncake_session_id} is not registered here")
         sender = self._rooms.get(info.room)
         destination = sender.destinations.get(info.mooncake_session_id) if sender else None
         if info.is_resume and destination is None:
@@ -146,25 +154,34 @@ class EncodeSide:
             return []
         sender = sender or self._rooms.open(info.room, now)
         if sender.is_complete and destination is None:
-            return self._turn_away(info, BAD_GATEWAY, f"room {info.room} has all of its {sender.required} destinations")
-        if failure := session.refusal or session.flaw(info) or sender.disagreement(info):
+            return self._turn_away_from_complete(info, sender)
+        if failure := session.refusal or session.flaw(info) or sender.disagreement(info) or _conflict(session, info):
             told = [] if destination else [_tell(info, failure)]  # a destination of the room is told with the others
             return [*told, *self._rooms.fail(sender, failure, now)]
         self._rooms.accept(info, sender, session, now)
-        return self._rooms.advance(sender, now)
+        return [*self._rooms.advance(sender, now), *self._rooms.make_place(now)]
 
-    def _answer_for_ended(self, info: TransferEmbeddingInfo, ending: Ending) -> list[EncodeEffect]:
+    def _answer_for_ended(self, message: TransferEmbeddingInfo | Queued, ending: Ending) -> list[EncodeEffect]:
         self._counts["offer_for_ended_room"] += 1
         if ending.failure is not None:
-            return [_tell(info, ending.failure)]
-        if info.is_resume:
+            return [_tell(message, ending.failure)]
+        if isinstance(message, TransferEmbeddingInfo) and message.is_resume:
             return []  # a late repetition: this destination has been told of its success
-        return [_tell(info, Failure(CONFLICT, f"room {info.room} was used before"))]
+        return [_tell(message, Failure(CONFLICT, f"room {message.room} was used before"))]
 
-    def _turn_away(self, info: TransferEmbeddingInfo, code: int, text: str) -> list[EncodeEffect]:
+    def _turn_away(self, message: TransferEmbeddingInfo | Queued, code: int, text: str) -> list[EncodeEffect]:
         """Only the sender of this message is told; the room, if there is one, goes on."""
         self._counts["offer_turned_away"] += 1
-        return [_tell(info, Failure(code, text))]
+        sender = self._rooms.get(message.room)
+        if sender and sender.has_destination_at(message.address):
+            return []  # somebody else asks for the answer to be sent there, where it would end the room
+        return [_tell(message, Failure(code, text))]
+
+    def _turn_away_from_complete(
+        self, message: TransferEmbeddingInfo | Queued, sender: SenderRoom
+    ) -> list[EncodeEffect]:
+        text = f"room {sender.room} has all of its {sender.required} destinations"
+        return self._turn_away(message, BAD_GATEWAY, text)
 
     def _abort(self, message: Abort, now: float) -> list[EncodeEffect]:
         room, session_id = message.room, message.session_id
@@ -172,13 +189,15 @@ class EncodeSide:
             return []
         failure = message.failure or Failure(CLIENT_GONE, f"room {room} was dropped by the language side")
         sender = self._rooms.get(room)
+        if sender is not None and sender.is_complete and session_id not in sender.destinations:
+            self._counts["abort_ignored"] += 1
+            return []
         if sender is not None:
             sender.unacknowledged[session_id] = message.address
             return [] if sender.is_over else self._rooms.fail(sender, failure, now)
         # Its init may be behind it on the way: it must not begin what is declared quiet here.
-        if self._rooms.ended.get(room) is None:
-            self._rooms.ended.add(room, Status.FAILED, failure, now)
-        return [Send(message.address, AbortAck(room))]
+        self._rooms.end_unopened(room, failure, now)
+        return [Send(message.address, AbortAck(room), courtesy=True)]
 
     # ---- time
 
@@ -186,7 +205,7 @@ class EncodeSide:
         effects: list[EncodeEffect] = []
         while (key := self._alarms.pop_due(now)) is not None:
             if isinstance(key, str):
-                effects += self._session_alarm(key, now)
+                effects += self._admission.alarm(key, now)
             else:
                 sender = self._rooms[key]
                 effects += self._rooms.fail(sender, sender.lateness(self._timing), now)
@@ -195,28 +214,6 @@ class EncodeSide:
 
     def next_wakeup(self) -> float | None:
         return min((at for at in (self._alarms.next(), self._rooms.ended.next()) if at is not None), default=None)
-
-    def _session_alarm(self, session_id: str, now: float) -> list[EncodeEffect]:
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise LocalError(f"an alarm for session {session_id}, which is not known")
-        patience = self._timing.silence if session.rooms else self._timing.forget_session
-        if now < session.heard + patience:
-            self._alarms.set(session_id, session.heard + patience)
-            return []
-        if not session.rooms:
-            self._sessions.forget(session_id)
-            return []
-        self._alarms.set(session_id, now + patience)
-        return self._fail_rooms(session, f"session {session_id} was silent for {patience:g} s", now)
-
-    def _fail_rooms(self, session: Session, text: str, now: float) -> list[EncodeEffect]:
-        effects: list[EncodeEffect] = []
-        for room in sorted(session.rooms):
-            sender = self._rooms[room]
-            if not sender.is_over:
-                effects += self._rooms.fail(sender, Failure(BAD_GATEWAY, text), now)
-        return effects
 
     # ---- what the shell and the tests may look at
 
@@ -227,6 +224,11 @@ class EncodeSide:
     def sessions(self) -> frozenset[str]:
         return self._sessions.names()
 
+    def is_settled(self, room: int) -> bool:
+        """Every rank of the room has asked, or the room is over: strangers cannot do anything about it any more."""
+        sender = self._rooms.get(room)
+        return sender.is_complete if sender else self._rooms.ended.get(room) is not None
+
     def is_empty(self) -> bool:
         return not len(self._rooms)
 
@@ -234,6 +236,7 @@ class EncodeSide:
         return {
             **self._rooms.sizes(),
             "sessions": len(self._sessions),
+            "contenders": len(self._sessions.contenders),
             "unquiet": self._sessions.unquiet,
             "blocks_free": self._pool.free,
             "blocks_leased": self._pool.leased,
@@ -244,5 +247,10 @@ class EncodeSide:
         return {**self._counts, **{f"failed_{code}": count for code, count in self._rooms.failures.items()}}
 
 
-def _tell(info: TransferEmbeddingInfo, failure: Failure) -> Send:
-    return Send(info.address, StatusReport(info.room, Status.FAILED, failure=failure))
+def _conflict(session: Session, info: TransferEmbeddingInfo) -> Failure | None:
+    """The blocks of an init are claimed when its room has everything that it needs to begin."""
+    return session.claim(info.room, info.dst_embedding_indices) if info.is_resume else None
+
+
+def _tell(message: TransferEmbeddingInfo | Queued, failure: Failure) -> Send:
+    return Send(message.address, StatusReport(message.room, Status.FAILED, failure=failure), courtesy=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import msgspec
 
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
@@ -20,7 +22,8 @@ class EndedRooms:
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
-        self._endings: dict[int, Ending] = {}
+        # The first of a plain dict is searched for among all that were taken from its front.
+        self._endings: OrderedDict[int, Ending] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._endings)
@@ -29,7 +32,7 @@ class EndedRooms:
         self._endings.pop(room, None)
         self._endings[room] = Ending(status, failure, now + self._timing.remember_ended)
         if len(self._endings) > self._timing.max_remembered:
-            del self._endings[next(iter(self._endings))]
+            self._endings.popitem(last=False)
 
     def get(self, room: int) -> Ending | None:
         return self._endings.get(room)
@@ -38,7 +41,5 @@ class EndedRooms:
         return next((ending.forget_at for ending in self._endings.values()), None)
 
     def forget_due(self, now: float) -> None:
-        for room, ending in list(self._endings.items()):
-            if ending.forget_at > now:
-                return
-            del self._endings[room]
+        while (forget_at := self.next()) is not None and forget_at <= now:
+            self._endings.popitem(last=False)

@@ -100,12 +100,37 @@ class LanguageRooms:
         self._peers.begin(peer, receiver.room, now)
         self._alarms.set(receiver.room, now + self._timing.waiting)
         receiver.address, receiver.instance = address, peer.instance
+        receiver.words += 1
         receiver.move(Status.WAITING_FOR_INPUT)
-        effects: list[LanguageEffect] = []
-        if not peer.is_registered:
-            peer.note_registered()
-            effects.append(Send(address, self._register))
-        return [*effects, self.offer(receiver), StatusChanged(receiver.room, receiver.status)]
+        introduction = self._introduce(peer, address)
+        return [*introduction, self.offer(receiver), StatusChanged(receiver.room, receiver.status)]
+
+    def announce(self, peer: Peer, now: float) -> list[LanguageEffect]:
+        """Rooms that must wait for blocks say so, or the encode side would take them for lost."""
+        rooms = sorted(peer.queued - peer.announced)
+        if peer.address is None or not rooms:
+            return []
+        self._peers.announce(peer, rooms, now)
+        effects = self._introduce(peer, peer.address)
+        for room in rooms:
+            self._rooms[room].words += 1
+            effects.append(Send(peer.address, self._rooms[room].queued(self._register)))
+        return effects
+
+    def _introduce(self, peer: Peer, address: Address) -> list[LanguageEffect]:
+        if peer.is_registered:
+            return []
+        peer.note_registered()
+        return [Send(address, self._register)]
+
+    def ask_again(self, receiver: ReceiverRoom) -> list[LanguageEffect]:
+        """The encode side has forgotten this session. With the same blocks it does not matter which init it takes."""
+        if not receiver.is_queued:
+            return [self.send(receiver, self._register), self.offer(receiver)]
+        address = self._peers[receiver.peer].address
+        if address is None:
+            return []  # it is announced again when the peer is found again
+        return [Send(address, self._register), Send(address, receiver.queued(self._register))]
 
     def offer(self, receiver: ReceiverRoom) -> Send:
         """The init, or the resume: where the rows after those received so far may go."""
@@ -145,15 +170,22 @@ class LanguageRooms:
 
     def fail(self, receiver: ReceiverRoom, failure: Failure, now: float) -> list[LanguageEffect]:
         """The status is final at once; the blocks wait for the proof that no write can land in them any more."""
+        changed = self._end(receiver, failure, now)
+        if receiver.is_queued:
+            return [changed, *self._tell_peer(receiver), *self._leave_queue(receiver, now)]
+        self._pool.quarantine(receiver.blocks, receiver.room)
+        return [changed, self._send_abort(receiver, now)]
+
+    def fail_queued(self, receiver: ReceiverRoom, failure: Failure, now: float) -> list[LanguageEffect]:
+        """The encode side has said so itself."""
+        return [self._end(receiver, failure, now), *self._leave_queue(receiver, now)]
+
+    def _end(self, receiver: ReceiverRoom, failure: Failure, now: float) -> StatusChanged:
         receiver.move(Status.FAILED)
         receiver.failure, receiver.over_since = failure, now
         self.ended.add(receiver.room, receiver.status, failure, now)
         self.failures[failure.code] += 1
-        changed = StatusChanged(receiver.room, receiver.status, failure)
-        if receiver.is_queued:
-            return [changed, *self._leave_queue(receiver, now)]
-        self._pool.quarantine(receiver.blocks, receiver.room)
-        return [changed, self._send_abort(receiver, now)]
+        return StatusChanged(receiver.room, receiver.status, failure)
 
     def disown(self, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
         """Another process is where the room's was."""
@@ -165,13 +197,18 @@ class LanguageRooms:
         """No process that could write to the room is left, which is as good as its acknowledgement."""
         return [*self.disown(receiver, now), *self.acknowledged(receiver, now)]
 
-    def _leave_queue(self, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+    def _tell_peer(self, receiver: ReceiverRoom) -> list[Send]:
         """It holds nothing, so nothing needs an answer; but the other half of the request should not wait in vain."""
-        address = self._peers[receiver.peer].address
+        peer, abort = self._peers[receiver.peer], receiver.abort(self._register)
+        if peer.address is not None:
+            return [Send(peer.address, abort)]
+        peer.tell_later(abort)
+        return []
+
+    def _leave_queue(self, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
         del self._queue[receiver.room]
         self._drop(receiver)
-        told: list[LanguageEffect] = [Send(address, receiver.abort(self._register))] if address else []
-        return [*told, *self.serve_queue(now)]
+        return self.serve_queue(now)
 
     def _send_abort(self, receiver: ReceiverRoom, now: float) -> Send:
         self._alarms.set(receiver.room, now + receiver.next_abort(self._timing.abort_interval))

@@ -65,11 +65,14 @@ class LanguageSide:
             raise LocalError(f"room {room} is under way already")
         if known is not None or self._rooms.ended.get(room):
             # A late message about its first use could be taken for one about the second.
+            self._rooms.failures[CONFLICT] += 1
             return [StatusChanged(room, Status.FAILED, Failure(CONFLICT, f"room {room} was used before"))]
         wanted = hint_rows or self._reservation.rows(len(self._rooms) + 1)
         source = self._peers.for_new_room(peer, now)
         self._rooms.enqueue(room, source, max(1, min(wanted, self._max_rows)), now)
-        return self._peers.look_up(source) if source.address is None else self._rooms.serve_queue(now)
+        if source.address is None:
+            return self._peers.look_up(source)
+        return [*self._rooms.serve_queue(now), *self._rooms.announce(source, now)]
 
     def cancel(self, room: int, now: float, failure: Failure | None = None) -> list[LanguageEffect]:
         receiver = self._rooms.get(room)
@@ -109,7 +112,7 @@ class LanguageSide:
         if source is None:
             return []
         self._peers.resolved(source, address, instance, now)
-        effects: list[LanguageEffect] = []
+        effects: list[LanguageEffect] = [Send(address, abort) for abort in source.pop_untold()]
         for room in sorted(source.under_way):
             receiver = self._rooms[room]
             if receiver.instance == instance:
@@ -117,10 +120,10 @@ class LanguageSide:
             # Whoever has taken the address over may have taken the room over too, and will acknowledge its abort.
             end = self._rooms.disown if receiver.address == address else self._rooms.bury
             effects += end(receiver, now)
-        return effects + self._rooms.serve_queue(now)
+        return [*effects, *self._rooms.serve_queue(now), *self._rooms.announce(source, now)]
 
     def peer_unreachable(self, peer: str, reason: str, now: float) -> list[LanguageEffect]:
-        text = f"bootstrap registry {peer} did not answer: {reason}"
+        text = f"encode instance {peer} cannot be found: {reason}"
         return self.peer_refused(peer, Failure(BAD_GATEWAY, text), now)
 
     def peer_refused(self, peer: str, failure: Failure, now: float) -> list[LanguageEffect]:
@@ -129,6 +132,7 @@ class LanguageSide:
         if source is None:
             return []
         source.looking = False
+        source.pop_untold()  # there is nobody to be told
         source.lose()
         effects: list[LanguageEffect] = []
         for room in sorted(source.queued):
@@ -166,7 +170,7 @@ class LanguageSide:
         if isinstance(message, Pong):
             return self._take_pong(message, now)
         receiver = self._rooms.get(message.room)
-        if receiver is None or receiver.is_queued:
+        if receiver is None or not receiver.words:
             self._counts["message_for_unknown_room"] += 1
             return []
         self._peers[receiver.peer].hear(now)
@@ -197,7 +201,7 @@ class LanguageSide:
     def _take_report(self, receiver: ReceiverRoom, report: StatusReport, now: float) -> list[LanguageEffect]:
         if report.status is Status.FAILED:
             return self._take_failure(receiver, report, now)
-        verdict = receiver.judge(report)
+        verdict = Verdict.STALE if receiver.is_queued else receiver.judge(report)
         if isinstance(verdict, Failure):
             return self._rooms.fail(receiver, verdict, now)
         if verdict is Verdict.STALE:
@@ -217,12 +221,12 @@ class LanguageSide:
             self._counts["status_stale"] += 1
             return []  # every row is here; the answer to a repeated init may still say otherwise
         if failure.code != MISDIRECTED:
-            return self._rooms.fail(receiver, failure, now)
-        if receiver.received or receiver.copying is not None or receiver.retried:
+            end = self._rooms.fail_queued if receiver.is_queued else self._rooms.fail
+            return end(receiver, failure, now)
+        receiver.misdirected += 1
+        if receiver.received or receiver.copying is not None or receiver.misdirected > receiver.words:
             return self._rooms.fail(receiver, Failure(BAD_GATEWAY, failure.text), now)
-        # The encode side has forgotten this session. With the same blocks it does not matter which init it takes.
-        receiver.retried = True
-        return [self._rooms.send(receiver, self._register), self._rooms.offer(receiver)]
+        return self._rooms.ask_again(receiver)
 
     # ---- time
 

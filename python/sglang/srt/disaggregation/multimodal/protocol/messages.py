@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Final
+
 import msgspec
 
 from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
 from sglang.srt.disaggregation.multimodal.protocol.status import Status
 
 PROTOCOL_VERSION = 1
+
+MAX_BLOCKS: Final = 1 << 20
+MAX_COLUMNS: Final = 32
+
+# ZMQ takes a text apart when it connects: with `;` in it, a stranger would choose where our connections come from.
+HOST: Final = r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,255}|:[0-9A-Fa-f:.]{1,45}"
+
+# What a stranger may write: numbers that 64 bits hold, and words that a log line can quote.
+Host = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{HOST})\Z")]
+Word = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+_Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+_Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
@@ -23,12 +39,12 @@ class Address(msgspec.Struct, frozen=True, order=True):
 class Handshake(msgspec.Struct, frozen=True):
     """What two instances must agree on before a byte may move. `blocks` bounds the indices; it need not be equal."""
 
-    version: int
-    block_size: int
-    item_lens: tuple[int, ...]
-    dtype: str
-    deepstack_rows: int
-    blocks: int
+    version: _Count
+    block_size: _Size
+    item_lens: _Sizes
+    dtype: Word
+    deepstack_rows: _Count
+    blocks: _Blocks
 
 
 class Register(msgspec.Struct, frozen=True):
@@ -59,6 +75,18 @@ class TransferEmbeddingInfo(msgspec.Struct, frozen=True):
     @property
     def address(self) -> Address:
         return Address(self.endpoint, self.dst_port)
+
+    @property
+    def session_id(self) -> str:
+        return self.mooncake_session_id
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: this room has arrived here, and waits for its first blocks."""
+
+    room: int
+    address: Address
+    session_id: str
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -106,5 +134,5 @@ class Pong(msgspec.Struct, frozen=True):
     asked: str
 
 
-ToEncode = Register | TransferEmbeddingInfo | Abort | Ping
+ToEncode = Register | Queued | TransferEmbeddingInfo | Abort | Ping
 ToLanguage = StatusReport | AbortAck | Pong

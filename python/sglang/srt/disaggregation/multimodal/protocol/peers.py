@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
+from typing import Final
 
 from sglang.srt.disaggregation.multimodal.protocol.effects import LanguageEffect, Resolve
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from sglang.srt.disaggregation.multimodal.protocol.messages import Abort, Address
 from sglang.srt.disaggregation.multimodal.protocol.timing import Alarms, Timing
+
+# The other halves of the rest run into their deadline.
+_MAX_UNTOLD: Final = 10_000
 
 
 class Vigil(enum.Enum):
@@ -33,12 +38,20 @@ class Peer:
     unanswered: int = 0
     """Pings since its last word."""
     queued: set[int] = dataclasses.field(default_factory=set)
+    announced: set[int] = dataclasses.field(default_factory=set)
+    """Those of the queued rooms that this instance has been told of."""
     under_way: set[int] = dataclasses.field(default_factory=set)
     """Rooms whose init was sent, until no write of them can land any more."""
+    untold: list[Abort] = dataclasses.field(default_factory=list)
+    """Rooms that ended while the lookup was under way: their other halves need not wait for them."""
 
     @property
     def is_idle(self) -> bool:
         return not (self.queued or self.under_way)
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self.announced or self.under_way)
 
     def hear(self, now: float) -> None:
         self.heard, self.unanswered = now, 0
@@ -51,9 +64,18 @@ class Peer:
         if self.address is not None:
             self.registered_with = (self.address, self.instance)
 
+    def tell_later(self, abort: Abort) -> None:
+        if self.looking and len(self.untold) < _MAX_UNTOLD:
+            self.untold.append(abort)
+
+    def pop_untold(self) -> list[Abort]:
+        untold, self.untold = self.untold, []
+        return untold
+
     def lose(self) -> None:
         """Ask the registry again before anything more is sent there. The instance stays known, to tell a new one."""
         self.address = self.registered_with = None
+        self.announced.clear()
 
 
 class Peers:
@@ -78,7 +100,7 @@ class Peers:
 
     def for_new_room(self, name: str, now: float) -> Peer:
         peer = self._peers.setdefault(name, Peer(name))
-        if not peer.under_way and now - peer.heard > self._timing.silence:
+        if not peer.is_watched and now - peer.heard > self._timing.silence:
             peer.address = None  # nobody has watched it: it may have been restarted
         return peer
 
@@ -90,21 +112,25 @@ class Peers:
 
     def resolved(self, peer: Peer, address: Address, instance: str, now: float) -> None:
         peer.looking = False
+        if (peer.address, peer.instance) != (address, instance):
+            peer.announced.clear()
         peer.address, peer.instance = address, instance
         peer.hear(now)
         self._watch(peer, now)
 
+    def announce(self, peer: Peer, rooms: Iterable[int], now: float) -> None:
+        self._begin_watch(peer, now)
+        peer.announced.update(rooms)
+
     def begin(self, peer: Peer, room: int, now: float) -> None:
-        """A message about this room is going there: from here on the peer's silence counts."""
+        self._begin_watch(peer, now)
         peer.queued.discard(room)
-        is_first = not peer.under_way
+        peer.announced.discard(room)
         peer.under_way.add(room)
-        if is_first:
-            peer.hear(now)
-            self._watch(peer, now)
 
     def end(self, peer: Peer, room: int) -> None:
         peer.queued.discard(room)
+        peer.announced.discard(room)
         peer.under_way.discard(room)
         self.forget_if_useless(peer)
 
@@ -118,7 +144,7 @@ class Peers:
         if peer.under_way and peer.address is None:
             self._alarms.set(peer.name, now + self._timing.silence)
             return Vigil.SEARCH
-        if peer.under_way:
+        if peer.is_watched:
             self._watch(peer, now)
             if peer.unanswered >= self._timing.heartbeat_max_failures:
                 return Vigil.LOST
@@ -131,6 +157,12 @@ class Peers:
         self.forget_if_useless(peer)
         return Vigil.NOTHING
 
+    def _begin_watch(self, peer: Peer, now: float) -> None:
+        """A message about a room is going there: from here on the peer's silence counts."""
+        if not peer.is_watched:
+            peer.hear(now)
+            self._alarms.set(peer.name, now + self._timing.heartbeat_interval)
+
     def _watch(self, peer: Peer, now: float) -> None:
-        patience = self._timing.heartbeat_interval if peer.under_way else self._timing.forget_session
+        patience = self._timing.heartbeat_interval if peer.is_watched else self._timing.forget_session
         self._alarms.set(peer.name, now + patience)

@@ -16,6 +16,7 @@ from sglang.srt.disaggregation.multimodal.protocol.errors import (
 from sglang.srt.disaggregation.multimodal.protocol.messages import (
     Abort,
     Address,
+    Queued,
     Register,
     StatusReport,
     TransferEmbeddingInfo,
@@ -49,7 +50,10 @@ class ReceiverRoom:
         self.received = 0
         self.total: int | None = None
         self.rounds = 0
-        self.retried = False
+        self.words = 0
+        """First words about it: that it is queued, and its init."""
+        self.misdirected = 0
+        """Answers that this session is not registered there; each first word may have one."""
         self.copying: StatusReport | None = None
         """The report whose rows are being copied out."""
         self.acknowledged = False
@@ -93,6 +97,9 @@ class ReceiverRoom:
             sent_tokens=self.received,
             allocated_tokens=self.allocated,
         )
+
+    def queued(self, register: Register) -> Queued:
+        return Queued(self.room, register.address, register.session_id)
 
     def abort(self, register: Register) -> Abort:
         return Abort(self.room, register.address, register.session_id, self.failure)

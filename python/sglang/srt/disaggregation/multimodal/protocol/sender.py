@@ -61,6 +61,12 @@ class SenderRoom:
         self.room = room
         self.status = Status.BOOTSTRAPPING
         self.expected = False
+        self.asked = False
+        """A language rank has said something about it, be it only that it is queued there."""
+        self.begin_by = 0.0
+        """When both halves of the request must be here."""
+        self.queued: dict[str, Address] = {}
+        """Sessions that have announced it and offered nothing yet."""
         self.required: int | None = None
         self.total: int | None = None
         self.destinations: dict[str, Destination] = {}
@@ -83,6 +89,9 @@ class SenderRoom:
     def is_complete(self) -> bool:
         """Every rank that was announced has asked."""
         return self.required is not None and len(self.destinations) == self.required
+
+    def has_destination_at(self, address: Address) -> bool:
+        return any(destination.address == address for destination in self.destinations.values())
 
     @property
     def unfinished(self) -> list[Destination]:
@@ -151,8 +160,14 @@ class SenderRoom:
         if not self.expected:
             text = f"the request of room {room} did not reach the encode instance within {bootstrap}"
             return Failure(UNAVAILABLE, text)
+        if not self.asked:
+            text = f"no language instance has asked for room {room} within {timing.unasked:g} s"
+            return Failure(UNAVAILABLE, text)
+        if self.required is None:
+            text = f"the language side had no receive blocks for room {room} within {bootstrap}"
+            return Failure(UNAVAILABLE, text)
         if self.status is Status.BOOTSTRAPPING:
-            asked = f"{len(self.destinations)} of {self.required or '?'} language ranks"
+            asked = f"{len(self.destinations)} of {self.required} language ranks"
             return Failure(BAD_GATEWAY, f"only {asked} asked for room {room} within {bootstrap}")
         if self.total is None:
             return Failure(INTERNAL, f"the encoder had no rows for room {room} within {waiting}")

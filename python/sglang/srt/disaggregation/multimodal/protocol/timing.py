@@ -17,6 +17,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
     bootstrap: float = 300.0
     """From the arrival of one half of a request until the other half, its peer and its first block are there."""
+    first_word: float = 30.0
+    """From the arrival of a request at the encode side until a language rank has said anything about its room."""
     waiting: float = 300.0
     """How long a room may stand still after that."""
     heartbeat_interval: float = 5.0
@@ -28,6 +30,16 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     remember_ended: float = 600.0
     max_remembered: int = 100_000
     forget_session: float = 3600.0
+    max_sessions: int = 4096
+    max_unexpected_rooms: int = 10_000
+    """Rooms that language ranks have asked for, and of which this instance has not heard otherwise."""
+    max_unexpected_blocks: int = 2_000_000
+    """All of their offers together."""
+
+    @property
+    def unasked(self) -> float:
+        """How long a room waits for its first word."""
+        return min(self.first_word, self.bootstrap)
 
     @property
     def silence(self) -> float:

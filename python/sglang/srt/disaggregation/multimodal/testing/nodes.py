@@ -15,6 +15,7 @@ from sglang.srt.disaggregation.multimodal.protocol.effects import (
     DropRows,
     EncodeEffect,
     LanguageEffect,
+    ProveGone,
     Resolve,
     Send,
     StatusChanged,
@@ -52,6 +53,8 @@ class Surroundings(Protocol):
 
     def post(self, sender: str, send: Send) -> None: ...
 
+    def is_refused(self, address: Address) -> bool: ...
+
     def make_encode_side(self, **arguments: Any) -> EncodeSide: ...
 
     def make_language_side(self, **arguments: Any) -> LanguageSide: ...
@@ -77,6 +80,7 @@ class EncodeNode:
         self.jobs: list[tuple[TransferEmbeddingChunk, dict[str, Register | None]]] = []
         self.sources: dict[int, Truth] = {}
         self.failed_sessions: set[str] = set()
+        self.doubts: list[ProveGone] = []
 
     def run(self, effects: Sequence[EncodeEffect]) -> None:
         for effect in effects:
@@ -88,6 +92,8 @@ class EncodeNode:
                     self.towers.append(effect.room)
             elif isinstance(effect, TransferEmbeddingChunk):
                 self.jobs.append((effect, {d.session_id: self.core.session(d.session_id) for d in effect.destinations}))
+            elif isinstance(effect, ProveGone):
+                self.doubts.append(effect)
             elif isinstance(effect, DropRows):
                 self.sources.pop(effect.room, None)
                 if any(chunk.room == effect.room for chunk, _ in self.jobs):
@@ -117,6 +123,8 @@ class EncodeNode:
             try:
                 if register is None:
                     raise TransferError("the session is gone")
+                if self.world.is_refused(register.address):
+                    raise TransferError("another process has the session, and its engine knows other memory")
                 self._write(chunk, destination, register)
             except TransferError as error:
                 errors[destination.session_id] = str(error)
@@ -141,14 +149,19 @@ class EncodeNode:
         ranges = plan_chunk(COLUMNS, self.world.block_size, chunk.window, destination, runs)
         link = self.plane.link(destination.session_id)
         self.world.fabric.label = chunk.room
-        base = self.memory.pointers
+        for r in ranges:
+            limit = register.handshake.item_lens[r.column] * register.handshake.blocks
+            if not (r.destination >= 0 and r.length > 0 and r.destination + r.length <= limit):
+                raise Violation(f"bounds: {r} of room {chunk.room} is outside of what {register.session_id} registered")
+        here, there = self.memory.pointers, register.buffer_pointers
         for batch in batches(ranges):
-            link.write(
-                [
-                    Entry(base[r.column] + r.source, register.buffer_pointers[r.column] + r.destination, r.length)
-                    for r in batch
-                ]
-            )
+            link.write([Entry(here[r.column] + r.source, there[r.column] + r.destination, r.length) for r in batch])
+
+    def prove(self, index: int = 0) -> None:
+        """Is the process that had a session gone? Not if it is only out of reach."""
+        asked = self.doubts.pop(index)
+        is_gone = self.world.is_refused(asked.address)
+        self.run(self.core.proven(asked.session_id, asked.address, is_gone, self.world.clock.now))
 
     def look_for_quiet(self) -> None:
         """What the workers do after a failed write: tell the core once nothing of it can land any more."""
@@ -184,6 +197,8 @@ class LanguageNode:
         self.lookups: list[str] = []
         self.targets: dict[int, list[bytearray]] = {}
         self.delivered: dict[int, Deliver] = {}
+        self.trusts_rows = True
+        """Off: somebody forges its peers' messages, so that what it delivers may be anything."""
         self.offers: list[TransferEmbeddingInfo] = []
         """Every init and resume that it sent, in order."""
 
@@ -216,6 +231,8 @@ class LanguageNode:
         if effect.room in self.delivered:
             raise Violation(f"S1: room {effect.room} is delivered twice")
         self.delivered[effect.room] = effect
+        if not self.trusts_rows:
+            return
         truth = self.world.truths[effect.room]
         problem = truth.differs([bytes(column) for column in self.targets.pop(effect.room)])
         if problem or effect.rows != truth.total:

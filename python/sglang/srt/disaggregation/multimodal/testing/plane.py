@@ -84,6 +84,9 @@ class MemoryFabric:
         self._late = [late for late in self._late if session_id not in (late.source, late.destination)]
 
     def delay(self, source: str, destination: str, entry: Entry) -> None:
+        plane = self.planes.get(destination)
+        if plane is None or not plane.holds(entry.destination, entry.length):
+            return
         content = ctypes.string_at(entry.source, entry.length)
         self._late.append(_LateWrite(source, destination, entry, self.label, content))
 
@@ -91,7 +94,8 @@ class MemoryFabric:
         plane = self.planes.get(destination)
         if plane is None:
             raise TransferError(f"there is no session {destination}")
-        plane.check(entry.destination, entry.length)
+        if not plane.holds(entry.destination, entry.length):
+            raise TransferError(f"{destination} has not registered {entry.length} bytes at {entry.destination:#x}")
         if self.on_landing:
             self.on_landing(label, destination, entry)
         if content is None:
@@ -105,6 +109,7 @@ class MemoryDataPlane:
 
     def __init__(self, fabric: MemoryFabric, session_id: str) -> None:
         self.fabric = fabric
+        self.renewals = 0
         self._session_id = session_id
         self._regions: tuple[Region, ...] = ()
 
@@ -122,8 +127,11 @@ class MemoryDataPlane:
     def close(self) -> None:
         self.fabric.kill(self._session_id)
 
+    def holds(self, address: int, length: int) -> bool:
+        return any(r.pointer <= address and address + length <= r.pointer + r.length for r in self._regions)
+
     def check(self, address: int, length: int) -> None:
-        if not any(r.pointer <= address and address + length <= r.pointer + r.length for r in self._regions):
+        if not self.holds(address, length):
             raise LocalError(f"{length} bytes at {address:#x} are not in the registered memory of {self._session_id}")
 
 
@@ -156,6 +164,7 @@ class MemoryLink:
 
     def renew(self) -> None:
         """What is on its way to the peer stays on its way."""
+        self._plane.renewals += 1
 
     def is_quiet(self) -> bool:
         return self._plane.fabric.is_quiet(self._plane.session_id, self._peer)

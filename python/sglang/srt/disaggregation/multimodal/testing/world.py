@@ -10,6 +10,7 @@ What it does not reproduce: threads, sockets, and everything that `plane.py` say
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from sglang.srt.disaggregation.multimodal.data_plane import Entry
 from sglang.srt.disaggregation.multimodal.protocol import codec
 from sglang.srt.disaggregation.multimodal.protocol.effects import Send
 from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
+from sglang.srt.disaggregation.multimodal.protocol.errors import UndecodableFrames
 from sglang.srt.disaggregation.multimodal.protocol.language_side import LanguageSide
 from sglang.srt.disaggregation.multimodal.protocol.messages import PROTOCOL_VERSION, Address, Handshake
 from sglang.srt.disaggregation.multimodal.protocol.plan import Run
@@ -97,24 +99,47 @@ class World:
     def restart_encode(self, peer: str, same_address: bool) -> None:
         self.add_encode(peer, self.encodes[peer].address if same_address else None)
 
-    def _new_language(self, blocks: int, default: int | None, address: Address) -> LanguageNode:
-        return LanguageNode(self, address, f"language-{next(self._numbers)}:1", blocks, default)
+    def _new_language(
+        self, blocks: int, default: int | None, address: Address, session_id: str | None = None
+    ) -> LanguageNode:
+        return LanguageNode(self, address, session_id or f"language-{next(self._numbers)}:1", blocks, default)
 
-    def restart_language(self, rank: int, default: int | None, same_address: bool) -> None:
+    def restart_language(
+        self, rank: int, default: int | None, same_address: bool = False, same_session: bool = False
+    ) -> None:
+        """A new process gets other ports, but for the one that chance gives it again."""
         old = self.languages[rank]
         self.fabric.kill(old.plane.session_id)
         address = old.address if same_address else self._new_address("language")
-        self.languages[rank] = self._new_language(old.pool.count, default, address)
+        session_id = old.plane.session_id if same_session else None
+        self.languages[rank] = self._new_language(old.pool.count, default, address, session_id)
+
+    def is_refused(self, address: Address) -> bool:
+        """Nobody listens there."""
+        return address not in [node.address for node in self.languages]
 
     # ---- what happens
 
-    def start(self, room: int, total: int, media_runs: Sequence[Run] | None = None, peer: str | None = None) -> None:
-        """The router sends the request to both sides."""
+    def start(
+        self,
+        room: int,
+        total: int,
+        media_runs: Sequence[Run] | None = None,
+        peer: str | None = None,
+        halves: Sequence[str] = ("encode", "language"),
+    ) -> None:
+        """The router sends the request to both sides; a side that is not in `halves` has refused the connection."""
         name = peer or next(iter(self.encodes))
+        self.add_truth(room, total, media_runs)
+        if "encode" in halves:
+            self.encodes[name].expect(room)
+        if "language" in halves:
+            for language in self.languages:
+                language.request(room, name)
+
+    def add_truth(self, room: int, total: int, media_runs: Sequence[Run] | None = None) -> None:
+        """What the encoder will make of this request."""
         self.truths[room] = Truth.of(room, total, [(0, total)] if media_runs is None else media_runs)
-        self.encodes[name].expect(room)
-        for language in self.languages:
-            language.request(room, name)
 
     def post(self, sender: str, send: Send) -> None:
         self.wires.append(Wire(sender, send.to, tuple(codec.encode(send.message))))
@@ -129,12 +154,14 @@ class World:
     def deliver(self, index: int = 0, keep: bool = False) -> None:
         """One message arrives; with `keep` it will arrive once more."""
         wire = self.wires[index] if keep else self.wires.pop(index)
-        for encode in self.encodes.values():
-            if encode.address == wire.to:
-                encode.run(encode.core.receive(codec.decode_to_encode(wire.frames), self.clock.now))
-        for language in self.languages:
-            if language.address == wire.to:
-                language.run(language.core.receive(codec.decode_to_language(wire.frames), self.clock.now))
+        # What a stranger had sent to the wrong door is dropped there, as by the control loop.
+        with contextlib.suppress(UndecodableFrames):
+            for encode in self.encodes.values():
+                if encode.address == wire.to:
+                    encode.run(encode.core.receive(codec.decode_to_encode(wire.frames), self.clock.now))
+            for language in self.languages:
+                if language.address == wire.to:
+                    language.run(language.core.receive(codec.decode_to_language(wire.frames), self.clock.now))
 
     def settle(self, limit: int = 1_000_000) -> int:
         """Let everything happen that can happen without the clock; return how many steps that took."""
@@ -153,6 +180,9 @@ class World:
                 return True
             if encode.jobs:
                 encode.write()
+                return True
+            if encode.doubts:
+                encode.prove()
                 return True
         for language in self.languages:
             if language.copies:

@@ -1,0 +1,174 @@
+"""What both modes do in SGLang's tokenizer manager, so that no request waits for somebody who will not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final, NamedTuple
+
+from sglang.srt.disaggregation.multimodal.config import RelayConfig
+from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
+from sglang.srt.disaggregation.multimodal.pulse import name_of
+from sglang.srt.disaggregation.multimodal.scheduler_watch import SchedulerWatch
+
+logger = logging.getLogger(__name__)
+
+
+async def generate(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
+) -> AsyncGenerator[Any, None]:
+    """Around a whole request."""
+    async for answer in _generate_or_tell(functools.partial(_generate_watched, original), manager, obj, request):
+        _name_status(answer)
+        yield answer
+
+
+async def _generate_watched(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
+) -> AsyncGenerator[Any, None]:
+    watch = _watch_of(manager)
+    if trouble := await watch.trouble_before_a_request():
+        from fastapi import HTTPException
+
+        raise HTTPException(UNAVAILABLE, trouble)
+    with watch.a_request_waits():
+        async with contextlib.aclosing(original(manager, obj, request)) as answers:
+            async for answer in answers:
+                yield answer
+
+
+def _name_status(answer: Any) -> None:
+    """SGLang's streams tell of a failure only if its code is an HTTPStatus; between processes it becomes an int."""
+    reason = answer["meta_info"].get("finish_reason") if isinstance(answer, dict) and "meta_info" in answer else None
+    if isinstance(reason, dict) and isinstance(code := reason.get("status_code"), int):
+        with contextlib.suppress(ValueError):
+            reason["status_code"] = http.HTTPStatus(code)
+
+
+# ---- what one half alone finds wrong with a request
+
+
+class Refusal(NamedTuple):
+    """A room that will never be asked for here, because its request failed before the scheduler saw it."""
+
+    room: int
+    host: str | None
+    port: int | None
+    failure: Failure
+
+
+_with_scheduler: Final[set[int]] = set()
+"""Rooms that the scheduler has been given, while their request is under way: how they end is its business."""
+
+
+def note_dispatched(obj: Any) -> None:
+    if (room := getattr(obj, "bootstrap_room", None)) is not None:
+        _with_scheduler.add(room)
+
+
+async def _generate_or_tell(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
+) -> AsyncGenerator[Any, None]:
+    """Whatever one half alone finds wrong with a request, the other half must not wait in vain."""
+    try:
+        async with contextlib.aclosing(original(manager, obj, request)) as answers:
+            async for answer in answers:
+                yield answer
+    except Exception as error:
+        for refusal in _refusals(obj, error):
+            logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
+            manager._dispatch_to_scheduler(_as_message(refusal))
+        raise
+    finally:
+        _with_scheduler.difference_update(_rooms(obj))
+
+
+def _refusals(obj: Any, error: Exception) -> list[Refusal]:
+    rooms = [room for room in _rooms(obj) if room not in _with_scheduler]
+    if not rooms or not obj.contains_mm_input():
+        return []  # no other half, or one that waits for nothing
+    code = getattr(error, "status_code", BAD_REQUEST if isinstance(error, ValueError) else INTERNAL)
+    failure = Failure(code, str(getattr(error, "detail", error)) or type(error).__name__)
+    return [Refusal(room, _first(obj.bootstrap_host), _first(obj.bootstrap_port), failure) for room in rooms]
+
+
+def _rooms(obj: Any) -> list[int]:
+    """One for each prompt; SGLang numbers samples too, but they share the room of their prompt."""
+    rooms = getattr(obj, "bootstrap_room", None)
+    if isinstance(rooms, list):
+        return [room for room in rooms[: getattr(obj, "batch_size", len(rooms))] if room is not None]
+    return [] if rooms is None else [rooms]
+
+
+def _first(value: Any) -> Any:
+    """The router pairs a whole batch with one encode instance."""
+    return value[0] if isinstance(value, list) else value
+
+
+def _as_message(refusal: Refusal) -> Any:
+    """An abort of nobody: of all that SGLang's two processes can tell each other, the one with room for a reason."""
+    room, host, port, failure = refusal
+    return _abort(f"relay-refused-{room}", failure, relay_room=room, relay_host=host, relay_port=port)
+
+
+def refusal_in(recv_req: Any) -> Refusal | None:
+    """In the scheduler: what `_as_message` said."""
+    reason = recv_req.finished_reason
+    if not reason or "relay_room" not in reason:
+        return None
+    failure = Failure(reason["status_code"], reason["message"])
+    return Refusal(reason["relay_room"], reason["relay_host"], reason["relay_port"], failure)
+
+
+def reason_of(recv_req: Any) -> Failure | None:
+    """In the scheduler: why a request was aborted, if we did it; a client's abort has no reason."""
+    reason = recv_req.finished_reason
+    return Failure(reason["status_code"], reason["message"]) if reason and "status_code" in reason else None
+
+
+def _abort(rid: str, failure: Failure, **more: Any) -> Any:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    reason = {"type": "abort", "status_code": failure.code, "message": failure.text}
+    return AbortReq(rid=rid, finished_reason={**reason, **more})
+
+
+# ---- a scheduler that does not answer
+
+
+def _watch_of(manager: Any) -> SchedulerWatch:
+    """The one of this process: made at its first request, because it belongs to the running event loop."""
+    watch: SchedulerWatch | None = getattr(manager, "embedding_relay_watch", None)
+    if watch is None:
+        from sglang.srt.runtime_context import get_serving
+
+        serving = get_serving()
+        watch = SchedulerWatch(
+            name_of(serving.host, serving.port),
+            RelayConfig.from_environment(),
+            on_trouble=functools.partial(_answer_all, manager),
+            on_illness=functools.partial(_turn_red, manager),
+        )
+        manager.embedding_relay_watch = watch
+    return watch
+
+
+def _answer_all(manager: Any, trouble: str) -> None:
+    """In the scheduler's place, as it would have aborted them itself; and it hears of it, should it go on."""
+    rids = list(manager.rid_to_state)
+    logger.error("relay: %d requests are answered 503: %s", len(rids), trouble)
+    for rid in rids:
+        abort = _abort(rid, Failure(UNAVAILABLE, trouble))
+        manager._dispatch_to_scheduler(abort)  # with its reason: the other half must not take it for the client's wish
+        manager._handle_abort_req(abort)
+
+
+def _turn_red(manager: Any, illness: str) -> None:
+    """For good. SGLang's health endpoints all answer 503 at once for a server that has not started."""
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    logger.error("relay: this instance is ill and reports no health any more: %s", illness)
+    manager.server_status = ServerStatus.Starting
