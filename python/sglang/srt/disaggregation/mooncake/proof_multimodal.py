@@ -32,6 +32,6 @@ class Prover:
         is_gone = False
         try:
             is_gone = is_refused(question.address)
-        except Exception:  # the top of a thread: who waits for this answer must get one
+        except BaseException:  # whatever it was: who waits for this answer must get one
             logger.exception("no proof about %s", question.address)
         self._answer(question, is_gone)

@@ -21,9 +21,11 @@ async def generate(
     original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
 ) -> AsyncGenerator[Any, None]:
     """Around a whole request."""
-    async for answer in _generate_or_tell(functools.partial(_generate_watched, original), manager, obj, request):
-        _name_status(answer)
-        yield answer
+    watched = functools.partial(_generate_watched, original)
+    async with contextlib.aclosing(_generate_or_tell(watched, manager, obj, request)) as answers:
+        async for answer in answers:
+            _name_status(answer)
+            yield answer
 
 
 async def _generate_watched(
