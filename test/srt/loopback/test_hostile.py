@@ -179,15 +179,13 @@ def test_a_rank_that_came_back_with_the_session_of_its_predecessor_is_let_in(
     where, dead = encode.ask("address"), free_address()
     back, first = registration("back:1", stranger.address, 1 << 21), init("back:1", stranger.address)
     stranger.say(where, registration("back:1", dead), back, first)
-    assert stranger.hear() == StatusReport(
-        first.room, Status.FAILED, failure=Failure(421, "session back:1 is not registered here")
-    )
-    again = init("back:1", stranger.address)
-    stranger.say(where, back, again)
-    report = stranger.hear()
-    assert report.room == again.room
-    assert report.failure is not None
-    assert report.failure.code == 503, "it was let in, and its request never came"
+    failure = stranger.hear().failure
+    if failure == Failure(421, "session back:1 is not registered here"):
+        # The offer was quicker than the proof. Its answer says that there is one: now the session is known.
+        stranger.say(where, back, init("back:1", stranger.address))
+        failure = stranger.hear().failure
+    assert failure is not None
+    assert failure.code == 503, "it was let in, and its request never came"
     assert_all_given_back(encode)
 
 

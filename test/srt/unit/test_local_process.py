@@ -134,6 +134,15 @@ def test_an_error_in_the_body_stops_the_cluster(server: Start) -> None:
     assert process.group_members() == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_server_is_spawned_waits_until_its_pid_is_known(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
