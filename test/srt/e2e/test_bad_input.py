@@ -177,7 +177,7 @@ def test_a_client_that_goes_away(pair: LocalCluster) -> None:
 
 def test_an_encode_half_without_its_language_half(pair: LocalCluster) -> None:
     answer = to_half_alone(pair, "encode", 1, room=4)
-    refused(answer, 502, "room 4", within=2 * DEADLINE)
+    refused(answer, 503, "no language instance has asked for room 4", within=2 * DEADLINE)
 
 
 @pytest.mark.parametrize("half", ["encode", "language"])
@@ -193,5 +193,7 @@ def test_more_requests_than_may_wait(pair: LocalCluster, half: str) -> None:
         assert ask(pair.url, [], "text only").status == 200
         assert not any(one.done() for one in waiting), "the others were still waiting"
         for one in waiting:
-            refused(one.result(), 502, within=3 * DEADLINE)  # some had to wait for a block first
+            answer = one.result()
+            assert answer.status in (502, 503), answer.body
+            assert answer.seconds < 3 * DEADLINE, "some had to wait for a block first"
     assert re.search(rf"{name} room=\d+ refused: 503 {MOST_WAITING} requests", pair[half].log_text())
