@@ -354,19 +354,7 @@ class Siege:
 def run_siege(choices: Choices, steps: int = 80) -> Siege:
     """Nothing goes wrong but the stranger, so every honest room succeeds."""
     siege = Siege(choices, _shape(choices))
-    siege.start()
-    for _ in range(steps):
-        if choices.is_used_up():
-            break
-        move = choices.number(0, 9)
-        if move == 0:
-            siege.start()
-        elif move == 1:
-            siege.start_own()
-        elif move <= 5:
-            siege.go_on()
-        else:
-            siege.attack()
+    _besiege(siege, choices, steps, siege.go_on)
     siege.finish_honestly()
     return siege
 
@@ -377,6 +365,12 @@ def run_chaotic_siege(choices: Choices, steps: int = 80, knows_all: bool = False
         TIMING, max_sessions=3, max_unexpected_rooms=2, max_unexpected_blocks=6, max_remembered=50
     )
     siege = Siege(choices, _shape(choices), knows_all, timing)
+    _besiege(siege, choices, steps, siege.mishap)
+    siege.finish()
+    return siege
+
+
+def _besiege(siege: Siege, choices: Choices, steps: int, now_and_then: Callable[[], None]) -> None:
     siege.start()
     for _ in range(steps):
         if choices.is_used_up():
@@ -387,13 +381,11 @@ def run_chaotic_siege(choices: Choices, steps: int = 80, knows_all: bool = False
         elif move == 1:
             siege.start_own()
         elif move == 2:
-            siege.mishap()
+            now_and_then()
         elif move <= 5:
             siege.go_on()
         else:
             siege.attack()
-    siege.finish()
-    return siege
 
 
 def run_forgeries(choices: Choices, steps: int = 80) -> Siege:

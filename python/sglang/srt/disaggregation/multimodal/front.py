@@ -113,7 +113,7 @@ def _first(value: Any) -> Any:
 def _as_message(refusal: Refusal) -> Any:
     """An abort of nobody: of all that SGLang's two processes can tell each other, the one with room for a reason."""
     room, host, port, failure = refusal
-    return _abort(f"relay-refused-{room}", failure, relay_room=room, relay_host=host, relay_port=port)
+    return abort_message(f"relay-refused-{room}", failure, relay_room=room, relay_host=host, relay_port=port)
 
 
 def refusal_in(recv_req: Any) -> Refusal | None:
@@ -131,7 +131,8 @@ def reason_of(recv_req: Any) -> Failure | None:
     return Failure(reason["status_code"], reason["message"]) if reason and "status_code" in reason else None
 
 
-def _abort(rid: str, failure: Failure, **more: Any) -> Any:
+def abort_message(rid: str, failure: Failure, **more: Any) -> Any:
+    """SGLang's word for a request that ends with this failure, in either direction between its two processes."""
     from sglang.srt.managers.io_struct import AbortReq
 
     reason = {"type": "abort", "status_code": failure.code, "message": failure.text}
@@ -163,7 +164,7 @@ def _answer_all(manager: Any, trouble: str) -> None:
     rids = list(manager.rid_to_state)
     logger.error("relay: %d requests are answered 503: %s", len(rids), trouble)
     for rid in rids:
-        abort = _abort(rid, Failure(UNAVAILABLE, trouble))
+        abort = abort_message(rid, Failure(UNAVAILABLE, trouble))
         manager._dispatch_to_scheduler(abort)  # with its reason: the other half must not take it for the client's wish
         manager._handle_abort_req(abort)
 

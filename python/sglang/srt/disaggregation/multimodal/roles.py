@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 import zmq
 
 from sglang.srt.disaggregation.multimodal import modes
-from sglang.srt.disaggregation.multimodal.front import Refusal, refusal_in
+from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
 from sglang.srt.disaggregation.multimodal.observer import NOBODY, Observer
 from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from sglang.srt.disaggregation.multimodal.pulse import Pulse, name_of
@@ -114,11 +114,8 @@ class Role(abc.ABC):
         return Failure(UNAVAILABLE, f"{waiting} requests are waiting at this {self.mode} instance, of at most {most}")
 
     def answer_with_failure(self, recv_req: Any, failure: Failure) -> None:
-        from sglang.srt.managers.io_struct import AbortReq
-
         code = BAD_REQUEST if failure.code == CLIENT_GONE else failure.code
-        reason = {"type": "abort", "status_code": code, "message": failure.text}
-        self.scheduler.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req)
+        self.scheduler.send_abort_output(abort_message(recv_req.rid, Failure(code, failure.text)), recv_req)
 
 
 def aborted(recv_req: Any, rid: str) -> bool:
