@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Buffers:
 
 ROOMY = Buffers(block_size=128, blocks=64, default=DEFAULT)
 TINY = Buffers(block_size=16, blocks=4, default=16)  # so small that every request with an image resumes
+
+# The roomy pair of the daily run has the wider rows, those with deepstack; three of its questions resume all the same.
+DAILY = {"qwen2_5_vl-tiny": ("qwen2_5_vl", TINY), "qwen3_vl-roomy": ("qwen3_vl", ROOMY)}
+EVERY = DAILY | {"qwen2_5_vl-roomy": ("qwen2_5_vl", ROOMY), "qwen3_vl-tiny": ("qwen3_vl", TINY)}
+PAIRS = EVERY if os.environ.get("RELAY_EVERY_PAIR") else DAILY
+
+pytestmark = pytest.mark.parametrize(
+    ("family", "buffers"), PAIRS.values(), ids=PAIRS.keys(), indirect=True, scope="module"
+)
 
 
 def questions(family: str, url: str) -> list[Question]:
@@ -93,7 +103,7 @@ def reference(family: str, model: Path, logs: Path) -> Reference:
     return Reference(asked, answers, difference(one, other))
 
 
-@pytest.fixture(scope="module", params=[ROOMY, TINY], ids=["roomy", "tiny"])
+@pytest.fixture(scope="module")
 def buffers(request: pytest.FixtureRequest) -> Buffers:
     found: Buffers = request.param
     return found
@@ -106,11 +116,8 @@ def pair(reference: Reference, buffers: Buffers, family: str, model: Path, logs:
         yield cluster
 
 
-def test_another_image_would_be_noticed(reference: Reference) -> None:
-    assert reference.other_image >= 20 * TOLERANCE
-
-
 def test_same_answers(reference: Reference, pair: LocalCluster, buffers: Buffers) -> None:
+    assert reference.other_image >= 20 * TOLERANCE, "another image would not be noticed"
     answers = [question.ask(pair.url) for question in reference.questions]
     assert [answer.status for answer in answers] == [200] * len(answers), [answer.body for answer in answers]
     differences = {

@@ -33,12 +33,14 @@ CPU_ARGUMENTS = (
 # An idle scheduler would otherwise spin on one core, and the others of this machine need it.
 COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
 # The router's breaker counts an error against both servers of a pair, so a dead encode instance would shut out the
-# language instance as well. Health checks tell them apart; by default they take minutes.
+# language instance as well. Health checks tell them apart; by default they take minutes. An instance that takes in a
+# burst of pictures is slow to answer them, and must not count as ill for that.
 ROUTER_ARGUMENTS = (
     "--disable-circuit-breaker",
     *("--health-check-interval-secs", "5"),
     *("--health-failure-threshold", "2"),
     *("--health-success-threshold", "1"),
+    *("--health-check-timeout-secs", "15"),
 )
 # Two servers share one accelerator.
 ACCELERATOR_ARGUMENTS = ("--mem-fraction-static", "0.3")
