@@ -8,5 +8,6 @@ DISTRIBUTION = "sglang-embedding-relay"
 
 
 def our_modules(source: Path = SOURCE) -> dict[str, Path]:
-    """Our modules, as they are named inside the wheel, and where they are."""
-    return {str(path.relative_to(source)): path for path in source.rglob("*.py")}
+    """Our modules and pages, as they are named inside the wheel, and where they are."""
+    found = [*source.rglob("*.py"), *source.rglob("*.html")]
+    return {str(path.relative_to(source)): path for path in found}

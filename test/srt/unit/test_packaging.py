@@ -97,7 +97,8 @@ def modules_of(checkout: Path) -> set[str]:
 
 
 def modules_in(site: Path) -> set[str]:
-    return {str(path.relative_to(site)) for path in (site / "sglang").rglob("*.py")} - UPSTREAM.keys()
+    found = [path for kind in ("*.py", "*.html") for path in (site / "sglang").rglob(kind)]
+    return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
 
 
 def test_the_wheel_has_our_modules_and_nothing_of_sglangs(wheel: Path, checkout: Path) -> None:
