@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openpyxl
+import openpyxl.drawing.image
 import pytest
 
 from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
@@ -104,6 +107,32 @@ def test_bench_serving(pair: LocalCluster, tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert json.loads(result.read_text().splitlines()[-1])["completed"] == REQUESTS
+
+
+def test_a_workbook_of_pictures(pair: LocalCluster, tmp_path: Path) -> None:
+    """Each row's answer is what the pair says when it is asked for that row alone."""
+    rows = [("what is this", 6, 500), ("count the squares", 9, 501), ("and this", 4, 502), ("what is this", 7, 503)]
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.append(["prompt", "picture"])
+    for at, (prompt, side, seed) in enumerate(rows, 2):
+        sheet.append([prompt])
+        shown = io.BytesIO()
+        squares(FAMILY, side, side, seed).save(shown, "PNG")
+        sheet.add_image(openpyxl.drawing.image.Image(shown), f"B{at}")
+    book.save(tmp_path / "prompts.xlsx")
+    command = [str(Path(sys.executable).with_name("sglang-relay")), "batch", "run", str(tmp_path / "prompts.xlsx")]
+    command += ["--endpoint", pair.url, "--out", str(tmp_path / "answers.xlsx"), "--cache-dir", str(tmp_path / "cache")]
+    command += ["--max-tokens", "8", "--temperature", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    answered = openpyxl.load_workbook(tmp_path / "answers.xlsx").active
+    header = [cell.value for cell in answered[1]]
+    assert header[:2] == ["prompt", "picture"]
+    answers = [row[header.index("answer")] for row in answered.iter_rows(min_row=2, values_only=True)]
+    assert answers == [
+        Question("row", (squares(FAMILY, side, side, seed), text)).ask(pair.url).text for text, side, seed in rows
+    ]
 
 
 def burst_questions() -> list[Question]:

@@ -14,6 +14,7 @@ PREFIX = "sglang.srt.disaggregation"
 
 PROTOCOL = f"{PREFIX}.multimodal.protocol"
 TESTING = f"{PREFIX}.multimodal.testing"
+BATCH = f"{PREFIX}.multimodal.batch_session"
 # Pure data and logic that the protocol's shell, its tests and the scheduler share.
 PURE = tuple(f"{PREFIX}.multimodal.{name}" for name in ("blocks", "config", "data_plane", "keys", "layout"))
 # What runs inside SGLang's scheduler and knows its classes: on top of everything.
@@ -93,6 +94,35 @@ def test_the_simulated_world_needs_nothing_but_pure_parts() -> None:
 def test_nothing_that_ships_needs_the_simulated_world() -> None:
     users = [name for name, path in modules().items() if any(is_below(i, (TESTING,)) for i in imports(path))]
     assert [name for name in users if not is_below(name, (TESTING,))] == []
+
+
+# What the batch service is made of, besides Python: nothing of SGLang, and nothing as heavy.
+BATCH_LIBRARIES = (
+    *("aiohttp", "diskcache", "fastapi", "msgspec", "openpyxl", "PIL", "prometheus_client", "redis"),
+    *("starlette", "tqdm", "uvicorn", "yarl"),
+)
+
+
+def test_the_batch_service_stands_apart() -> None:
+    """It runs without SGLang and torch; of the rest of this package it knows two words for what went wrong."""
+    errors = f"{PREFIX}.multimodal.protocol"
+    allowed = (*BATCH_LIBRARIES, BATCH, f"{errors}.errors", f"{PREFIX}.multimodal.cli")
+    assert [offence for offence in offences((BATCH,), allowed) if not offence.endswith(errors)] == []
+
+
+def test_a_workbook_knows_no_session() -> None:
+    here = tuple(f"{BATCH}.{name}" for name in ("workbook", "refusals", "tasks"))
+    assert offences((f"{BATCH}.workbook",), ("msgspec", "openpyxl", "PIL", *here)) == []
+
+
+def test_asking_knows_neither_files_nor_stores() -> None:
+    here = tuple(f"{BATCH}.{name}" for name in ("asking", "records", "tasks", "refusals"))
+    assert offences((f"{BATCH}.asking",), ("aiohttp", "msgspec", "yarl", *here)) == []
+
+
+def test_only_the_command_knows_the_batch_service() -> None:
+    users = [name for name, path in modules().items() if any(is_below(i, (BATCH,)) for i in imports(path))]
+    assert [name for name in users if not is_below(name, (BATCH,))] == [f"{PREFIX}.multimodal.cli"]
 
 
 def test_the_transport_does_not_know_the_scheduler() -> None:

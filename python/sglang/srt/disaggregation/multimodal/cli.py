@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sglang.srt.disaggregation.multimodal.batch_session.arguments import add_batch_command
+
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_demo_arguments(demo)
     demo.set_defaults(run=_demo)
+    add_batch_command(commands)
     return parser
 
 

@@ -1,0 +1,157 @@
+"""What the calls of both APIs do, without HTTP: sessions are made, split, started, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from sglang.srt.disaggregation.multimodal.batch_session.folder import Folder
+from sglang.srt.disaggregation.multimodal.batch_session.records import (
+    Asking,
+    BatchOrder,
+    Session,
+    new_session_id,
+)
+from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal, UnknownSession
+from sglang.srt.disaggregation.multimodal.batch_session.results import failures
+from sglang.srt.disaggregation.multimodal.batch_session.sessions import Sessions
+from sglang.srt.disaggregation.multimodal.batch_session.settings import Settings
+from sglang.srt.disaggregation.multimodal.batch_session.stages import Stage
+from sglang.srt.disaggregation.multimodal.batch_session.tasks import Result
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.analysis import Choices
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.analyze import analyze
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.upload import receive
+from sglang.srt.disaggregation.multimodal.batch_session.worker import Worker
+
+Verb = Literal["pause", "resume", "cancel"]
+
+CHUNK = 2**20
+
+
+class Service:
+    """Every method may be called from any thread, and by any worker: nothing of a session is kept in the process."""
+
+    def __init__(self, settings: Settings, sessions: Sessions, worker: Worker) -> None:
+        self.settings = settings
+        self.sessions = sessions
+        self.worker = worker
+
+    def folder(self, session_id: str) -> Folder:
+        return self.worker.folder(session_id)
+
+    # ---- analyse
+
+    def take_upload(self, file: IO[bytes], name: str, choices: Choices, order: BatchOrder | None = None) -> Session:
+        """A new session for this file, analysed; none is left behind when the file is refused."""
+        session_id = new_session_id()
+        folder = self.folder(session_id)
+        folder.make()
+        try:
+            _copy(file, folder.upload)
+            kind, source = receive(folder.upload, name, folder.path, self.settings.limits)
+            session = Session(
+                session_id=session_id,
+                name=Path(name.replace("\\", "/")).name[:200] or f"workbook.{kind}",
+                kind=kind,
+                created_at=time.time(),
+                choices=choices,
+                order=order,
+            )
+            session.mark_analyzed(analyze(source, kind, choices, self.settings.limits))
+            if order:
+                session.begin_split(choices)  # nobody asks for the steps of a batch one by one
+            self.sessions.add(session)
+        except BaseException:
+            folder.remove()
+            raise
+        if order:
+            self.worker.wake()
+        return session
+
+    def analyze_again(self, session_id: str, choices: Choices) -> Session:
+        """With other choices: another sheet has other columns."""
+        session = self.sessions.get(session_id)
+        source = self.folder(session_id).source(session.kind)
+        if not source.exists():
+            raise Refusal(404, f"the workbook of session {session_id} is gone; please upload it again")
+        analysis = analyze(source, session.kind, choices, self.settings.limits)
+        return self.sessions.change(session_id, lambda session: session.analyze_again(choices, analysis))
+
+    # ---- split
+
+    def split(self, session_id: str, choices: Choices | None) -> Session:
+        """`choices` are those of the upload unless others are given."""
+        session = self.sessions.get(session_id)
+        folder = self.folder(session_id)
+        if not folder.source(session.kind).exists():
+            raise Refusal(404, f"the workbook of session {session_id} is gone; please upload it again")
+        analysis = session.analysis
+        if choices is not None and choices != session.choices and session.stage is Stage.ANALYZED:
+            analysis = analyze(folder.source(session.kind), session.kind, choices, self.settings.limits)
+
+        def begin(session: Session) -> None:
+            session.begin_split(choices if choices is not None else session.choices)
+            session.analysis = analysis
+
+        session = self.sessions.change(session_id, begin)
+        self.worker.wake()
+        return session
+
+    # ---- execute
+
+    def start(self, session_id: str, asking: Asking) -> Session:
+        session = self.sessions.get(session_id)
+        if session.split.is_ready() and self.folder(session_id).manifest(session.split.attempt) is None:
+            raise Refusal(404, f"the tasks of session {session_id} are gone; please upload its workbook again")
+        session = self.sessions.change(session_id, lambda session: session.begin_execution(asking))
+        self.worker.wake()
+        return session
+
+    def monitored(self, session_id: str) -> Session:
+        session = self.sessions.get(session_id)
+        if not session.execution.ready_for_monitoring:
+            raise Refusal(400, f"session {session_id} has no run to look at: {session.where()}")
+        return session
+
+    def wish(self, session_id: str, verb: Verb) -> Session:
+        return self.sessions.change(session_id, lambda session: session.wish(verb))
+
+    def failed_rows(self, session_id: str, skip: int, most: int) -> tuple[int, list[Result]]:
+        self.sessions.get(session_id)
+        return failures(self.folder(session_id).path, skip, most)
+
+    def download(self, session_id: str) -> tuple[Path, str]:
+        """The answered workbook, and the name to offer it under."""
+        session = self.sessions.get(session_id)
+        if not session.execution.ready_for_download:
+            raise Refusal(400, f"there is nothing to download yet from session {session_id}: {session.where()}")
+        path = self.folder(session_id).answers(session.kind, session.execution.attempt)
+        if not path.exists():
+            raise Refusal(404, f"the answers of session {session_id} are gone")
+        return path, f"{Path(session.name).stem}-answers.{session.kind}"
+
+    # ---- all
+
+    def delete(self, session_id: str) -> None:
+        """Whoever works on it stops at its next step, because the session is gone."""
+        self.sessions.delete(session_id)
+        self.folder(session_id).remove()
+
+    def exists(self, session_id: str) -> bool:
+        with contextlib.suppress(UnknownSession):
+            self.sessions.get(session_id)
+            return True
+        return False
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _copy(file: IO[bytes], to: Path) -> None:
+    with to.open("wb") as out:
+        out.writelines(_chunks(file))
