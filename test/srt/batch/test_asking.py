@@ -58,9 +58,8 @@ class Scene:
             "dice": lambda: 0.05,
         } | options
         record = options.pop("record", self.results.append)
-        self.run = Run(
-            iter(tasks), endpoint, lambda task: chat_request(task, Asking(), "stub", folder), record, **options
-        )
+        request_of = options.pop("request_of", lambda task: chat_request(task, Asking(), "stub", folder))
+        self.run = Run(iter(tasks), endpoint, request_of, record, **options)
 
     def by_row(self) -> dict[int, Result]:
         assert max(Counter(result.row for result in self.results).values(), default=1) == 1, "a row was recorded twice"
@@ -145,6 +144,29 @@ def test_a_slow_iterator_is_read_beside_the_asking(stub: StubEndpoint) -> None:
     assert_all_answered(asyncio.run(one_run()), [Task(row, f"prompt {row}") for row in range(1, 201)])
 
 
+def test_nobody_reads_tasks_any_more_when_a_run_is_over(stub: StubEndpoint) -> None:
+    """Whoever cancels a run may remove its files next."""
+    begun, release, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[Task]:
+        begun.set()
+        assert release.wait(SECONDS)
+        ended.set()
+        yield Task(1, "too late")
+
+    async def one_run() -> None:
+        async with asyncio.timeout(SECONDS), scene(stub, []) as it:
+            it.run._feed._tasks = slowly()
+            running = asyncio.create_task(it.run.run())
+            await until(begun.is_set)
+            it.run.cancel()
+            asyncio.get_running_loop().call_later(0.2, release.set)
+            await running
+            assert ended.is_set()
+
+    asyncio.run(one_run())
+
+
 # ---- one row's fault
 
 
@@ -162,7 +184,14 @@ def test_rows_that_cannot_be_asked_are_told_without_asking(stub: StubEndpoint, t
 def test_pictures_travel(stub: StubEndpoint, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(3 * 2**20))
     tasks = [Task(row, f"{row}", images=("1.png", "http://there/2.png")) for row in range(1, 21)]
-    it = finished(stub, tasks, folder=tmp_path)
+    threads: set[threading.Thread] = set()
+
+    def request_of(task: Task) -> tuple[str, dict[str, Any]]:
+        threads.add(threading.current_thread())
+        return chat_request(task, Asking(), "stub", tmp_path)
+
+    it = finished(stub, tasks, request_of=request_of)
+    assert threading.main_thread() not in threads, "the loop stood still while a picture was read"
     url = "data:image/png;base64," + base64.b64encode((tmp_path / "1.png").read_bytes()).decode()
     for row, result in it.by_row().items():
         assert result.answer == answer_to(f"{row}", [url, "http://there/2.png"])
@@ -291,8 +320,9 @@ def test_errors_for_everybody_cost_nobody_a_try(stub: StubEndpoint) -> None:
         async with asyncio.timeout(SECONDS), scene(stub, tasks, retries=1) as it:
             running = asyncio.create_task(it.run.run())
             await until(lambda: len(it.results) > 100)
-            await asyncio.to_thread(stub.next, 40, status=502, message="nobody behind me")
+            await asyncio.to_thread(stub.next, None, status=502, message="nobody behind me")
             await until(lambda: "nothing but errors (502: nobody behind me)" in it.run.counts.waiting)
+            await asyncio.to_thread(stub.forget)
             await running
         return it
 
