@@ -18,7 +18,15 @@ PATIENCE_SECONDS = 60.0
 class DiskStore:
     def __init__(self, directory: str) -> None:
         # Nothing is thrown away for want of space: a session that vanished would be the bug this service exists for.
-        self._cache = diskcache.Cache(directory, timeout=PATIENCE_SECONDS, eviction_policy="none", size_limit=2**62)
+        self._cache = diskcache.Cache(
+            directory,
+            timeout=PATIENCE_SECONDS,
+            eviction_policy="none",
+            size_limit=2**62,
+            # diskcache puts large values into files of their own, and takes one that was replaced while it was being
+            # read for a key that is not there.
+            disk_min_file_size=2**62,
+        )
 
     def create(self, key: str, value: bytes, seconds: float) -> bool:
         with self._transaction() as cache:
@@ -66,7 +74,7 @@ class DiskStore:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
         """One step that no other process can come between."""
-        with _mapped(), self._cache.transact(retry=True):
+        with _mapped(), self._cache.transact():
             yield self._cache
 
 
@@ -74,5 +82,7 @@ class DiskStore:
 def _mapped() -> Iterator[None]:
     try:
         yield
-    except (diskcache.Timeout, sqlite3.Error) as error:
+    except diskcache.Timeout as error:
+        raise StoreAway(f"the session store could not be locked within {PATIENCE_SECONDS:g} s") from error
+    except sqlite3.Error as error:
         raise StoreAway(f"the session store cannot be used: {error}") from error
