@@ -17,6 +17,8 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Result).decode
 
 FAILED_MARK = _encode(Outcome.FAILED)
+# So much must be free on the disk before anything is asked: an answer that cannot be kept was paid for in vain.
+ROOM = 2**20
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -42,6 +44,11 @@ class ResultWriter:
         self._file: int | None = None
 
     def __enter__(self) -> ResultWriter:
+        probe = self._path.with_suffix(".probe")
+        try:
+            probe.write_bytes(bytes(ROOM))
+        finally:
+            probe.unlink(missing_ok=True)
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return self
 

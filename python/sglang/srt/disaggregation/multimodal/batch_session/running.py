@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -17,6 +18,7 @@ from sglang.srt.disaggregation.multimodal.batch_session.records import Counts, S
 from sglang.srt.disaggregation.multimodal.batch_session.results import ResultIndex, ResultWriter
 from sglang.srt.disaggregation.multimodal.batch_session.sessions import Sessions
 from sglang.srt.disaggregation.multimodal.batch_session.settings import Settings
+from sglang.srt.disaggregation.multimodal.batch_session.store import StoreAway
 from sglang.srt.disaggregation.multimodal.batch_session.tasks import Result, Task
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.answers import check_answers, write_answers
 
@@ -28,7 +30,14 @@ class Execution:
     """One worker's attempt, on its event loop; what reads and writes much goes to a thread."""
 
     def __init__(
-        self, sessions: Sessions, session_id: str, folder: Folder, settings: Settings, endpoint: Endpoint, lease: Lease
+        self,
+        sessions: Sessions,
+        session_id: str,
+        folder: Folder,
+        settings: Settings,
+        endpoint: Endpoint,
+        lease: Lease,
+        heavy: asyncio.Semaphore,
     ) -> None:
         self._sessions = sessions
         self._id = session_id
@@ -36,6 +45,7 @@ class Execution:
         self._settings = settings
         self._endpoint = endpoint
         self._lease = lease
+        self._heavy = heavy
         self._attempt = 0
 
     async def run(self) -> None:
@@ -44,7 +54,8 @@ class Execution:
         session = await self._move(lambda session: session.execution.mark_running())
         session = await self._ask(session, index)
         session = await self._move(lambda session: session.mark_saving())
-        counts = await asyncio.to_thread(self._save, session)
+        async with self._heavy:
+            counts = await asyncio.to_thread(self._save, session)
         await self._move(lambda session: session.complete_execution(counts))
 
     def _take(self, session: Session) -> None:
@@ -96,7 +107,9 @@ class Execution:
                 if session.execution.wish.cancelled:
                     run.cancel()
                 ended = bool((await asyncio.wait({going}, timeout=TELL_EVERY))[0])
-                session = await self._tell(run.counts)
+                # The rows in flight are not given up because the store is away for a moment: the lease is looked at.
+                with contextlib.suppress(StoreAway):
+                    session = await self._tell(run.counts)
             await going
             return session
         finally:

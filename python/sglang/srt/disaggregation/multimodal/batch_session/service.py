@@ -88,13 +88,13 @@ class Service:
         folder = self.folder(session_id)
         if not folder.source(session.kind).exists():
             raise Refusal(404, f"the workbook of session {session_id} is gone; please upload it again")
-        analysis = session.analysis
+        analysis = None
         if choices is not None and choices != session.choices and session.stage is Stage.ANALYZED:
             analysis = analyze(folder.source(session.kind), session.kind, choices, self.settings.limits)
 
         def begin(session: Session) -> None:
             session.begin_split(choices if choices is not None else session.choices)
-            session.analysis = analysis
+            session.analysis = analysis or session.analysis
 
         session = self.sessions.change(session_id, begin)
         self.worker.wake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -11,6 +12,8 @@ import msgspec
 from sglang.srt.disaggregation.multimodal.batch_session.records import Session
 from sglang.srt.disaggregation.multimodal.batch_session.refusals import UnknownSession
 from sglang.srt.disaggregation.multimodal.batch_session.store import Store
+
+logger = logging.getLogger(__name__)
 
 PREFIX: Final = "session:"
 # Ids become names of directories, so nothing else is looked for.
@@ -33,7 +36,12 @@ class Sessions:
 
     def find(self, session_id: str) -> Session | None:
         value = self._store.get(PREFIX + session_id) if ID.fullmatch(session_id) else None
-        return None if value is None else _decode(value)
+        try:
+            return None if value is None else _decode(value)
+        except msgspec.DecodeError as error:
+            # One record of another version must not keep the service from all the others.
+            logger.error("batch: session %s cannot be read: %s", session_id, error)
+            return None
 
     def get(self, session_id: str) -> Session:
         found = self.find(session_id)

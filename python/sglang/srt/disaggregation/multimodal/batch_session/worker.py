@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -32,6 +33,9 @@ TRY_AGAIN_SECONDS: Final = 5.0
 # A directory without a session: of one that was deleted or has expired, or of an upload that is still coming in.
 ORPHAN_SECONDS: Final = 3600.0
 SWEEP_SECONDS: Final = 600.0
+# Splits and savings at once. They keep a thread for long, and asyncio has as few as five: without a free one no lease is
+# renewed, and each worker would take the same work from the others for ever.
+HEAVY_AT_ONCE: Final = 3
 
 
 def open_part(session: Session) -> Part | None:
@@ -55,6 +59,7 @@ class Worker:
         self._not_before: dict[str, float] = {}
         self._over: set[str] = set()  # sessions in which nothing will ever be open again
         self._sweep_at = 0.0
+        self._heavy = asyncio.Semaphore(HEAVY_AT_ONCE)
         self._endpoint = Endpoint(
             settings.endpoint, api_key=settings.endpoint_api_key, request_seconds=settings.request_seconds
         )
@@ -76,7 +81,7 @@ class Worker:
                 self._wake.clear()
                 try:
                     await self._look()
-                except StoreAway as away:
+                except (StoreAway, OSError) as away:
                     logger.warning("batch: %s; trying again in %g s", away, self._settings.scan_seconds)
                 try:
                     await asyncio.wait_for(self._wake.wait(), self._settings.scan_seconds)
@@ -100,6 +105,8 @@ class Worker:
             name = f"{part}:{session_id}"
             if name in self._jobs or self._not_before.get(name, 0.0) > time.monotonic():
                 continue
+            if part == "split" and self._heavy.locked():
+                continue  # another worker may have a thread for it
             lease = Lease(self._store, name, self._name, self._settings.lease_seconds)
             if await lease.take():
                 job = asyncio.create_task(self._do(part, session_id, lease), name=name)
@@ -135,26 +142,36 @@ class Worker:
             async with lease:
                 try:
                     await work[part](session_id, lease)
-                except (StaleJob, UnknownSession, StoreAway, OSError):
+                except (StaleJob, UnknownSession, StoreAway):
                     raise
                 except Exception as error:
+                    if isinstance(error, OSError) and not self._is_gone(error):
+                        raise
+                    lease.check()
                     logger.exception("batch: session %s: the %s failed", session_id, part)
                     await asyncio.to_thread(self._fail, part, session_id, error)
             logger.info("batch: session %s: the %s is over", session_id, part)
+            self._wake.set()  # there is a thread for the next one
         except (StaleJob, UnknownSession):
             logger.debug("batch: session %s: the %s is over, gone, or somebody else's", session_id, part)
         except (StoreAway, OSError) as error:
             # A disk that is full or a store that is away may be mended; nothing that was answered is lost meanwhile.
             logger.warning("batch: session %s: %s; trying again in %g s", session_id, error, TRY_AGAIN_SECONDS)
             self._not_before[name] = time.monotonic() + TRY_AGAIN_SECONDS
+            await asyncio.to_thread(self._say, part, session_id, f"{error}; trying again every {TRY_AGAIN_SECONDS:g} s")
+
+    def _is_gone(self, error: OSError) -> bool:
+        """Whether a file of the session is no more. It will not come back, unless the whole disk is away."""
+        return isinstance(error, FileNotFoundError) and self._settings.sessions_dir.is_dir()
 
     async def _split(self, session_id: str, lease: Lease) -> None:
         split = Split(self._sessions, session_id, self.folder(session_id), self._settings, lease.check)
-        await asyncio.to_thread(split.run)
+        async with self._heavy:
+            await asyncio.to_thread(split.run)
 
     async def _execute(self, session_id: str, lease: Lease) -> None:
         folder = self.folder(session_id)
-        await Execution(self._sessions, session_id, folder, self._settings, self._endpoint, lease).run()
+        await Execution(self._sessions, session_id, folder, self._settings, self._endpoint, lease, self._heavy).run()
 
     def _fail(self, part: Part, session_id: str, error: Exception) -> None:
         sentence = f"{type(error).__name__}: {error}"
@@ -169,11 +186,23 @@ class Worker:
 
         self._sessions.change(session_id, fail)
 
+    def _say(self, part: Part, session_id: str, sentence: str) -> None:
+        """Why it does not go on just now, to those who wait for it."""
+
+        def say(session: Session) -> None:
+            if open_part(session) == part:
+                progress = session.split if part == "split" else session.execution
+                progress.message = sentence
+
+        with contextlib.suppress(UnknownSession, StoreAway):
+            self._sessions.change(session_id, say)
+
     # ---- what is left of sessions that are gone
 
     def _sweep(self) -> None:
         known = set(self._sessions.ids())
         for path in self._settings.sessions_dir.glob("*"):
-            if path.name not in known and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
-                Folder(path).remove()
+            with contextlib.suppress(FileNotFoundError):  # another worker sweeps as well, and refused uploads go
+                if path.name not in known and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                    Folder(path).remove()
         Files(self._store, self._sessions, self._settings).sweep()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sglang.srt.disaggregation.multimodal.batch_session.asking.replies import Answered, sentence
 from sglang.srt.disaggregation.multimodal.batch_session.tasks import Outcome, Result, Task
+
+
+# Beyond it is no number of tokens, and the sum over all rows could not be kept.
+MOST_TOKENS: Final = 2**40
 
 
 def result_of(task: Task, reply: Answered) -> Result:
@@ -91,4 +95,4 @@ def _tokens(body: dict[str, Any]) -> tuple[int, int]:
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < MOST_TOKENS else 0
