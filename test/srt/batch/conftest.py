@@ -1,11 +1,15 @@
 """This lane starts the real batch service, with its worker processes, against an endpoint that answers at once."""
 
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.bare import use_bare_sglang
 from support.installed import require_installed
+
+if TYPE_CHECKING:
+    from support.stub_endpoint import StubEndpoint
 
 
 def pytest_configure() -> None:
@@ -24,10 +28,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Redis of this machine, for this test run only."""
-    from support.redis_server import redis_server
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[StubEndpoint]":
+    from support.stub_endpoint import stub_endpoint
 
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        yield url
+    with stub_endpoint(tmp_path_factory.mktemp("stub")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def _as_new(request: pytest.FixtureRequest) -> None:
+    """No test sees what another has asked, or told the endpoint to do."""
+    if "stub" in request.fixturenames:
+        request.getfixturevalue("stub").forget()

@@ -32,18 +32,6 @@ SECONDS = 60.0
 FOLDER = Path("/nonexistent")
 
 
-@pytest.fixture(scope="module")
-def one_stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as stub:
-        yield stub
-
-
-@pytest.fixture
-def stub(one_stub: StubEndpoint) -> StubEndpoint:
-    one_stub.forget()
-    return one_stub
-
-
 class Scene:
     """A run and what it recorded."""
 

@@ -29,12 +29,6 @@ Seen = set[tuple[str, float]]  # statuses of a split with their progress
 
 
 @pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
 def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
     with batch_service(tmp_path_factory.mktemp("service"), stub.url) as running:
         yield running

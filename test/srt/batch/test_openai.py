@@ -16,22 +16,11 @@ from openai.types import Batch
 
 from support.batch_service import BatchService, batch_service
 from support.patience import wait_until
-from support.stub_endpoint import StubEndpoint, answer_to, stub_endpoint
+from support.stub_endpoint import StubEndpoint, answer_to
 
 CHAT = "/v1/chat/completions"
 LADDER = ["validating", "in_progress", "finalizing", "completed"]
 OVER = ("completed", "failed", "cancelled")
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as stub:
-        yield stub
-
-
-@pytest.fixture(autouse=True)
-def _new_stub(stub: StubEndpoint) -> None:
-    stub.forget()
 
 
 @pytest.fixture(scope="module")

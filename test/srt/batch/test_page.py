@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 
 from support.batch_service import BatchService, batch_service, sheet_of
 from support.repo import REPO
-from support.stub_endpoint import StubEndpoint, answer_to, stub_endpoint
+from support.stub_endpoint import StubEndpoint, answer_to
 
 PICTURES = REPO / "test-output" / "page"
 ARGUMENTS = [
@@ -45,17 +45,6 @@ NOTE_WHAT_IS_OPEN = """() => {
     new MutationObserver(note).observe(document.querySelector(".steps"),
         {subtree: true, childList: true, characterData: true, attributes: true});
 }"""
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as stub:
-        yield stub
-
-
-@pytest.fixture(autouse=True)
-def _new_stub(stub: StubEndpoint) -> None:
-    stub.forget()
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,10 @@ from support.batch_service import BatchService, batch_service, sheet_of, workboo
 from support.patience import wait_until
 from support.redis_server import redis_server
 from support.repo import REPO
-from support.stub_endpoint import StubEndpoint, answer_to, stub_endpoint
+from support.stub_endpoint import StubEndpoint, answer_to
 
 KEY = "correct horse"
 UPLOAD_MIB = 2
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import openpyxl
@@ -16,21 +16,10 @@ import pytest
 
 from support.batch_service import LIGHT, sheet_of, workbook_of
 from support.patience import wait_until
-from support.stub_endpoint import StubEndpoint, answer_to, stub_endpoint
+from support.stub_endpoint import StubEndpoint, answer_to
 
 RELAY = (str(Path(sys.executable).with_name("sglang-relay")),)
 QUICK = (sys.executable, str(LIGHT))
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
-    with stub_endpoint(tmp_path_factory.mktemp("stub")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(autouse=True)
-def as_new(stub: StubEndpoint) -> None:
-    stub.forget()
 
 
 class Terminal:
