@@ -121,9 +121,10 @@ def test_rows_that_fail_are_told(terminal: Terminal, stub: StubEndpoint) -> None
         (None, "absent.csv", (), "there is no such file"),
         (b"%PDF-1.7 and so on", "prompts.xlsx", (), "PDF"),
         (b"prompt\nx\n", "p.csv", ("--prompt-column", "nothing"), "nothing"),
-        (b"prompt\nx\n", "p.csv", ("--template", "{nothing}"), "nothing"),
+        (b"prompt\nx\n", "p.csv", ("--template", "{{nothing}}"), "nothing"),
         (b"prompt\nx\n", "p.csv", ("--endpoint", "localhost:1"), "no http:// or https:// URL"),
         (b"prompt\nx\n", "p.csv", ("--out", "/nowhere/at/all.csv"), "there is no such directory"),
+        (b"prompt\nx\n", "p.csv", ("--out", "{workbook}"), "would replace the workbook"),
         (b"prompt\nx\n", "p.csv", ("--out", "a.xlsx"), "the answered workbook is .csv"),
         (b"prompt\nx\n", "p.csv", ("--allowed-media-domains", "a/b"), "a/b"),
         (b"prompt\nx\n", "p.csv", ("--temperature", "3"), "temperature must be between 0 and 2"),
@@ -133,7 +134,7 @@ def test_what_cannot_be_is_one_line(
     terminal: Terminal, content: bytes | None, name: str, arguments: tuple[str, ...], says: str
 ) -> None:
     workbook = terminal.where / name if content is None else terminal.file(content, name)
-    ended = terminal.run(workbook, *arguments)
+    ended = terminal.run(workbook, *(argument.format(workbook=workbook) for argument in arguments))
     assert ended.returncode == 1
     assert says in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr

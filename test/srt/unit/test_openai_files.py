@@ -14,7 +14,6 @@ import pytest
 from sglang.srt.disaggregation.multimodal.batch_session.disk_store import DiskStore
 from sglang.srt.disaggregation.multimodal.batch_session.folder import Folder
 from sglang.srt.disaggregation.multimodal.batch_session.openai_files import (
-    ORPHAN_SECONDS,
     Files,
     UnknownFile,
     output_id,
@@ -121,7 +120,7 @@ def test_the_sweep_takes_what_has_expired_and_nothing_else(place: Place) -> None
     coming = place.settings.cache_dir / "files" / ("file-" + "0" * 24)
     coming.write_bytes(b"half of it")
     paths = [place.files.get(one.file_id)[1] for one in (kept, expired)]
-    long_ago = time.time() - 2 * ORPHAN_SECONDS
+    long_ago = time.time() - 2 * place.settings.keep_seconds
     for path in paths:
         os.utime(path, (long_ago, long_ago))
     place.store.delete(f"file:{expired.file_id}")

@@ -68,6 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _wrong_request)
     app.add_exception_handler(StoreAway, _store_away)
+    app.add_exception_handler(OSError, _disk_fails)
+    app.add_exception_handler(Exception, _our_mistake)
     app.add_middleware(Guards, most_bytes=settings.upload_mib * MIB + AROUND_AN_UPLOAD, api_key=settings.api_key)
     if is_loopback(settings.host) and not settings.api_key:
         # A page on the web could otherwise reach this service under a name of its own that leads to 127.0.0.1. The
@@ -145,3 +147,15 @@ def _wrong_request(request: Request, error: Exception) -> JSONResponse:
 
 def _store_away(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(calls.refusal_view(request, 503, str(error)), 503, headers={"Retry-After": "2"})
+
+
+def _disk_fails(request: Request, error: Exception) -> JSONResponse:
+    logger.warning("batch: %s %s: %s", request.method, request.url.path, error)
+    # Which file it was is nobody's business but the operator's.
+    why = error.strerror if isinstance(error, OSError) and error.strerror else "its disk fails"
+    return JSONResponse(calls.refusal_view(request, 503, f"the service cannot do this just now: {why}"), 503)
+
+
+def _our_mistake(request: Request, error: Exception) -> JSONResponse:
+    """The error itself is logged by who called us."""
+    return JSONResponse(calls.refusal_view(request, 500, "this is a mistake of the service; its log says more"), 500)

@@ -80,8 +80,18 @@ def _options(body: Fields, known: type[Choices] | type[Asking]) -> Any:
             400, f"unknown option {sorted(unknown)[0]!r}; the options are: {', '.join(known.__struct_fields__)}"
         )
     try:
-        return msgspec.convert(given, known)
+        options = msgspec.convert(given, known)
     except msgspec.ValidationError as error:
+        raise Refusal(400, f"wrong options: {error}") from None
+    require_storable(options)
+    return options
+
+
+def require_storable(options: object) -> None:
+    """JSON has numbers and halves of characters that no record can hold."""
+    try:
+        msgspec.msgpack.encode(options)
+    except (OverflowError, UnicodeEncodeError) as error:
         raise Refusal(400, f"wrong options: {error}") from None
 
 
@@ -111,6 +121,7 @@ def upload(
     sheet: Annotated[str, Form()] = "",
 ) -> Fields:
     choices = Choices(sheet=sheet, prompt_column=prompt_column, image_columns=_listed(image_columns), template=template)
+    require_storable([choices, file.filename])
     return analysis_view(service_of(request).take_upload(file.file, file.filename or "", choices))
 
 

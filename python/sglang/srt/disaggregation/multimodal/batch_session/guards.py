@@ -14,6 +14,9 @@ from sglang.srt.disaggregation.multimodal.batch_session.refusals import error_vi
 
 # They show nothing of anybody's: the page asks for the key and then sends it with each call.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/docs", "/openapi.json", "/favicon.ico"})
+UPLOADS: Final = frozenset({"/api/analyze/upload", "/v1/files"})
+# The JSON of every other call. What it says is kept with the session, and read all the time.
+MOST_JSON: Final = 2**20
 HARMLESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -22,7 +25,7 @@ class _TooMuch(Exception):
 
 
 class Guards:
-    """`most_bytes` is the largest body that is read; `api_key` is empty when none is asked for."""
+    """`most_bytes` is the largest upload that is read; `api_key` is empty when none is asked for."""
 
     def __init__(self, app: ASGIApp, most_bytes: int, api_key: str) -> None:
         self._app = app
@@ -39,7 +42,7 @@ class Guards:
             answer.headers["WWW-Authenticate"] = "Bearer"
         elif scope["method"] not in HARMLESS and headers.get("sec-fetch-site") == "cross-site":
             answer = _refusal(scope, 403, "a page of another site may not use this service")
-        elif _declared(headers) > self._most:
+        elif _declared(headers) > self._most_of(scope):
             answer = self._too_large(scope)
         else:
             await self._counted(scope, receive, send)
@@ -48,24 +51,27 @@ class Guards:
 
     def _knows_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
+        sent = key.strip()
+        # A terminal sends what is not ASCII as UTF-8, a browser as Latin-1; a header is read as Latin-1.
+        known = [hmac.compare_digest(sent.encode(encoding), self._key) for encoding in ("latin-1", "utf-8")]
+        return scheme.lower() == "bearer" and any(known)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A body may be longer than it says, or say nothing; so it is counted while it comes."""
-        received, begun = 0, False
+        received, begun, most = 0, False, self._most_of(scope)
 
         async def counting() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._most:
+            if received > most:
                 raise _TooMuch
             return message
 
         async def instead(message: Message) -> None:
             """Whoever parses the body takes our exception for a broken form, and says so: 400."""
             nonlocal begun
-            if received <= self._most:
+            if received <= most:
                 await send(message)
             elif not begun:
                 begun = True
@@ -76,8 +82,13 @@ class Guards:
             return
         await instead({})
 
+    def _most_of(self, scope: Scope) -> int:
+        return self._most if scope["path"] in UPLOADS else MOST_JSON
+
     def _too_large(self, scope: Scope) -> JSONResponse:
-        answer = _refusal(scope, 413, f"this is more than the {self._most / 2**20:.0f} MiB that one upload may have")
+        what = "upload" if scope["path"] in UPLOADS else "call"
+        most = self._most_of(scope) / 2**20
+        answer = _refusal(scope, 413, f"this is more than the {most:.0f} MiB that one {what} may have")
         answer.headers["Connection"] = "close"  # the rest of it is not read
         return answer
 

@@ -20,6 +20,7 @@ from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal
 from sglang.srt.disaggregation.multimodal.batch_session.service import Service
 from sglang.srt.disaggregation.multimodal.batch_session.stages import Stage
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.analysis import Choices
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.cells import SURROGATES
 
 PREFIX: Final = "batch_"
 ENDPOINTS: Final = ("/v1/chat/completions", PLAIN)
@@ -71,6 +72,8 @@ def _metadata_of(given: object) -> dict[str, str] | None:
     for key, value in given.items():
         if not isinstance(value, str) or len(key) > LONGEST_KEY or len(value) > LONGEST_VALUE:
             raise mistake
+        if SURROGATES.search(key + value):
+            raise mistake  # halves of characters, which JSON can write and no record can hold
     return given
 
 

@@ -25,8 +25,6 @@ from sglang.srt.disaggregation.multimodal.batch_session.tasks import Result
 PREFIX: Final = "file:"
 INPUT_ID: Final = re.compile(r"file-[0-9a-f]{24}")
 OUTPUT_ID: Final = re.compile(r"file-(out|err)-([0-9a-f]{16})")
-# A path without a record: of a file that has expired, or of an upload that is still coming in.
-ORPHAN_SECONDS: Final = 3600.0
 CHUNK: Final = 2**20
 
 Part = Literal["out", "err"]
@@ -105,10 +103,10 @@ class Files:
         return sorted(found, key=lambda stored: (stored.created_at, stored.file_id), reverse=True)
 
     def sweep(self) -> None:
-        """Remove what has expired. Nothing else knows that it is there."""
+        """Remove what has expired, once it is as old as a file may be: nothing else knows that it is there."""
         for path in self._dir.glob("file-*"):
             with contextlib.suppress(FileNotFoundError):  # another worker sweeps as well
-                old = time.time() - path.stat().st_mtime > ORPHAN_SECONDS
+                old = time.time() - path.stat().st_mtime > self._settings.keep_seconds
                 if old and self._store.get(PREFIX + path.name) is None:
                     path.unlink()
 

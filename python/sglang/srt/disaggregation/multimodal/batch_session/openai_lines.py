@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.multimodal.batch_session.tasks import Outcome, Re
 
 # They are kept with the light state of the session, and who has mended so many lines asks again anyway.
 MOST_ERRORS: Final = 100
+SHOWN: Final = 200
 PLAIN: Final = "/v1/completions"
 BOM: Final = b"\xef\xbb\xbf"
 Fields = dict[str, Any]
@@ -56,7 +57,7 @@ def _line_errors(number: int, text: bytes, endpoint: str, first_use: dict[str, i
             yield LineError(*wrong, number, name)
     custom_id = fields.get("custom_id")
     if isinstance(custom_id, str) and first_use.setdefault(custom_id, number) != number:
-        sentence = f"line {first_use[custom_id]} has the same custom_id {custom_id!r}"
+        sentence = f"line {first_use[custom_id]} has the same custom_id {custom_id[:SHOWN]!r}"
         yield LineError("duplicate_custom_id", sentence, number, "custom_id")
 
 

@@ -11,6 +11,7 @@ import redis
 from sglang.srt.disaggregation.multimodal.batch_session.store import StoreAway
 
 PREFIX: Final = "sglang-relay:batch:"
+PATIENCE: Final = 5.0
 
 # Both answer 1 or 0. A claim is one key with a time to live; whose it is must be looked at in the same step.
 CLAIM: Final = """
@@ -31,7 +32,8 @@ def _milliseconds(seconds: float) -> int:
 
 class RedisStore:
     def __init__(self, url: str) -> None:
-        self._redis = redis.Redis.from_url(url)
+        # Without these a Redis whose machine is gone would be waited for as long as TCP does, which is many minutes.
+        self._redis = redis.Redis.from_url(url, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE)
         self._claim = self._redis.register_script(CLAIM)
         self._release = self._redis.register_script(RELEASE)
 

@@ -63,7 +63,7 @@ class ResultWriter:
         line = _encode(result) + b"\n"
         written = os.write(self._file, line)
         if written != len(line):
-            raise OSError(f"{self._path}: only {written} of {len(line)} bytes could be written: is the disk full?")
+            raise OSError(f"only {written} of the {len(line)} bytes of a result could be written: is the disk full?")
 
 
 class ResultIndex:

@@ -17,6 +17,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from sglang.srt.disaggregation.multimodal.batch_session.app import create_app, is_loopback
+from sglang.srt.disaggregation.multimodal.batch_session.asking.endpoint import Endpoint
 from sglang.srt.disaggregation.multimodal.batch_session.settings import Settings
 from sglang.srt.disaggregation.multimodal.batch_session.store import StoreAway, open_store
 
@@ -32,6 +33,7 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C. Runs that are under way go on when the service is started again."""
     _log_to_stderr()
     try:
+        Endpoint(settings.endpoint, api_key=settings.endpoint_api_key)  # a key that cannot be sent is one line as well
         settings.sessions_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(settings.store_place)
         store.keys("session:")

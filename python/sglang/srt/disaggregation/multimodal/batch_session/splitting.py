@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from sglang.srt.disaggregation.multimodal.batch_session.folder import Folder, Manifest
 from sglang.srt.disaggregation.multimodal.batch_session.records import Session, StaleJob
-from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal
+from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal, TooLarge
 from sglang.srt.disaggregation.multimodal.batch_session.sessions import Sessions
 from sglang.srt.disaggregation.multimodal.batch_session.settings import Settings
+from sglang.srt.disaggregation.multimodal.batch_session.tasks import Task
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.rows import read_tasks
 
 SAY_EVERY: Final = 0.25
@@ -62,7 +63,16 @@ class Split:
             self._settings.url_rules,
             self._advance,
         )
-        return self._folder.build_tasks(self._attempt, tasks, self._settings.batch_rows)
+        return self._folder.build_tasks(self._attempt, self._within_reason(tasks), self._settings.batch_rows)
+
+    def _within_reason(self, tasks: Iterator[Task]) -> Iterator[Task]:
+        """A long template and many rows are a small upload and a full disk."""
+        characters = 0
+        for task in tasks:
+            characters += len(task.prompt)
+            if characters > self._settings.limits.expanded_bytes:
+                raise TooLarge(f"the prompts have more than {self._settings.expanded_mib} MiB together: split the file")
+            yield task
 
     def _advance(self, share: float) -> None:
         self._check()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +46,10 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             raise Refusal(400, f"{workbook}: there is no such file")
         if not out.absolute().parent.is_dir():
             raise Refusal(400, f"{out}: there is no such directory")
+        if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+            raise Refusal(400, f"{out}: this file cannot be written")
+        if out.exists() and out.samefile(workbook):
+            raise Refusal(400, f"{out}: the answers would replace the workbook; name another file")
         choices = _choices(arguments)
         asking = Asking(
             model=arguments.model,
@@ -87,6 +95,17 @@ def _forget_old_runs(places: Path, keep_seconds: float) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Of several that begin the same run at once, one makes its session and the others find it."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class _Terminal:
     def __init__(self, settings: Settings, workbook: Path, out: Path, choices: Choices, asking: Asking) -> None:
         self._settings = settings
@@ -101,7 +120,8 @@ class _Terminal:
         worker = Worker(self._settings, store, sessions)
         service = Service(self._settings, sessions, worker)
         try:
-            session = await asyncio.to_thread(self._session, service)
+            with _alone(self._settings.cache_dir):
+                session = await asyncio.to_thread(self._session, service)
             self._check_out(session.kind)
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -154,10 +174,15 @@ class _Terminal:
         session = service.sessions.get(session.session_id)
         if open_part(session):
             return session
-        if session.stage.can_split():
-            return service.split(session.session_id, None)
-        if session.split.is_ready() and session.stage.can_execute():
-            return service.start(session.session_id, self._asking)
+        try:
+            if session.stage.can_split():
+                return service.split(session.session_id, None)
+            if session.split.is_ready() and session.stage.can_execute():
+                return service.start(session.session_id, self._asking)
+        except Refusal:
+            # The same command in another window may have been quicker.
+            if service.sessions.get(session.session_id) == session:
+                raise
         return session
 
     def _end(self, service: Service, session: Session) -> int:
@@ -165,7 +190,7 @@ class _Terminal:
             print(f"sglang-relay batch run: {session.split.error or session.execution.error}", file=sys.stderr)
             return 1
         answers, _ = service.download(session.session_id)
-        partial = self._out.with_name(f".{self._out.name}.part")
+        partial = self._out.with_name(f".{self._out.name}.{os.getpid()}.part")
         shutil.copyfile(answers, partial)
         partial.replace(self._out)
         count, shown = failures(service.folder(session.session_id).path, 0, FAILURES_SHOWN)

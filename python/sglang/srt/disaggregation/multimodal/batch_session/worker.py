@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, Literal
 
 from sglang.srt.disaggregation.multimodal.batch_session.asking.endpoint import Endpoint
@@ -30,11 +31,9 @@ Part = Literal["split", "run"]
 
 # After a full disk or a store that was away.
 TRY_AGAIN_SECONDS: Final = 5.0
-# A directory without a session: of one that was deleted or has expired, or of an upload that is still coming in.
-ORPHAN_SECONDS: Final = 3600.0
 SWEEP_SECONDS: Final = 600.0
-# Splits and savings at once. They keep a thread for long, and asyncio has as few as five: without a free one no lease is
-# renewed, and each worker would take the same work from the others for ever.
+# Splits and savings at once. They keep a thread for long, and asyncio has as few as five: without a free one no lease
+# is renewed, and each worker would take the same work from the others for ever.
 HEAVY_AT_ONCE: Final = 3
 
 
@@ -60,6 +59,7 @@ class Worker:
         self._over: set[str] = set()  # sessions in which nothing will ever be open again
         self._sweep_at = 0.0
         self._heavy = asyncio.Semaphore(HEAVY_AT_ONCE)
+        self._passed_by = False  # whether a split was left, because there was no thread for it
         self._endpoint = Endpoint(
             settings.endpoint, api_key=settings.endpoint_api_key, request_seconds=settings.request_seconds
         )
@@ -94,18 +94,13 @@ class Worker:
             await asyncio.gather(*jobs, return_exceptions=True)
             await self._endpoint.close()
 
-    async def until_over(self, session_id: str) -> None:
-        """Wait until nothing is open in this session; for those who run one session and no service."""
-        while open_part(await asyncio.to_thread(self._sessions.get, session_id)):
-            self.wake()
-            await asyncio.sleep(self._settings.scan_seconds / 10)
-
     async def _look(self) -> None:
         for session_id, part in await asyncio.to_thread(self._open_parts):
             name = f"{part}:{session_id}"
             if name in self._jobs or self._not_before.get(name, 0.0) > time.monotonic():
                 continue
             if part == "split" and self._heavy.locked():
+                self._passed_by = True
                 continue  # another worker may have a thread for it
             lease = Lease(self._store, name, self._name, self._settings.lease_seconds)
             if await lease.take():
@@ -127,7 +122,9 @@ class Worker:
             if session_id in self._over:
                 continue
             session = self._sessions.find(session_id)
-            if session is None or session.stage.is_over():
+            if session is None:
+                continue
+            if session.stage.is_over():
                 self._over.add(session_id)
             elif part := open_part(session):
                 found.append((session_id, part))
@@ -151,14 +148,17 @@ class Worker:
                     logger.exception("batch: session %s: the %s failed", session_id, part)
                     await asyncio.to_thread(self._fail, part, session_id, error)
             logger.info("batch: session %s: the %s is over", session_id, part)
-            self._wake.set()  # there is a thread for the next one
+            if self._passed_by:
+                self._passed_by = False
+                self._wake.set()  # there is a thread for the next one
         except (StaleJob, UnknownSession):
             logger.debug("batch: session %s: the %s is over, gone, or somebody else's", session_id, part)
         except (StoreAway, OSError) as error:
             # A disk that is full or a store that is away may be mended; nothing that was answered is lost meanwhile.
             logger.warning("batch: session %s: %s; trying again in %g s", session_id, error, TRY_AGAIN_SECONDS)
             self._not_before[name] = time.monotonic() + TRY_AGAIN_SECONDS
-            await asyncio.to_thread(self._say, part, session_id, f"{error}; trying again every {TRY_AGAIN_SECONDS:g} s")
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            await asyncio.to_thread(self._say, part, session_id, f"{why}; trying again every {TRY_AGAIN_SECONDS:g} s")
 
     def _is_gone(self, error: OSError) -> bool:
         """Whether a file of the session is no more. It will not come back, unless the whole disk is away."""
@@ -175,6 +175,8 @@ class Worker:
 
     def _fail(self, part: Part, session_id: str, error: Exception) -> None:
         sentence = f"{type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError) and error.filename:
+            sentence = f"the file {Path(error.filename).name} of this session is gone; please upload its workbook again"
 
         def fail(session: Session) -> None:
             if open_part(session) != part:
@@ -200,9 +202,10 @@ class Worker:
     # ---- what is left of sessions that are gone
 
     def _sweep(self) -> None:
+        """Only what is as old as a session may be: another store may know what this one does not."""
         known = set(self._sessions.ids())
         for path in self._settings.sessions_dir.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # another worker sweeps as well, and refused uploads go
-                if path.name not in known and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                if path.name not in known and time.time() - path.stat().st_mtime > self._settings.keep_seconds:
                     Folder(path).remove()
         Files(self._store, self._sessions, self._settings).sweep()

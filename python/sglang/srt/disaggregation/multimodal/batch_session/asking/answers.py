@@ -7,7 +7,6 @@ from typing import Any, Final
 from sglang.srt.disaggregation.multimodal.batch_session.asking.replies import Answered, sentence
 from sglang.srt.disaggregation.multimodal.batch_session.tasks import Outcome, Result, Task
 
-
 # Beyond it is no number of tokens, and the sum over all rows could not be kept.
 MOST_TOKENS: Final = 2**40
 

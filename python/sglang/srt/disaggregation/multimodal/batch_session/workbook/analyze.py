@@ -59,7 +59,7 @@ def analyze(source: Path, kind: Kind, choices: Choices, limits: Limits) -> Analy
         case "jsonl":
             _refuse_sheet(choices)
             if _holds_requests(source, limits):
-                return _analyze_requests(source, limits)
+                return _with_short_names(_analyze_requests(source, limits), limits)
             lines = LinesTable(source, limits)
             found = survey(lines.rows(), False, uploaded, limits)
             found.names = dict(enumerate(lines.names))
@@ -71,10 +71,18 @@ def analyze(source: Path, kind: Kind, choices: Choices, limits: Limits) -> Analy
             f"{analysis.width} columns are in use{_of(analysis)}; {limits.columns} are accepted, "
             "for the answers come after them"
         )
-    chosen = choose(analysis, choices)
+    chosen = choose(_with_short_names(analysis, limits), choices)
     return msgspec.structs.replace(
         analysis, prompt_column=chosen.prompt_column, image_columns=chosen.image_columns, columns=chosen.columns
     )
+
+
+def _with_short_names(analysis: Analysis, limits: Limits) -> Analysis:
+    if sum(len(column.name) for column in analysis.columns) > limits.names_chars:
+        raise TooLarge(
+            f"the names of the columns{_of(analysis)} have more than {limits.names_chars} characters together"
+        )
+    return analysis
 
 
 def _refuse_sheet(choices: Choices) -> None:

@@ -17,6 +17,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     members: int = 200_000
     rows: int = 1_000_000
     columns: int = 16_384 - 5  # a sheet has 16,384, and the answers need five
+    # Of all columns together: they are kept with the light state of the session.
+    names_chars: int = 1 * MIB
     # What Excel allows is 32,767; data URIs in .csv and .jsonl are longer.
     cell_chars: int = 64 * MIB
     # One picture, embedded or uploaded beside the workbook.

@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.multimodal.batch_session.workbook.limits import L
 
 REQUEST_KEYS: Final = frozenset({"custom_id", "method", "url", "body"})
 ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions")
+SHOWN: Final = 200
 BOM: Final = b"\xef\xbb\xbf"
 
 _decode = msgspec.json.Decoder().decode
@@ -108,7 +109,9 @@ def read_requests(source: Path, limits: Limits) -> Iterator[Request]:
             request = _request(line.number, line.fields)
             if request.custom_id in seen:
                 first = seen[request.custom_id]
-                raise Unreadable(f"lines {first} and {line.number} have the same custom_id {request.custom_id!r}")
+                raise Unreadable(
+                    f"lines {first} and {line.number} have the same custom_id {request.custom_id[:SHOWN]!r}"
+                )
             seen[request.custom_id] = line.number
             yield request
 

@@ -65,7 +65,7 @@ def _row_tasks(
     }
     with open_analyzed(source, kind, analysis, limits) as (table, container):
         finder = ImageFinder(folder, container, limits, urls)
-        asker = _Asker(chosen, places, finder)
+        asker = _Asker(chosen, places, finder, limits.cell_chars)
         header_end = None
         for row in table.rows():
             if row.number == analysis.header_row and kind == "csv":
@@ -85,9 +85,10 @@ def _row_tasks(
 class _Asker:
     """Makes a task of a row."""
 
-    def __init__(self, chosen: Chosen, places: dict[str, int], finder: ImageFinder) -> None:
+    def __init__(self, chosen: Chosen, places: dict[str, int], finder: ImageFinder, longest: int) -> None:
         self._chosen = chosen
         self._finder = finder
+        self._longest = longest
         self._template = chosen.template
         texts = chosen.template.names if chosen.template is not None else (chosen.prompt_column,)
         self._texts = {name: places[name] for name in texts}
@@ -103,7 +104,12 @@ class _Asker:
             if cell.problem:
                 return Task(row.number, error=f"column {name!r} {cell.problem}")
         if self._template is not None:
-            prompt = self._template.fill({name: cell.text for name, cell in texts.items()})
+            values = {name: cell.text for name, cell in texts.items()}
+            if (length := self._template.length(values)) > self._longest:
+                return Task(
+                    row.number, error=f"the prompt would have {length} characters; {self._longest} are accepted"
+                )
+            prompt = self._template.fill(values)
         else:
             prompt = texts[self._chosen.prompt_column].text
         if not prompt.strip():

@@ -47,6 +47,11 @@ class Template:
         """The columns it names, each once, in order."""
         return tuple(dict.fromkeys(self._names))
 
+    def length(self, values: Mapping[str, str]) -> int:
+        """Of what `fill` would give; a column may be named a hundred thousand times."""
+        fixed = sum(map(len, self._texts)) + len(self._end)
+        return fixed + sum(len(values.get(name, "")) for name in self._names)
+
     def fill(self, values: Mapping[str, str]) -> str:
         """`values` holds a text for each column that has one in this row."""
         filled = (text + values.get(name, "") for text, name in zip(self._texts, self._names, strict=True))
