@@ -48,14 +48,18 @@ def execution_view(session: Session) -> Fields:
     return head(session) | session.execution.to_dict()
 
 
+def file_view(session: Session) -> Fields:
+    return head(session) | {"name": session.name, "kind": session.kind, "created_at": session.created_at}
+
+
 def analysis_view(session: Session) -> Fields:
     found: Fields = msgspec.to_builtins({"analysis": session.analysis, "choices": session.choices})
-    return head(session) | {"name": session.name, "kind": session.kind, "created_at": session.created_at} | found
+    return file_view(session) | found
 
 
 def list_view(session: Session) -> Fields:
     parts = {"split": session.split.to_dict(), "execution": session.execution.to_dict()}
-    return head(session) | {"name": session.name, "kind": session.kind, "created_at": session.created_at} | parts
+    return file_view(session) | parts
 
 
 def session_view(session: Session) -> Fields:

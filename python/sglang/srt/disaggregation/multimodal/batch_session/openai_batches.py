@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from sglang.srt.disaggregation.multimodal.batch_session.openai_files import Files, Mistake, UnknownFile, output_id
-from sglang.srt.disaggregation.multimodal.batch_session.openai_lines import PLAIN, input_errors
+from sglang.srt.disaggregation.multimodal.batch_session.openai_lines import input_errors
 from sglang.srt.disaggregation.multimodal.batch_session.records import (
     BatchOrder,
     LineError,
@@ -21,9 +21,9 @@ from sglang.srt.disaggregation.multimodal.batch_session.service import Service
 from sglang.srt.disaggregation.multimodal.batch_session.stages import Stage
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.analysis import Choices
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.cells import SURROGATES
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.lines import ENDPOINTS
 
 PREFIX: Final = "batch_"
-ENDPOINTS: Final = ("/v1/chat/completions", PLAIN)
 WINDOW: Final = "24h"
 OPTIONS: Final = ("input_file_id", "endpoint", "completion_window", "metadata")
 MOST_METADATA, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,6 @@ from sglang.srt.disaggregation.multimodal.batch_session.tasks import Result
 PREFIX: Final = "file:"
 INPUT_ID: Final = re.compile(r"file-[0-9a-f]{24}")
 OUTPUT_ID: Final = re.compile(r"file-(out|err)-([0-9a-f]{16})")
-CHUNK: Final = 2**20
 
 Part = Literal["out", "err"]
 PARTS: Final[tuple[Part, Part]] = ("out", "err")
@@ -71,8 +71,7 @@ class Files:
         path = self._dir / file_id
         try:
             with path.open("wb") as out:
-                while chunk := upload.read(CHUNK):
-                    out.write(chunk)
+                shutil.copyfileobj(upload, out)
             now, seconds = time.time(), keep_seconds or self._settings.keep_seconds
             stored = StoredFile(
                 file_id, name[:200] or "upload.jsonl", path.stat().st_size, now, int(now) + int(seconds), "batch"

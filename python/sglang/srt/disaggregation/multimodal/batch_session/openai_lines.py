@@ -9,12 +9,11 @@ import msgspec
 
 from sglang.srt.disaggregation.multimodal.batch_session.records import LineError
 from sglang.srt.disaggregation.multimodal.batch_session.tasks import Outcome, Result
+from sglang.srt.disaggregation.multimodal.batch_session.workbook.lines import BOM, PLAIN
 
 # They are kept with the light state of the session, and who has mended so many lines asks again anyway.
 MOST_ERRORS: Final = 100
 SHOWN: Final = 200
-PLAIN: Final = "/v1/completions"
-BOM: Final = b"\xef\xbb\xbf"
 Fields = dict[str, Any]
 
 _decode = msgspec.json.Decoder().decode

@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import msgspec
+
 from sglang.srt.disaggregation.multimodal.batch_session import openai_files
 from sglang.srt.disaggregation.multimodal.batch_session.asking.endpoint import Endpoint
 from sglang.srt.disaggregation.multimodal.batch_session.asking.question import chat_request
@@ -122,7 +124,7 @@ class Execution:
             try:
                 return session, await self._endpoint.model()
             except ConnectionError as away:
-                session = await self._tell(_waiting(counts, str(away)))
+                session = await self._tell(msgspec.structs.replace(counts, waiting=str(away)))
                 await asyncio.sleep(ASK_FOR_MODEL_EVERY)
         return session, ""
 
@@ -156,13 +158,3 @@ class Execution:
 
         self._lease.check()
         return await asyncio.to_thread(self._sessions.change, self._id, ours)
-
-
-def _waiting(counts: Counts, why: str) -> Counts:
-    return Counts(
-        done=counts.done,
-        failed=counts.failed,
-        prompt_tokens=counts.prompt_tokens,
-        completion_tokens=counts.completion_tokens,
-        waiting=why,
-    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
@@ -15,7 +14,7 @@ from sglang.srt.disaggregation.multimodal.batch_session.records import (
     Session,
     new_session_id,
 )
-from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal, UnknownSession
+from sglang.srt.disaggregation.multimodal.batch_session.refusals import Refusal
 from sglang.srt.disaggregation.multimodal.batch_session.results import failures
 from sglang.srt.disaggregation.multimodal.batch_session.sessions import Sessions
 from sglang.srt.disaggregation.multimodal.batch_session.settings import Settings
@@ -27,8 +26,6 @@ from sglang.srt.disaggregation.multimodal.batch_session.workbook.upload import r
 from sglang.srt.disaggregation.multimodal.batch_session.worker import Worker
 
 Verb = Literal["pause", "resume", "cancel"]
-
-CHUNK = 2**20
 
 
 class Service:
@@ -50,7 +47,8 @@ class Service:
         folder = self.folder(session_id)
         folder.make()
         try:
-            _copy(file, folder.upload)
+            with folder.upload.open("wb") as kept:
+                shutil.copyfileobj(file, kept)
             kind, source = receive(folder.upload, name, folder.path, self.settings.limits)
             session = Session(
                 session_id=session_id,
@@ -74,23 +72,23 @@ class Service:
     def analyze_again(self, session_id: str, choices: Choices) -> Session:
         """With other choices: another sheet has other columns."""
         session = self.sessions.get(session_id)
-        source = self.folder(session_id).source(session.kind)
-        if not source.exists():
-            raise Refusal(404, f"the workbook of session {session_id} is gone; please upload it again")
-        analysis = analyze(source, session.kind, choices, self.settings.limits)
+        analysis = analyze(self._source(session), session.kind, choices, self.settings.limits)
         return self.sessions.change(session_id, lambda session: session.analyze_again(choices, analysis))
+
+    def _source(self, session: Session) -> Path:
+        source = self.folder(session.session_id).source(session.kind)
+        if not source.exists():
+            raise Refusal(404, f"the workbook of session {session.session_id} is gone; please upload it again")
+        return source
 
     # ---- split
 
     def split(self, session_id: str, choices: Choices | None) -> Session:
         """`choices` are those of the upload unless others are given."""
         session = self.sessions.get(session_id)
-        folder = self.folder(session_id)
-        if not folder.source(session.kind).exists():
-            raise Refusal(404, f"the workbook of session {session_id} is gone; please upload it again")
-        analysis = None
+        source, analysis = self._source(session), None
         if choices is not None and choices != session.choices and session.stage is Stage.ANALYZED:
-            analysis = analyze(folder.source(session.kind), session.kind, choices, self.settings.limits)
+            analysis = analyze(source, session.kind, choices, self.settings.limits)
 
         def begin(session: Session) -> None:
             session.begin_split(choices if choices is not None else session.choices)
@@ -139,19 +137,3 @@ class Service:
         """Whoever works on it stops at its next step, because the session is gone."""
         self.sessions.delete(session_id)
         self.folder(session_id).remove()
-
-    def exists(self, session_id: str) -> bool:
-        with contextlib.suppress(UnknownSession):
-            self.sessions.get(session_id)
-            return True
-        return False
-
-
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
-        yield chunk
-
-
-def _copy(file: IO[bytes], to: Path) -> None:
-    with to.open("wb") as out:
-        out.writelines(_chunks(file))

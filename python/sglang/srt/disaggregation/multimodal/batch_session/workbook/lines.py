@@ -13,7 +13,9 @@ from sglang.srt.disaggregation.multimodal.batch_session.workbook.cells import Ce
 from sglang.srt.disaggregation.multimodal.batch_session.workbook.limits import Limits
 
 REQUEST_KEYS: Final = frozenset({"custom_id", "method", "url", "body"})
-ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions")
+CHAT: Final = "/v1/chat/completions"
+PLAIN: Final = "/v1/completions"
+ENDPOINTS: Final = (CHAT, PLAIN)
 SHOWN: Final = 200
 BOM: Final = b"\xef\xbb\xbf"
 
@@ -127,7 +129,7 @@ def _request(number: int, fields: dict[str, Any]) -> Request:
         raise Unreadable(f"line {number}: the method must be POST")
     if fields["url"] not in ENDPOINTS:
         raise Unreadable(f"line {number}: the url must be {' or '.join(ENDPOINTS)}")
-    key, kinds = ("messages", list) if fields["url"] == ENDPOINTS[0] else ("prompt", str | list)
+    key, kinds = ("messages", list) if fields["url"] == CHAT else ("prompt", str | list)
     if not isinstance(body, dict) or not isinstance(body.get(key), kinds) or not body[key]:
         wanted = "a list of messages" if key == "messages" else "a prompt"
         raise Unreadable(f"line {number}: the body must be an object with {wanted}")
