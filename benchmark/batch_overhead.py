@@ -27,12 +27,12 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test/srt"))
 
-from sglang.srt.disaggregation.multimodal.batch_session.asking.endpoint import Endpoint
-from sglang.srt.disaggregation.multimodal.batch_session.asking.question import chat_request
-from sglang.srt.disaggregation.multimodal.batch_session.asking.run import Run
-from sglang.srt.disaggregation.multimodal.batch_session.records import Asking, Counts
-from sglang.srt.disaggregation.multimodal.batch_session.results import ResultWriter
-from sglang.srt.disaggregation.multimodal.batch_session.tasks import Task
+from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.asking.question import chat_request
+from embedding_relay.batch.asking.run import Run
+from embedding_relay.batch.records import Asking, Counts
+from embedding_relay.batch.results import ResultWriter
+from embedding_relay.batch.tasks import Task
 from support.stub_endpoint import stub_endpoint
 
 MIB = 2**20

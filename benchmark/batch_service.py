@@ -24,10 +24,6 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "test/srt"))
-from support.bare import use_bare_sglang  # noqa: E402
-
-use_bare_sglang()
-
 import openpyxl  # noqa: E402
 
 from support.batch_service import BatchService, batch_service  # noqa: E402

@@ -23,14 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
-from sglang.srt.disaggregation.multimodal.batch_session.asking.endpoint import Endpoint
-from sglang.srt.disaggregation.multimodal.batch_session.asking.question import chat_request
-from sglang.srt.disaggregation.multimodal.batch_session.asking.run import Run
-from sglang.srt.disaggregation.multimodal.batch_session.records import Asking, Counts
-from sglang.srt.disaggregation.multimodal.batch_session.results import ResultWriter
-from sglang.srt.disaggregation.multimodal.batch_session.tasks import Task
-from sglang.srt.disaggregation.multimodal.chat_client import chat_body, picture
+from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.asking.question import chat_request
+from embedding_relay.batch.asking.run import Run
+from embedding_relay.batch.records import Asking, Counts
+from embedding_relay.batch.results import ResultWriter
+from embedding_relay.batch.tasks import Task
+from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools.chat_client import chat_body, picture
 
 FAMILY = "qwen2_5_vl"
 

@@ -30,11 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sglang.srt.disaggregation.multimodal import tiny_model
-from sglang.srt.disaggregation.multimodal.chat_client import Answer, ask, chat_body, picture, post
-from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster, Options, router, sglang_server
-from sglang.srt.disaggregation.multimodal.local_numbers import not_at_rest, numbers_of, scheduler_of
-from sglang.srt.disaggregation.multimodal.local_process import LocalProcess, free_ports, wait_all_ready
+from embedding_relay.tools import tiny_model
+from embedding_relay.tools.chat_client import Answer, ask, chat_body, picture, post
+from embedding_relay.tools.local_cluster import LocalCluster, Options, router, sglang_server
+from embedding_relay.tools.local_numbers import not_at_rest, numbers_of, scheduler_of
+from embedding_relay.tools.local_process import LocalProcess, free_ports, wait_all_ready
 
 FAMILY = "qwen2_5_vl"
 TOKEN = 28  # pixels, squared

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
-from sglang.srt.disaggregation.multimodal.chat_client import ask, picture
-from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster, Options
-from sglang.srt.disaggregation.multimodal.local_process import LocalProcess
+from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools.chat_client import ask, picture
+from embedding_relay.tools.local_cluster import LocalCluster, Options
+from embedding_relay.tools.local_process import LocalProcess
 
 SIZE = tiny_model.Size(hidden=1024, layers=24, vision_hidden=1024, vision_layers=24)
 SIDE = 224

@@ -32,9 +32,9 @@ from soak_traffic import Clients, Prompt, Target, burst, learn_prompts, outcomes
 from soak_verdict import Verdict
 from soak_watch import MIB, Watch
 
-from sglang.srt.disaggregation.multimodal import local_cluster, tiny_model
-from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster, Options
-from sglang.srt.disaggregation.multimodal.local_process import ProcessFailed
+from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools.local_cluster import LocalCluster, Options
+from embedding_relay.tools.local_process import ProcessFailed
 
 HEARTBEAT: Final = 2
 MISSED: Final = 2

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from soak_faults import Disturbances
 
-from sglang.srt.disaggregation.multimodal.chat_client import Answer, chat_body, picture, post
-from sglang.srt.disaggregation.multimodal.local_cluster import HOST
+from embedding_relay.tools.chat_client import Answer, chat_body, picture, post
+from embedding_relay.tools.local_cluster import HOST
 
 Tokens = list[tuple[str, float]]
 

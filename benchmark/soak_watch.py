@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster
-from sglang.srt.disaggregation.multimodal.local_numbers import not_at_rest, numbers_of
-from sglang.srt.disaggregation.multimodal.local_process import LocalProcess
+from embedding_relay.tools.local_cluster import LocalCluster
+from embedding_relay.tools.local_numbers import not_at_rest, numbers_of
+from embedding_relay.tools.local_process import LocalProcess
 
 MIB: Final = 2**20
 SETTLED: Final = 8.0

@@ -22,19 +22,19 @@ import zmq
 warnings.simplefilter("ignore")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import (  # noqa: E402
+from embedding_relay.config import RelayConfig  # noqa: E402
+from embedding_relay.memory.buffers import SourceRows  # noqa: E402
+from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
+from embedding_relay.memory.layout import BufferLayout  # noqa: E402
+from embedding_relay.memory.plane import Entry, Region  # noqa: E402
+from embedding_relay.protocol.messages import Address  # noqa: E402
+from embedding_relay.protocol.status import Status  # noqa: E402
+from embedding_relay.transport.manager import (  # noqa: E402
     MooncakeEmbeddingBootstrapServer,
     MooncakeEmbeddingManager,
     MooncakeEmbeddingReceiver,
     MooncakeEmbeddingSender,
 )
-from sglang.srt.disaggregation.mooncake.engine_multimodal import MooncakeDataPlane  # noqa: E402
-from sglang.srt.disaggregation.multimodal.buffers import SourceRows  # noqa: E402
-from sglang.srt.disaggregation.multimodal.config import RelayConfig  # noqa: E402
-from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region  # noqa: E402
-from sglang.srt.disaggregation.multimodal.layout import BufferLayout  # noqa: E402
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address  # noqa: E402
-from sglang.srt.disaggregation.multimodal.protocol.status import Status  # noqa: E402
 
 HOST = "127.0.0.1"
 ENDED = (Status.SUCCESS, Status.FAILED)

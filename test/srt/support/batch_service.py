@@ -15,11 +15,10 @@ from typing import Any
 import httpx
 import openpyxl
 
-from sglang.srt.disaggregation.multimodal.local_process import LocalProcess, free_ports, stop_all, wait_all_ready
+from embedding_relay.tools.local_process import LocalProcess, free_ports, stop_all, wait_all_ready
 from support.patience import wait_until
-from support.repo import SOURCE
 
-LIGHT = SOURCE / "sglang/srt/disaggregation/multimodal/batch_session/light.py"
+RELAY = (sys.executable, "-m", "embedding_relay")
 
 # What is shown when a test fails.
 _active: list[LocalProcess] = []
@@ -157,7 +156,7 @@ def batch_service(
     (port,) = free_ports(1)
     # What `sglang-relay` goes on as, after some seconds of importing SGLang; test_terminal.py starts it by that name.
     command: Sequence[str] = [
-        *(sys.executable, str(LIGHT), "batch", "serve", "--endpoint", endpoint),
+        *(*RELAY, "batch", "serve", "--endpoint", endpoint),
         *("--port", str(port), "--workers", str(workers), "--cache-dir", str(where / "cache"), *arguments),
     ]
     process = LocalProcess(name, command, f"http://127.0.0.1:{port}", where / log, environ)

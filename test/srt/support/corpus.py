@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-CORPUS = Path(__file__).resolve().parent.parent / "fuzz" / "corpus"
+CORPUS = Path(__file__).resolve().parent.parent / "relay" / "fuzz" / "corpus"
 
 _REPEATED = re.compile(rb"\{(\d+)\*(.+?)\}", re.DOTALL)
 _ESCAPED = re.compile(rb"\\(x[0-9a-f]{2}|n|\\)")

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 from multiprocessing.connection import Connection
 
-from sglang.srt.disaggregation.multimodal.config import RelayConfig
-from sglang.srt.disaggregation.multimodal.layout import BufferLayout
+from embedding_relay.config import RelayConfig
+from embedding_relay.memory.layout import BufferLayout
 from support.forks import fork, spare_the_collector
 from support.loopback import language_rank
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingReceiver
-from sglang.srt.disaggregation.multimodal.protocol.messages import TransferEmbeddingInfo
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from embedding_relay.protocol.messages import TransferEmbeddingInfo
+from embedding_relay.protocol.status import Status
+from embedding_relay.transport.manager import MooncakeEmbeddingReceiver
 from support.loopback import ENDED, EncodeInstance, LanguageRank
 from support.rows import Spec
 

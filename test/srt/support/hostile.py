@@ -22,10 +22,10 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from sglang.srt.disaggregation.multimodal.protocol import codec
-from sglang.srt.disaggregation.multimodal.protocol.admission import MAX_CONTENDERS
-from sglang.srt.disaggregation.multimodal.protocol.errors import Failure, UndecodableFrames
-from sglang.srt.disaggregation.multimodal.protocol.messages import (
+from embedding_relay.protocol import codec
+from embedding_relay.protocol.encode.admission import MAX_CONTENDERS
+from embedding_relay.protocol.errors import Failure, UndecodableFrames
+from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
     Address,
@@ -39,11 +39,11 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     ToLanguage,
     TransferEmbeddingInfo,
 )
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
-from sglang.srt.disaggregation.multimodal.testing.nodes import EncodeNode
-from sglang.srt.disaggregation.multimodal.testing.watch import Violation
-from sglang.srt.disaggregation.multimodal.testing.world import World
+from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
+from embedding_relay.testing.nodes import EncodeNode
+from embedding_relay.testing.watch import Violation
+from embedding_relay.testing.world import World
 from support.schedules import LANDS_LATE, TIMING, Schedule, Shape
 
 T = TypeVar("T")

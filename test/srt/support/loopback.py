@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import zmq
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import (
+from embedding_relay.config import RelayConfig
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.plane import Entry
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.status import Status, is_final
+from embedding_relay.transport.manager import (
     MooncakeEmbeddingBootstrapServer,
     MooncakeEmbeddingManager,
     MooncakeEmbeddingReceiver,
     MooncakeEmbeddingSender,
 )
-from sglang.srt.disaggregation.multimodal.config import RelayConfig
-from sglang.srt.disaggregation.multimodal.data_plane import Entry
-from sglang.srt.disaggregation.multimodal.layout import BufferLayout
-from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
-from sglang.srt.disaggregation.multimodal.protocol.status import Status, is_final
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
 from support.rows import Spec, difference, make_rows

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from sglang.srt.disaggregation.multimodal.blocks import BlockPool
-from sglang.srt.disaggregation.multimodal.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
-from sglang.srt.disaggregation.multimodal.protocol.encode_side import EncodeSide
-from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
-from sglang.srt.disaggregation.multimodal.protocol.language_side import LanguageSide
-from sglang.srt.disaggregation.multimodal.protocol.messages import (
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from embedding_relay.protocol.encode.side import EncodeSide
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.language.side import LanguageSide
+from embedding_relay.protocol.messages import (
     PROTOCOL_VERSION,
     Address,
     Handshake,
@@ -17,8 +17,8 @@ from sglang.srt.disaggregation.multimodal.protocol.messages import (
     StatusReport,
     TransferEmbeddingInfo,
 )
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
+from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from sglang.srt.disaggregation.multimodal.chat_client import Answer, chat_body, data_uri, picture, post
+from embedding_relay.tools.chat_client import Answer, chat_body, data_uri, picture, post
 
 TOLERANCE = 2e-3
 FILLER = " <|endoftext|>"  # a special token: it merges with nothing, so one more is one row more

@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from sglang.srt.disaggregation.mooncake.control_multimodal import ControlLoop
-from sglang.srt.disaggregation.multimodal.protocol.errors import UndecodableFrames
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from embedding_relay.protocol.errors import UndecodableFrames
+from embedding_relay.protocol.messages import Address
+from embedding_relay.transport.loop import ControlLoop
 
 MAX_FRAME = 1000
 

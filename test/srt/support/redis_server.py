@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from sglang.srt.disaggregation.multimodal.local_process import free_ports
+from embedding_relay.tools.local_process import free_ports
 from support.patience import wait_until
 
 

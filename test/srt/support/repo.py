@@ -11,3 +11,8 @@ def our_modules(source: Path = SOURCE) -> dict[str, Path]:
     """Our modules and pages, as they are named inside the wheel, and where they are."""
     found = [*source.rglob("*.py"), *source.rglob("*.html")]
     return {str(path.relative_to(source)): path for path in found}
+
+
+def doors(source: Path = SOURCE) -> dict[str, Path]:
+    """Those of them that lie inside SGLang's directories."""
+    return {name: path for name, path in our_modules(source).items() if name.startswith("sglang/")}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows, SourceRows
-from sglang.srt.disaggregation.multimodal.layout import BufferLayout
+from embedding_relay.memory.buffers import ReceivedRows, SourceRows
+from embedding_relay.memory.layout import BufferLayout
 
 
 @dataclass(frozen=True)

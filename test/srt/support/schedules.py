@@ -5,12 +5,12 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.disaggregation.multimodal.protocol.errors import Failure
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.protocol.timing import Timing
-from sglang.srt.disaggregation.multimodal.testing.plane import Fault
-from sglang.srt.disaggregation.multimodal.testing.watch import Violation
-from sglang.srt.disaggregation.multimodal.testing.world import World
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
+from embedding_relay.testing.plane import Fault
+from embedding_relay.testing.watch import Violation
+from embedding_relay.testing.world import World
 
 TIMING = Timing(
     bootstrap=20.0,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sglang.srt.disaggregation.multimodal.local_cluster import LocalCluster, Options
+from embedding_relay.tools.local_cluster import LocalCluster, Options
 
 __all__ = ["CPU", "active_log_tails", "options", "running"]
 

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
-from support.bare import use_bare_sglang
-
-use_bare_sglang()
-
-from sglang.srt.disaggregation.multimodal.batch_session.store import Store, open_store  # noqa: E402
+from embedding_relay.batch.store import Store, open_store
 
 FOREVER = 1000.0
 

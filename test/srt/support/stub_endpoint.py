@@ -225,7 +225,7 @@ def main() -> None:
 class StubEndpoint:
     def __init__(self, log: Path, port: int | None = None) -> None:
         # The server's process has no use for it, and imports a whole SGLang with it.
-        from sglang.srt.disaggregation.multimodal.local_process import LocalProcess, free_ports
+        from embedding_relay.tools.local_process import LocalProcess, free_ports
 
         if port is None:
             (port,) = free_ports(1)
@@ -235,7 +235,7 @@ class StubEndpoint:
         self._process = LocalProcess("stub", command, self.url, log, path)
 
     def start(self, seconds: float = 30.0) -> None:
-        from sglang.srt.disaggregation.multimodal.local_process import wait_all_ready
+        from embedding_relay.tools.local_process import wait_all_ready
 
         self._process.start()
         wait_all_ready([self._process], seconds)

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from embedding_relay.protocol.messages import Address
 
 
 class Tap:

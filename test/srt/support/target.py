@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from sglang.srt.disaggregation.mooncake.engine_multimodal import MooncakeDataPlane
-from sglang.srt.disaggregation.multimodal.data_plane import Entry, Region
+from embedding_relay.memory.engine import MooncakeDataPlane
+from embedding_relay.memory.plane import Entry, Region
 from support.forks import fork
 
 SIZE = 64 << 20

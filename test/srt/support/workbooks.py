@@ -10,14 +10,14 @@ import openpyxl
 from openpyxl.drawing.image import Image as SheetImage
 from PIL import Image
 
-from sglang.srt.disaggregation.multimodal.batch_session.tasks import Outcome, Result, Task
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.analysis import Analysis, Choices, Kind
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.analyze import analyze
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.answers import check_answers, write_answers
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.limits import Limits
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.rows import read_tasks
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.upload import receive
-from sglang.srt.disaggregation.multimodal.batch_session.workbook.url_rules import UrlRules
+from embedding_relay.batch.tasks import Outcome, Result, Task
+from embedding_relay.batch.workbook.analysis import Analysis, Choices, Kind
+from embedding_relay.batch.workbook.analyze import analyze
+from embedding_relay.batch.workbook.answers import check_answers, write_answers
+from embedding_relay.batch.workbook.limits import Limits
+from embedding_relay.batch.workbook.rows import read_tasks
+from embedding_relay.batch.workbook.upload import receive
+from embedding_relay.batch.workbook.url_rules import UrlRules
 
 # Its own number, so that no name has to be looked up.
 PICTURE_URL = "https://8.8.8.8/pictures/a.png"

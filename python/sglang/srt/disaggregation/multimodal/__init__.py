@@ -1,1 +1,1 @@
-"""Encode/language disaggregation with resumable embedding transfer."""
+"""What runs inside SGLang: hooks, the two halves in its scheduler, and what SGLang must be told."""

@@ -9,10 +9,10 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, NamedTuple
 
-from sglang.srt.disaggregation.multimodal.config import RelayConfig
-from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
-from sglang.srt.disaggregation.multimodal.pulse import name_of
-from sglang.srt.disaggregation.multimodal.scheduler_watch import SchedulerWatch
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
+from embedding_relay.pulse import name_of
+from embedding_relay.scheduler_watch import SchedulerWatch
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from packaging.specifiers import SpecifierSet
 
+from embedding_relay.protocol.errors import SettingError
 from sglang.srt.disaggregation.multimodal import modes
-from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 SUPPORTED_SGLANG: Final = SpecifierSet("==0.5.23")

@@ -6,11 +6,11 @@ import ipaddress
 import logging
 from typing import Any
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
-from sglang.srt.disaggregation.mooncake.wires_multimodal import numeric_address
-from sglang.srt.disaggregation.multimodal.config import SECRET_FILE, RelayConfig
-from sglang.srt.disaggregation.multimodal.layout import BufferLayout
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
+from embedding_relay.config import SECRET_FILE, RelayConfig
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.protocol.messages import Address
+from embedding_relay.transport.manager import MooncakeEmbeddingManager
+from embedding_relay.transport.sockets import numeric_address
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows, SourceRows
+from embedding_relay.memory.buffers import ReceivedRows, SourceRows
 
 NO_ITEM: Final = -1
 _HASH_HALF: Final = 32

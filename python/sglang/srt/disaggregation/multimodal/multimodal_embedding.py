@@ -8,16 +8,16 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import instance, media, modes
-from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
-from sglang.srt.disaggregation.multimodal.protocol.errors import (
+from embedding_relay.protocol.errors import (
     BAD_REQUEST,
     CLIENT_GONE,
     INTERNAL,
     Failure,
 )
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
+from embedding_relay.protocol.status import Status
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, MooncakeEmbeddingSender
+from sglang.srt.disaggregation.multimodal import instance, media, modes
+from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 

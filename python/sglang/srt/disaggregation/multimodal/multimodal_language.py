@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager, MooncakeEmbeddingReceiver
+from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
+from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.status import Status
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, MooncakeEmbeddingReceiver
 from sglang.srt.disaggregation.multimodal import instance, media, modes
-from sglang.srt.disaggregation.multimodal.buffers import ReceivedRows
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
-from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
-from sglang.srt.disaggregation.multimodal.protocol.messages import Address
-from sglang.srt.disaggregation.multimodal.protocol.status import Status
 from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Final
 
 import zmq
 
+from embedding_relay.observer import NOBODY, Observer
+from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
+from embedding_relay.pulse import Pulse, name_of
 from sglang.srt.disaggregation.multimodal import modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
-from sglang.srt.disaggregation.multimodal.observer import NOBODY, Observer
-from sglang.srt.disaggregation.multimodal.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
-from sglang.srt.disaggregation.multimodal.pulse import Pulse, name_of
 from sglang.srt.runtime_context import get_serving
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,6 @@ def start_role(scheduler: Any, mode: str) -> Role:
 def _observer(scheduler: Any, mode: str) -> Observer:
     if not scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
         return NOBODY
-    from sglang.srt.disaggregation.multimodal.metrics import RelayMetrics
+    from embedding_relay.metrics import RelayMetrics
 
     return RelayMetrics(mode, scheduler.metrics_collector.labels)

@@ -6,10 +6,10 @@ import socket
 from contextlib import closing
 from typing import Any, Final
 
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.errors import SettingError
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.disaggregation.multimodal import modes
-from sglang.srt.disaggregation.multimodal.config import RelayConfig
-from sglang.srt.disaggregation.multimodal.protocol.errors import SettingError
 
 _SOURCE: Final = "embedding_relay"
 
@@ -83,7 +83,7 @@ def _refuse_if_taken(host: str, port: int, flag: str) -> None:
 
 
 def start_registry() -> Any:
-    from sglang.srt.disaggregation.mooncake.bootstrap_multimodal import MooncakeEmbeddingBootstrapServer
+    from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
     from sglang.srt.runtime_context import get_disagg, get_serving
 
     keys = RelayConfig.from_environment().keys

@@ -1,0 +1,1 @@
+"""Batch sessions: a workbook of prompts, run to the end. Needs no SGLang, no torch."""

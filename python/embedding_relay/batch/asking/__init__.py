@@ -1,0 +1,1 @@
+"""Asking about many rows: how many at once, what to try again, when to wait."""

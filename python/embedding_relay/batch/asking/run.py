@@ -1,0 +1,220 @@
+"""One run over the tasks of a session: the schedule decides, this asks, and every row's result is recorded once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from embedding_relay.batch.asking.answers import failure
+from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.asking.feed import Feed
+from embedding_relay.batch.asking.pace import Pace
+from embedding_relay.batch.asking.schedule import PATIENCE_SECONDS, Row, Schedule
+from embedding_relay.batch.records import Counts
+from embedding_relay.batch.tasks import Outcome, Result, Task
+
+# What is asked and how, as a path and a JSON object. Called in a thread where pictures have to be read.
+RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
+
+FIRST_LOOK: Final = 1.0
+LONGEST_LOOK: Final = 30.0
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Run:
+    """`run` once; `paused`, `cancel` and `counts` at any time, on the same event loop."""
+
+    def __init__(
+        self,
+        tasks: Iterator[Task],
+        endpoint: Endpoint,
+        request_of: RequestOf,
+        record: Callable[[Result], None],
+        *,
+        concurrency: int,
+        retries: int,
+        total: int,
+        already: Counts,
+        patience: float = PATIENCE_SECONDS,
+        dice: Callable[[], float] = random.random,
+    ) -> None:
+        self._endpoint = endpoint
+        self._request_of = request_of
+        self._record = record
+        self._concurrency = concurrency
+        self._total = total
+        self._wake = asyncio.Event()
+        self._feed = Feed(tasks, concurrency, self._wake.set)
+        self._schedule = Schedule(concurrency=concurrency, retries=retries, patience=patience, dice=dice)
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._is_looking = False
+        self._look_every = 0.0
+        self._paused = self._cancelled = False
+        self._error: BaseException | None = None
+        self._pace = Pace(time.monotonic())
+        self._done, self._failed = already.done, already.failed
+        self._prompt_tokens, self._completion_tokens = already.prompt_tokens, already.completion_tokens
+
+    # ---- for those who watch it
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        if paused != self._paused:
+            self._paused = paused
+            # The time of a pause says nothing about how fast rows are answered.
+            self._pace = Pace(time.monotonic())
+            self._wake.set()
+
+    def cancel(self) -> None:
+        """Ask nothing more, and give up what is in flight."""
+        self._cancelled = True
+        self._wake.set()
+
+    @property
+    def counts(self) -> Counts:
+        rate = self._pace.rate(time.monotonic())
+        left = self._total - self._done - self._failed
+        return Counts(
+            done=self._done,
+            failed=self._failed,
+            running=len(self._jobs) - self._is_looking,
+            retries=self._schedule.retries,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            rate=rate,
+            seconds_left=left / rate if rate > 0 else None,
+            waiting=self._waiting(),
+        )
+
+    def _waiting(self) -> str:
+        endpoint = f"the endpoint {self._endpoint.url}"
+        if self._schedule.away and self._look_every:
+            return f"{endpoint} does not answer ({self._schedule.away}); asking again every {self._look_every:.0f} s"
+        if trouble := self._schedule.trouble(time.monotonic()):
+            return f"{endpoint} {trouble}; asking again little by little"
+        return ""
+
+    # ---- the run
+
+    async def run(self) -> None:
+        """Until every task has its result, or it is cancelled. Raises what `record` or the tasks raise."""
+        self._pace = Pace(time.monotonic())
+        try:
+            while not self._is_over():
+                self._wake.clear()
+                self._ask_what_is_due()
+                if not self._is_over():
+                    await self._something_happens()
+            if self._error is not None:
+                raise self._error
+        finally:
+            await self._stop()
+
+    def _is_over(self) -> bool:
+        return self._cancelled or self._error is not None or (self._feed.is_over and self._schedule.is_idle)
+
+    def _ask_what_is_due(self) -> None:
+        self._feed.check()
+        if self._paused:
+            return
+        while (row := self._schedule.take(time.monotonic(), self._fresh)) is not None:
+            self._begin(self._ask(row))
+        if self._schedule.away and not self._is_looking:
+            self._is_looking = True
+            self._begin(self._look_for_endpoint())
+
+    def _begin(self, what: Coroutine[None, None, None]) -> None:
+        job = asyncio.create_task(what)
+        self._jobs.add(job)
+        job.add_done_callback(self._has_ended)
+
+    def _has_ended(self, job: asyncio.Task[None]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled() and (error := job.exception()) is not None:
+            self._error = self._error or error
+        self._wake.set()
+
+    def _fresh(self) -> Task | None:
+        """The next task that can be asked; those that cannot are recorded at once."""
+        while (task := self._feed.take()) is not None and task.error:
+            self._note(failure(task, task.error))
+        return task
+
+    async def _something_happens(self) -> None:
+        now = time.monotonic()
+        moment = None if self._paused else self._schedule.look_again_at(now)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(moment - now, self._wake.set) if moment is not None else None
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _stop(self) -> None:
+        jobs = list(self._jobs)
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._feed.close()
+
+    # ---- one row
+
+    async def _ask(self, row: Row) -> None:
+        try:
+            path, body = await self._request(row.task)
+        except (OSError, ValueError) as error:
+            self._note(self._schedule.unaskable(row, f"this row cannot be asked: {error}"))
+            return
+        reply = await self._endpoint.ask(path, body)
+        result = self._schedule.settle(row, reply, time.monotonic())
+        if result is not None:
+            self._note(result)
+            self._pace.row_ended(time.monotonic())
+
+    async def _request(self, task: Task) -> tuple[str, bytes]:
+        # Pictures are read from a disk, and made text: some milliseconds each.
+        return await asyncio.to_thread(self._encoded, task) if task.images else self._encoded(task)
+
+    def _encoded(self, task: Task) -> tuple[str, bytes]:
+        path, body = self._request_of(task)
+        return path, _encode(body)
+
+    def _note(self, result: Result) -> None:
+        if self._error is not None:
+            return  # recording has failed, and what comes after the failure would be written behind half a line
+        try:
+            self._record(result)
+        except BaseException as error:
+            self._error = error
+            raise
+        if result.outcome is Outcome.DONE:
+            self._done += 1
+        else:
+            self._failed += 1
+        self._prompt_tokens += result.prompt_tokens
+        self._completion_tokens += result.completion_tokens
+
+    # ---- an endpoint that is away
+
+    async def _look_for_endpoint(self) -> None:
+        wait = FIRST_LOOK
+        try:
+            while reason := await self._endpoint.why_away():
+                self._schedule.away, self._look_every = reason, wait
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, LONGEST_LOOK)
+        finally:
+            self._is_looking, self._look_every = False, 0.0
+        self._pace = Pace(time.monotonic())
+        self._schedule.back()

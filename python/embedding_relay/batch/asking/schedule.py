@@ -1,0 +1,238 @@
+"""Which row is asked next, and when: decided from the replies and the time. Pure: no clock, no loop, no socket."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from typing import Final
+
+from embedding_relay.batch.asking.answers import failure, result_of
+from embedding_relay.batch.asking.policy import Backoff, Blame, Patience, Window
+from embedding_relay.batch.asking.replies import (
+    Answered,
+    Away,
+    Broken,
+    Busy,
+    Refused,
+    Reply,
+)
+from embedding_relay.batch.tasks import Result, Task
+
+# How long a row is asked again that the endpoint has no room for, and how long an endpoint is borne that only errs.
+PATIENCE_SECONDS: Final = 1800.0
+LONGEST_BACKOFF: Final = 60.0
+# When everything waits for the endpoint: it should not stand idle for long once it is well again.
+LONGEST_HOLD: Final = 30.0
+# Rows that wait for another try are kept in memory; when so many do, for each that may be in flight, none is begun.
+MOST_WAITING: Final = 4
+# A row that was in flight so often when the endpoint went down is asked alone: if it is the one that brings it down,
+# the rows beside it must not be taken for it.
+SUSPECT_AFTER: Final = 2
+
+
+class Row:
+    """A task on its way, and what it has met so far."""
+
+    __slots__ = (
+        *("task", "asked", "asked_at", "during_errors"),
+        *("faults", "unreached", "breaks", "falls", "refused_for_now", "patience", "http_status"),
+    )
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.asked = 0
+        self.asked_at = 0.0
+        self.during_errors = False
+        self.faults = 0  # replies that used up a retry
+        self.unreached = 0  # tries that the endpoint was not there for
+        self.breaks = 0  # connections of those that broke
+        self.falls = 0  # times that the endpoint went down while this row was in flight
+        self.refused_for_now = 0
+        self.patience = Patience()
+        self.http_status = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.falls >= SUSPECT_AFTER
+
+
+class Schedule:
+    """`take` rows to ask, `settle` each with its reply; a row that gets no result is taken again later."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        retries: int,
+        patience: float = PATIENCE_SECONDS,
+        dice: Callable[[], float] = random.random,
+    ) -> None:
+        self.in_flight = 0
+        self.retries = 0
+        self.away = ""  # why the endpoint cannot be reached, while it cannot
+        self._window = Window(concurrency)
+        self._blame = Blame(patience)
+        self._allowed_faults = retries
+        self._allowed_breaks = max(retries, SUSPECT_AFTER + 1)
+        self._patience = patience
+        self._backoff = Backoff(1.0, LONGEST_BACKOFF, dice)
+        self._hold_backoff = Backoff(0.25, LONGEST_HOLD, dice)
+        self._waiting: list[tuple[float, int, Row]] = []
+        self._most_waiting = max(MOST_WAITING * concurrency, 16)
+        self._order = itertools.count()
+        self._held_at = self._hold_until = float("-inf")
+        self._hold_reason = ""
+        self._holds_in_a_row = 0
+        self._one_alone = False
+
+    # ---- which row, and when
+
+    def take(self, now: float, fresh: Callable[[], Task | None]) -> Row | None:
+        """The row to ask now, if one may be asked. `fresh` gives the next task that was never asked, if any."""
+        if self.away or self._one_alone or now < self._hold_until or self.in_flight >= self._room():
+            return None
+        row = self._next(now, fresh)
+        if row is not None:
+            self.in_flight += 1
+            self.retries += row.asked > 0
+            row.asked += 1
+            row.asked_at = now
+            row.during_errors = self._blame.is_on_endpoint
+        return row
+
+    def _room(self) -> int:
+        return 1 if self._blame.is_on_endpoint else self._window.size
+
+    def _next(self, now: float, fresh: Callable[[], Task | None]) -> Row | None:
+        if self._waiting and self._waiting[0][0] <= now:
+            row = self._waiting[0][2]
+            if row.is_suspect and self.in_flight:
+                return None
+            self._one_alone = row.is_suspect
+            heapq.heappop(self._waiting)
+            return row
+        if len(self._waiting) >= self._most_waiting:
+            return None
+        task = fresh()
+        return Row(task) if task is not None else None
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing in flight and nothing that waits for another try."""
+        return not self.in_flight and not self._waiting
+
+    def look_again_at(self, now: float) -> float | None:
+        """When `take` may give what it does not give now, though nothing is settled meanwhile."""
+        if self.away:
+            return None
+        if now < self._hold_until:
+            return self._hold_until
+        if self._waiting and self._waiting[0][0] > now:
+            return self._waiting[0][0]
+        return None
+
+    def trouble(self, now: float) -> str:
+        """What the endpoint does instead of answering, if that is why little or nothing is asked."""
+        if self._blame.is_on_endpoint or (now < self._hold_until and not self.in_flight):
+            return self._hold_reason
+        return ""
+
+    # ---- what the replies mean
+
+    def settle(self, row: Row, reply: Reply, now: float) -> Result | None:
+        """What became of it. None: it will be asked again."""
+        self._landed()
+        if not isinstance(reply, Away):
+            row.http_status = reply.status or row.http_status
+        match reply:
+            case Answered():
+                self._well()
+                return result_of(row.task, reply)
+            case Refused():
+                self._well()
+                return failure(row.task, reply.reason, reply.status, reply.body)
+            case Busy():
+                return self._busy(row, reply, now)
+            case Broken():
+                return self._broken(row, reply, now)
+            case Away():
+                return self._unreachable(row, reply, now)
+
+    def unaskable(self, row: Row, reason: str) -> Result:
+        """It never reached the endpoint, and never can."""
+        self._landed()
+        return failure(row.task, reason)
+
+    def back(self) -> None:
+        """The endpoint was proven alive."""
+        self.away = ""
+
+    def _landed(self) -> None:
+        self.in_flight -= 1
+        self._one_alone = False
+
+    def _well(self) -> None:
+        self._window.answered()
+        self._blame.well()
+        self._holds_in_a_row = 0
+
+    def _busy(self, row: Row, reply: Busy, now: float) -> Result | None:
+        row.patience.setback(now)
+        row.refused_for_now += 1
+        if row.patience.seconds >= self._patience:
+            minutes = row.patience.seconds / 60
+            reason = f"{reply.reason} (asked {row.refused_for_now} times in {minutes:.0f} minutes)"
+            return failure(row.task, reason, reply.status, reply.body)
+        trouble = f"asks for patience ({reply.reason})"
+        self._window.busy(row.asked_at, now)
+        self._hold(row, now, trouble)
+        named = reply.retry_after or 0.0
+        self._hold_for(named, now, trouble)
+        self._later(row, now + max(named, self._hold_backoff.wait(row.refused_for_now)))
+        return None
+
+    def _broken(self, row: Row, reply: Broken, now: float) -> Result | None:
+        self._blame.error(row.task.row, row.faults > 0, now)
+        if self._blame.is_on_endpoint:
+            if not row.during_errors:
+                row.falls += 1
+            self._hold(row, now, f"answers with nothing but errors ({reply.reason})")
+            self._later(row, now)
+            return None
+        row.faults += 1
+        if row.faults > self._allowed_faults:
+            return failure(row.task, f"{reply.reason} ({_tried(row.asked)})", row.http_status, reply.body)
+        self._later(row, now + self._backoff.wait(row.faults))
+        return None
+
+    def _unreachable(self, row: Row, reply: Away, now: float) -> Result | None:
+        self.away = reply.reason
+        row.unreached += 1
+        # Whoever had a connection had an endpoint: that it broke may be because of what this row asks.
+        row.breaks += reply.connected
+        row.falls += reply.connected
+        if row.breaks >= self._allowed_breaks:
+            reason = f"{reply.reason} ({row.breaks} times, and the endpoint was there again each time)"
+            return failure(row.task, reason, row.http_status)
+        self._later(row, now + (self._backoff.wait(row.unreached - 1) if row.unreached > 1 else 0.0))
+        return None
+
+    def _hold(self, row: Row, now: float, trouble: str) -> None:
+        """Ask nobody for a while; longer each time. What was asked before the last time is not news."""
+        if row.asked_at >= self._held_at:
+            self._held_at = now
+            self._holds_in_a_row += 1
+            self._hold_for(self._hold_backoff.wait(self._holds_in_a_row), now, trouble)
+
+    def _hold_for(self, seconds: float, now: float, trouble: str) -> None:
+        if now + seconds > self._hold_until:
+            self._hold_until, self._hold_reason = now + seconds, trouble
+
+    def _later(self, row: Row, due: float) -> None:
+        heapq.heappush(self._waiting, (due, next(self._order), row))
+
+
+def _tried(times: int) -> str:
+    return "tried once" if times == 1 else f"tried {times} times"

@@ -1,0 +1,352 @@
+"""The light state of a session: what all workers share. Its parts move by their own methods and by nothing else."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, Final, Literal
+
+import msgspec
+
+from embedding_relay.batch.refusals import Refusal
+from embedding_relay.batch.stages import (
+    EXECUTION_MOVES,
+    SPLIT_MOVES,
+    STAGE_MOVES,
+    ExecutionStatus,
+    SplitStatus,
+    Stage,
+    move,
+)
+from embedding_relay.batch.workbook.analysis import Analysis, Choices
+
+# The shares of a split's progress: building the tasks, then saving them, then reading back what was saved.
+SAVING_FROM: Final = 90.0
+VERIFYING_FROM: Final = 95.0
+VERIFIED: Final = 98.0
+EVERYTHING: Final = 100.0
+
+
+Moment = Literal["in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelling_at", "cancelled_at"]
+
+
+class StaleJob(Exception):
+    """A worker went on with a part that another worker has taken over since. It must stop and change nothing."""
+
+
+class SplitProgress(msgspec.Struct):
+    status: SplitStatus = SplitStatus.NOT_STARTED
+    progress: float = 0.0
+    message: str = ""
+    error: str = ""
+    ready_for_next_stage: bool = False
+    # How often a worker has begun; the number names its files, so that a worker that was too slow overwrites nothing.
+    attempt: int = 0
+    tasks: int = 0
+    batches: int = 0
+
+    def is_ready(self) -> bool:
+        return self.ready_for_next_stage
+
+    def begin(self) -> None:
+        self.status = move(SPLIT_MOVES, self.status, SplitStatus.PROCESSING)
+        self.message = "waiting for a worker"
+
+    def take(self) -> int:
+        """A worker begins, or begins again what another did not end. Answers the number of its attempt."""
+        if self.status in (SplitStatus.NOT_STARTED, SplitStatus.COMPLETED, SplitStatus.FAILED):
+            raise StaleJob
+        self.status = move(SPLIT_MOVES, self.status, SplitStatus.PROCESSING)
+        self.attempt += 1
+        self.progress, self.message = 0.0, "reading the rows"
+        return self.attempt
+
+    def advance(self, share: float, message: str) -> None:
+        """`share` is how much of the building is done, 0 to 1."""
+        self.progress, self.message = SAVING_FROM * min(share, 1.0), message
+
+    def mark_saving(self, tasks: int, batches: int) -> None:
+        self.status = move(SPLIT_MOVES, self.status, SplitStatus.SAVING)
+        self.tasks, self.batches = tasks, batches
+        self.progress, self.message = SAVING_FROM, f"saving {counted(tasks, 'task')}"
+
+    def mark_verifying(self) -> None:
+        self.progress, self.message = VERIFYING_FROM, "reading back what was saved"
+
+    def mark_verified(self) -> None:
+        self.progress, self.message = VERIFIED, "what was saved is what was built"
+
+    def mark_completed(self) -> None:
+        self.status = move(SPLIT_MOVES, self.status, SplitStatus.COMPLETED)
+        self.progress = EVERYTHING
+        self.message = f"saved: {counted(self.tasks, 'task')} in {counted(self.batches, 'batch')}"
+        self.ready_for_next_stage = True
+
+    def mark_failed(self, error: str) -> None:
+        self.status = move(SPLIT_MOVES, self.status, SplitStatus.FAILED)
+        self.error, self.message = error, "the split failed"
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What the worker that runs a session knows of it at one moment."""
+
+    done: int = 0
+    failed: int = 0
+    running: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    # Rows per second of late, and what that means for the rest; nothing is known before the first rows are answered.
+    rate: float = 0.0
+    seconds_left: float | None = None
+    # Why nothing is asked just now, if nothing is: the endpoint is away, or asks for patience.
+    waiting: str = ""
+
+
+class Wish(msgspec.Struct):
+    """What a person has asked of a run that goes on; the worker that runs it follows."""
+
+    paused: bool = False
+    cancelled: bool = False
+
+
+class ExecutionProgress(msgspec.Struct):
+    status: ExecutionStatus = ExecutionStatus.IDLE
+    progress: float = 0.0
+    message: str = ""
+    error: str = ""
+    ready_for_monitoring: bool = False
+    ready_for_download: bool = False
+    saving: bool = False
+    attempt: int = 0
+    total: int = 0
+    counts: Counts = Counts()
+    wish: Wish = msgspec.field(default_factory=Wish)
+
+    def begin(self, total: int) -> None:
+        self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.INITIALIZING)
+        self.total, self.message = total, "waiting for a worker"
+
+    def take(self) -> int:
+        """A worker takes the run, or takes over what another did not end. Answers the number of its attempt."""
+        if self.status not in (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING):
+            raise StaleJob
+        self.attempt += 1
+        return self.attempt
+
+    def mark_running(self) -> None:
+        self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.RUNNING)
+        self.saving = False
+        self.ready_for_monitoring = True
+        self.message = "running"
+
+    def advance(self, counts: Counts) -> None:
+        self.counts = counts
+        finished = counts.done + counts.failed
+        # The last hundredth is the saving of the workbook.
+        self.progress = 99.0 * finished / self.total if self.total else 99.0
+        if self.wish.cancelled:
+            self.message = "cancelling"
+        elif self.wish.paused:
+            self.message = "paused"
+        else:
+            self.message = counts.waiting or "running"
+
+    def mark_saving(self) -> None:
+        self.saving, self.message = True, "saving the answers"
+
+    def mark_completed(self, counts: Counts) -> None:
+        self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.COMPLETED)
+        self.counts, self.saving, self.progress = counts, False, EVERYTHING
+        left = self.total - counts.done - counts.failed
+        self.message = f"{counts.done} answered, {counts.failed} failed"
+        if self.wish.cancelled:
+            self.message = f"cancelled: {self.message}, {left} not asked"
+        self.ready_for_download = True
+
+    def mark_failed(self, error: str) -> None:
+        self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.FAILED)
+        self.error, self.message, self.saving = error, "the run failed", False
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        fields |= fields.pop("counts") | fields.pop("wish")
+        return fields
+
+
+class Asking(msgspec.Struct, frozen=True, kw_only=True):
+    """How the rows of one run are asked."""
+
+    model: str = ""  # "" is the first one that the endpoint lists
+    system: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    concurrency: int | None = None  # requests in flight, up to what the operator allows; None is all of that
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
+            raise ValueError("temperature must be between 0 and 2")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ValueError("concurrency must be at least 1")
+
+
+class LineError(msgspec.Struct, frozen=True):
+    """Why a batch was not accepted. `line` counts from 1; None is the file as a whole."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+class BatchOrder(msgspec.Struct):
+    """What makes a session a batch of OpenAI's API: what its owner sent, and the moments that the API reports."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    errors: tuple[LineError, ...] = ()
+
+    def stamp(self, moment: Moment) -> None:
+        setattr(self, moment, int(time.time()))
+
+
+class Session(msgspec.Struct, kw_only=True):
+    session_id: str
+    name: str  # of the uploaded file: shown to people, offered for the download, never a path
+    kind: Literal["xlsx", "csv", "jsonl"]
+    created_at: float
+    stage: Stage = Stage.CREATED
+    analysis: Analysis | None = None
+    choices: Choices = Choices()
+    split: SplitProgress = msgspec.field(default_factory=SplitProgress)
+    asking: Asking = Asking()
+    execution: ExecutionProgress = msgspec.field(default_factory=ExecutionProgress)
+    order: BatchOrder | None = None
+
+    def _go(self, stage: Stage) -> None:
+        self.stage = move(STAGE_MOVES, self.stage, stage)
+
+    def _stamp(self, moment: Moment) -> None:
+        if self.order:
+            self.order.stamp(moment)
+
+    # ---- analysis
+
+    def mark_analyzed(self, analysis: Analysis) -> None:
+        self._go(Stage.ANALYZED)
+        self.analysis = analysis
+
+    def analyze_again(self, choices: Choices, analysis: Analysis) -> None:
+        if not self.stage.can_split() or self.split.status is not SplitStatus.NOT_STARTED:
+            raise Refusal(400, f"this session cannot be analysed again: {self.where()}")
+        self.choices, self.analysis = choices, analysis
+
+    # ---- split
+
+    def begin_split(self, choices: Choices) -> None:
+        if not self.stage.can_split() or self.split.status is not SplitStatus.NOT_STARTED:
+            raise Refusal(400, f"this session cannot be split: {self.where()}")
+        self.choices = choices
+        self.split.begin()
+
+    def complete_split(self) -> None:
+        self.split.mark_completed()
+        self._go(Stage.SPLIT_COMPLETE)
+        if self.order:
+            # Nobody presses Start for a batch. As part of this change, so that no worker can die in between.
+            self.begin_execution(Asking())
+
+    def fail_split(self, error: str) -> None:
+        self.split.mark_failed(error)
+        self._go(Stage.FAILED)
+        self._stamp("failed_at")
+
+    # ---- execution
+
+    def begin_execution(self, asking: Asking) -> None:
+        if not self.split.is_ready():
+            raise Refusal(400, f"the tasks of this session are not ready: {self.where()}")
+        if not self.stage.can_execute():
+            raise Refusal(400, f"this session cannot be started: {self.where()}")
+        self._go(Stage.EXECUTING)
+        self.asking = asking
+        self.execution.begin(self.split.tasks)
+        self._stamp("in_progress_at")
+
+    def mark_saving(self) -> None:
+        self.execution.mark_saving()
+        self._stamp("finalizing_at")
+
+    def complete_execution(self, counts: Counts) -> None:
+        self.execution.mark_completed(counts)
+        self._go(Stage.COMPLETED)
+        self._stamp("cancelled_at" if self.execution.wish.cancelled else "completed_at")
+
+    def fail_execution(self, error: str) -> None:
+        self.execution.mark_failed(error)
+        self._go(Stage.FAILED)
+        self._stamp("failed_at")
+
+    def wish(self, verb: Literal["pause", "resume", "cancel"]) -> None:
+        execution = self.execution
+        if execution.status is not ExecutionStatus.RUNNING or execution.saving or execution.wish.cancelled:
+            raise Refusal(400, f"there is no run to {verb}: {self.where()}")
+        if verb == "cancel":
+            execution.wish.cancelled = True
+            execution.message = "cancelling"
+            self._stamp("cancelling_at")
+        else:
+            execution.wish.paused = verb == "pause"
+            execution.message = "pausing" if verb == "pause" else "running"
+
+    def cancel_order(self) -> None:
+        """A batch may be cancelled before its run has begun: then the run ends before it has asked anything."""
+        if self.stage.is_over() or self.execution.saving:
+            raise Refusal(400, f"this batch cannot be cancelled: {self.where()}")
+        if not self.execution.wish.cancelled:
+            self.execution.wish.cancelled = True
+            self.execution.message = "cancelling"
+            self._stamp("cancelling_at")
+
+    # ---- words
+
+    def where(self) -> str:
+        """Where the session is, for a refusal."""
+        match self.stage:
+            case Stage.CREATED:
+                return "its file is still being analysed"
+            case Stage.ANALYZED if self.split.status is SplitStatus.NOT_STARTED:
+                return "it has not been split"
+            case Stage.ANALYZED:
+                return f"it is being split ({self.split.status.value}, {self.split.progress:.0f} %)"
+            case Stage.SPLIT_COMPLETE:
+                return "it is split and has not been started"
+            case Stage.EXECUTING:
+                return f"it is running ({self.execution.message})"
+            case Stage.COMPLETED:
+                return "it is completed"
+            case Stage.FAILED:
+                return f"it has failed ({self.split.error or self.execution.error})"
+
+
+def counted(number: int, thing: str) -> str:
+    plural = "es" if thing.endswith("ch") else "s"
+    return f"{number} {thing}{'' if number == 1 else plural}"
+
+
+def new_session_id() -> str:
+    return secrets.token_hex(8)

@@ -1,0 +1,139 @@
+"""What the calls of both APIs do, without HTTP: sessions are made, split, started, and given back."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Literal
+
+from embedding_relay.batch.folder import Folder
+from embedding_relay.batch.records import (
+    Asking,
+    BatchOrder,
+    Session,
+    new_session_id,
+)
+from embedding_relay.batch.refusals import Refusal
+from embedding_relay.batch.results import failures
+from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.settings import Settings
+from embedding_relay.batch.stages import Stage
+from embedding_relay.batch.tasks import Result
+from embedding_relay.batch.workbook.analysis import Choices
+from embedding_relay.batch.workbook.analyze import analyze
+from embedding_relay.batch.workbook.upload import receive
+from embedding_relay.batch.worker import Worker
+
+Verb = Literal["pause", "resume", "cancel"]
+
+
+class Service:
+    """Every method may be called from any thread, and by any worker: nothing of a session is kept in the process."""
+
+    def __init__(self, settings: Settings, sessions: Sessions, worker: Worker) -> None:
+        self.settings = settings
+        self.sessions = sessions
+        self.worker = worker
+
+    def folder(self, session_id: str) -> Folder:
+        return self.worker.folder(session_id)
+
+    # ---- analyse
+
+    def take_upload(self, file: IO[bytes], name: str, choices: Choices, order: BatchOrder | None = None) -> Session:
+        """A new session for this file, analysed; none is left behind when the file is refused."""
+        session_id = new_session_id()
+        folder = self.folder(session_id)
+        folder.make()
+        try:
+            with folder.upload.open("wb") as kept:
+                shutil.copyfileobj(file, kept)
+            kind, source = receive(folder.upload, name, folder.path, self.settings.limits)
+            session = Session(
+                session_id=session_id,
+                name=Path(name.replace("\\", "/")).name[:200] or f"workbook.{kind}",
+                kind=kind,
+                created_at=time.time(),
+                choices=choices,
+                order=order,
+            )
+            session.mark_analyzed(analyze(source, kind, choices, self.settings.limits))
+            if order:
+                session.begin_split(choices)  # nobody asks for the steps of a batch one by one
+            self.sessions.add(session)
+        except BaseException:
+            folder.remove()
+            raise
+        if order:
+            self.worker.wake()
+        return session
+
+    def analyze_again(self, session_id: str, choices: Choices) -> Session:
+        """With other choices: another sheet has other columns."""
+        session = self.sessions.get(session_id)
+        analysis = analyze(self._source(session), session.kind, choices, self.settings.limits)
+        return self.sessions.change(session_id, lambda session: session.analyze_again(choices, analysis))
+
+    def _source(self, session: Session) -> Path:
+        source = self.folder(session.session_id).source(session.kind)
+        if not source.exists():
+            raise Refusal(404, f"the workbook of session {session.session_id} is gone; please upload it again")
+        return source
+
+    # ---- split
+
+    def split(self, session_id: str, choices: Choices | None) -> Session:
+        """`choices` are those of the upload unless others are given."""
+        session = self.sessions.get(session_id)
+        source, analysis = self._source(session), None
+        if choices is not None and choices != session.choices and session.stage is Stage.ANALYZED:
+            analysis = analyze(source, session.kind, choices, self.settings.limits)
+
+        def begin(session: Session) -> None:
+            session.begin_split(choices if choices is not None else session.choices)
+            session.analysis = analysis or session.analysis
+
+        session = self.sessions.change(session_id, begin)
+        self.worker.wake()
+        return session
+
+    # ---- execute
+
+    def start(self, session_id: str, asking: Asking) -> Session:
+        session = self.sessions.get(session_id)
+        if session.split.is_ready() and self.folder(session_id).manifest(session.split.attempt) is None:
+            raise Refusal(404, f"the tasks of session {session_id} are gone; please upload its workbook again")
+        session = self.sessions.change(session_id, lambda session: session.begin_execution(asking))
+        self.worker.wake()
+        return session
+
+    def monitored(self, session_id: str) -> Session:
+        session = self.sessions.get(session_id)
+        if not session.execution.ready_for_monitoring:
+            raise Refusal(400, f"session {session_id} has no run to look at: {session.where()}")
+        return session
+
+    def wish(self, session_id: str, verb: Verb) -> Session:
+        return self.sessions.change(session_id, lambda session: session.wish(verb))
+
+    def failed_rows(self, session_id: str, skip: int, most: int) -> tuple[int, list[Result]]:
+        self.sessions.get(session_id)
+        return failures(self.folder(session_id).path, skip, most)
+
+    def download(self, session_id: str) -> tuple[Path, str]:
+        """The answered workbook, and the name to offer it under."""
+        session = self.sessions.get(session_id)
+        if not session.execution.ready_for_download:
+            raise Refusal(400, f"there is nothing to download yet from session {session_id}: {session.where()}")
+        path = self.folder(session_id).answers(session.kind, session.execution.attempt)
+        if not path.exists():
+            raise Refusal(404, f"the answers of session {session_id} are gone")
+        return path, f"{Path(session.name).stem}-answers.{session.kind}"
+
+    # ---- all
+
+    def delete(self, session_id: str) -> None:
+        """Whoever works on it stops at its next step, because the session is gone."""
+        self.sessions.delete(session_id)
+        self.folder(session_id).remove()

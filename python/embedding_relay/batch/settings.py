@@ -1,0 +1,83 @@
+"""What an operator can set about batch sessions. The command line fills it in; workers get it whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from embedding_relay.batch.workbook.limits import Limits
+from embedding_relay.batch.workbook.url_rules import UrlRules
+
+DAY: Final = 86_400.0
+MIB: Final = 2**20
+
+CACHE_DIR: Final = "SESSION_CACHE_DIR"
+API_KEY: Final = "SESSION_API_KEY"
+ENDPOINT_API_KEY: Final = "SESSION_ENDPOINT_API_KEY"
+STORE: Final = "SESSION_STORE"
+# For tests: saving takes this many seconds longer, in every place where something is saved.
+SLOW_SAVING: Final = "SESSION_TEST_SAVE_SECONDS"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    endpoint: str
+    cache_dir: Path
+    store: str = ""  # a Redis URL; "" is diskcache in `cache_dir`
+    host: str = "127.0.0.1"
+    port: int = 8600
+    workers: int = 4
+    concurrency: int = 32
+    retries: int = 5
+    request_seconds: float = 600.0
+    batch_rows: int = 256
+    keep_seconds: float = 7 * DAY
+    upload_mib: int = 200
+    expanded_mib: int = 2048
+    rows: int = 1_000_000
+    allow_private_urls: bool = False
+    allowed_media_domains: tuple[str, ...] = ()
+    api_key: str = ""
+    endpoint_api_key: str = ""
+    # A worker that has not been heard of for so long is gone, and others take over what it did.
+    lease_seconds: float = 10.0
+    scan_seconds: float = 2.0
+    slow_saving: float = 0.0
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(upload_bytes=self.upload_mib * MIB, expanded_bytes=self.expanded_mib * MIB, rows=self.rows)
+
+    @property
+    def url_rules(self) -> UrlRules:
+        return UrlRules(allowed_domains=self.allowed_media_domains, allow_private=self.allow_private_urls)
+
+    @property
+    def store_place(self) -> str:
+        return self.store or str(self.cache_dir / "store")
+
+    @property
+    def sessions_dir(self) -> Path:
+        return self.cache_dir / "sessions"
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    if set_by_hand := environ.get(CACHE_DIR):
+        return Path(set_by_hand)
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-embedding-relay" / "batch"
+
+
+def default_store(environ: Mapping[str, str] = os.environ) -> str:
+    return environ.get(STORE, "")
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What is better not on a command line, where everybody on the machine can read it."""
+    return {
+        "api_key": environ.get(API_KEY, ""),
+        "endpoint_api_key": environ.get(ENDPOINT_API_KEY, ""),
+        "slow_saving": float(environ.get(SLOW_SAVING, 0)),
+    }

@@ -1,0 +1,213 @@
+"""`sglang-relay batch run`: one workbook, answered in this process with a progress bar. It goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from tqdm import tqdm
+
+from embedding_relay.batch.records import Asking, Session
+from embedding_relay.batch.refusals import Refusal
+from embedding_relay.batch.results import failures
+from embedding_relay.batch.service import Service
+from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.settings import Settings
+from embedding_relay.batch.stages import Stage
+from embedding_relay.batch.store import StoreAway, open_store
+from embedding_relay.batch.workbook.analysis import Choices
+from embedding_relay.batch.worker import Worker, open_part
+
+LOOK_EVERY: Final = 0.2
+FAILURES_SHOWN: Final = 5
+SUFFIXES: Final = {"xlsx": (".xlsx", ".xlsm"), "csv": (".csv", ".tsv", ".txt"), "jsonl": (".jsonl", ".ndjson")}
+# 128 + SIGINT, as a shell says it.
+STOPPED: Final = 130
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    workbook, out = arguments.workbook, arguments.out
+    try:
+        if not workbook.is_file():
+            raise Refusal(400, f"{workbook}: there is no such file")
+        if not out.absolute().parent.is_dir():
+            raise Refusal(400, f"{out}: there is no such directory")
+        if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+            raise Refusal(400, f"{out}: this file cannot be written")
+        if out.exists() and out.samefile(workbook):
+            raise Refusal(400, f"{out}: the answers would replace the workbook; name another file")
+        choices = _choices(arguments)
+        asking = Asking(
+            model=arguments.model,
+            system=arguments.system,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+        )
+        place = settings.cache_dir / "terminal" / _fingerprint(workbook, choices, asking, settings.endpoint)
+        if arguments.fresh:
+            shutil.rmtree(place, ignore_errors=True)
+        _forget_old_runs(place.parent, settings.keep_seconds)
+        place.mkdir(parents=True, exist_ok=True)
+        place.touch()
+        settings = msgspec.structs.replace(settings, cache_dir=place, scan_seconds=LOOK_EVERY)
+        return asyncio.run(_Terminal(settings, workbook, out, choices, asking).run())
+    except (Refusal, StoreAway, OSError, ValueError) as error:
+        print(f"sglang-relay batch run: {error}", file=sys.stderr)
+        return 1
+
+
+def _choices(arguments: argparse.Namespace) -> Choices:
+    columns = arguments.image_columns
+    return Choices(
+        sheet=arguments.sheet,
+        prompt_column=arguments.prompt_column,
+        image_columns=None if columns is None else tuple(name for name in columns if name),
+        template=arguments.template,
+    )
+
+
+def _fingerprint(workbook: Path, choices: Choices, asking: Asking, endpoint: str) -> str:
+    """The same question about the same file is the same run, which goes on; anything else is another one."""
+    with workbook.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256")
+    content.update(msgspec.json.encode([choices, asking, endpoint]))
+    return content.hexdigest()[:32]
+
+
+def _forget_old_runs(places: Path, keep_seconds: float) -> None:
+    """No service sweeps here."""
+    for place in places.glob("*"):
+        if time.time() - place.stat().st_mtime > keep_seconds:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Of several that begin the same run at once, one makes its session and the others find it."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _Terminal:
+    def __init__(self, settings: Settings, workbook: Path, out: Path, choices: Choices, asking: Asking) -> None:
+        self._settings = settings
+        self._workbook = workbook
+        self._out = out
+        self._choices = choices
+        self._asking = asking
+
+    async def run(self) -> int:
+        store = open_store(self._settings.store_place)
+        sessions = Sessions(store, self._settings.keep_seconds)
+        worker = Worker(self._settings, store, sessions)
+        service = Service(self._settings, sessions, worker)
+        try:
+            with _alone(self._settings.cache_dir):
+                session = await asyncio.to_thread(self._session, service)
+            self._check_out(session.kind)
+            loop, stop = asyncio.get_running_loop(), asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop.set)
+            working = asyncio.create_task(worker.run(), name="worker")
+            try:
+                session = await self._through(service, session, working, stop)
+            finally:
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
+            if stop.is_set() and not session.stage.is_over():
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                return STOPPED
+            return self._end(service, session)
+        finally:
+            store.close()
+
+    def _session(self, service: Service) -> Session:
+        """The one that an earlier start has left, or a new one."""
+        for session in service.sessions.all():
+            if session.stage is not Stage.FAILED:
+                return session
+            service.delete(session.session_id)
+        with self._workbook.open("rb") as file:
+            return service.take_upload(file, self._workbook.name, self._choices)
+
+    def _check_out(self, kind: str) -> None:
+        """The answers come in the workbook that was given, so another kind of file cannot be asked for."""
+        suffixes = SUFFIXES[kind]
+        if self._out.suffix.lower() not in suffixes:
+            raise Refusal(400, f"{self._out}: the answered workbook is {suffixes[0]}, as the one that was given")
+
+    async def _through(
+        self, service: Service, session: Session, working: asyncio.Task[None], stop: asyncio.Event
+    ) -> Session:
+        assert session.analysis is not None
+        for note in session.analysis.notes:
+            print(note, file=sys.stderr)
+        with tqdm(total=session.analysis.rows, unit="row", dynamic_ncols=True) as bar:
+            while not session.stage.is_over() and not stop.is_set():
+                if working.done():
+                    working.result()
+                session = await asyncio.to_thread(self._next_step, service, session)
+                _show(bar, session)
+                await asyncio.sleep(LOOK_EVERY)
+            _show(bar, session)
+        return session
+
+    def _next_step(self, service: Service, session: Session) -> Session:
+        session = service.sessions.get(session.session_id)
+        if open_part(session):
+            return session
+        try:
+            if session.stage.can_split():
+                return service.split(session.session_id, None)
+            if session.split.is_ready() and session.stage.can_execute():
+                return service.start(session.session_id, self._asking)
+        except Refusal:
+            # The same command in another window may have been quicker.
+            if service.sessions.get(session.session_id) == session:
+                raise
+        return session
+
+    def _end(self, service: Service, session: Session) -> int:
+        if session.stage is Stage.FAILED:
+            print(f"sglang-relay batch run: {session.split.error or session.execution.error}", file=sys.stderr)
+            return 1
+        answers, _ = service.download(session.session_id)
+        partial = self._out.with_name(f".{self._out.name}.{os.getpid()}.part")
+        shutil.copyfile(answers, partial)
+        partial.replace(self._out)
+        count, shown = failures(service.folder(session.session_id).path, 0, FAILURES_SHOWN)
+        for result in shown:
+            print(f"row {result.row}: {result.error}", file=sys.stderr)
+        if count > len(shown):
+            print(f"… and {count - len(shown)} more; the workbook has all of them", file=sys.stderr)
+        print(f"{self._out}: {session.execution.message}")
+        return 0
+
+
+def _show(bar: tqdm[None], session: Session) -> None:
+    execution = session.execution
+    if not execution.total:
+        bar.set_description_str(session.split.message or "analysed")
+        return
+    bar.total = execution.total
+    bar.n = execution.counts.done + execution.counts.failed
+    bar.set_description_str(execution.message)
+    bar.set_postfix_str(f"{execution.counts.failed} failed" if execution.counts.failed else "")

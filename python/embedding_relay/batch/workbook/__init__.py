@@ -1,0 +1,1 @@
+"""Workbooks as files: what is in them, what each row asks, where answers go."""

@@ -1,0 +1,148 @@
+"""Pictures of a row: embedded ones are brought out as files, named ones are looked for, URLs are judged."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+from PIL import Image
+
+from embedding_relay.batch.workbook.cells import Cell
+from embedding_relay.batch.workbook.container import Container
+from embedding_relay.batch.workbook.limits import MIB, Limits
+from embedding_relay.batch.workbook.references import (
+    IS_DATA,
+    load_uploaded,
+    split_references,
+)
+from embedding_relay.batch.workbook.url_rules import UrlRules
+
+Maker = Callable[[str], str]
+
+PICTURES: Final = "pictures"
+SHOWN: Final = 120
+SCHEME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
+DATA_HEAD: Final = re.compile(r"data:image/[^;,]+;base64,", re.IGNORECASE)
+# What is handed on, by Pillow's names, and what its file is called.
+FORMATS: Final = {
+    "PNG": "png",
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "GIF": "gif",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "AVIF": "avif",
+}
+
+
+class NoImage(Exception):
+    """A row names a picture that cannot be used; the message says why."""
+
+
+def picture_format(file: IO[bytes]) -> str:
+    """What kind of picture it is, by its header; NoImage if it is none."""
+    try:
+        with Image.open(file) as picture:
+            kind = FORMATS.get(picture.format or "")
+    except Exception as error:  # Pillow's readers raise anything at a malformed file
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            raise NoImage("the picture has too many pixels") from None
+        raise NoImage("it is not a picture that can be read") from None
+    if kind is None:
+        raise NoImage("it is a picture of a kind that cannot be asked about: use PNG or JPEG")
+    return kind
+
+
+class ImageFinder:
+    """Remembers what it has looked at: a picture in a thousand rows is brought out and examined once."""
+
+    def __init__(self, folder: Path, container: Container | None, limits: Limits, urls: UrlRules) -> None:
+        self._folder = folder
+        self._container = container
+        self._limits = limits
+        self._urls = urls
+        self._uploaded = load_uploaded(folder)
+        self._known: dict[str, str | NoImage] = {}
+        self._by_content: dict[bytes, str] = {}
+
+    def find(self, cell: Cell) -> list[str]:
+        """What a task says of the pictures in and behind a cell."""
+        brought_out = [self._once(f"member {member}", self._extract, member) for member in cell.pictures]
+        return brought_out + [self._named(reference) for reference in split_references(cell.text)]
+
+    def _once(self, key: str, make: Maker, argument: str) -> str:
+        if key not in self._known:
+            try:
+                self._known[key] = make(argument)
+            except NoImage as error:
+                self._known[key] = error
+        known = self._known[key]
+        if isinstance(known, NoImage):
+            raise NoImage(str(known))
+        return known
+
+    def _named(self, reference: str) -> str:
+        if IS_DATA.match(reference):
+            return checked_data(reference, self._limits)
+        file = self._uploaded.find(reference) if len(reference) < 1000 else None
+        if file is not None:
+            return self._once(f"file {file}", self._examined, file)
+        if SCHEME.match(reference):
+            if why := self._urls.refusal(reference):
+                raise NoImage(f"{reference[:SHOWN]}: {why}")
+            # SGLang knows a URL by its first letters, and by small ones.
+            scheme, _, rest = reference.partition(":")
+            return f"{scheme.lower()}:{rest}"
+        raise NoImage(
+            f"the picture {reference[:SHOWN]!r} is not in the upload: "
+            "put the workbook and its pictures into one .zip file"
+        )
+
+    def _examined(self, file: str) -> str:
+        with (self._folder / file).open("rb") as content:
+            picture_format(content)
+        return file
+
+    def _extract(self, member: str) -> str:
+        assert self._container is not None
+        if self._container.members[member].file_size > self._limits.picture_bytes:
+            raise NoImage(f"the picture is larger than {self._limits.picture_bytes // MIB} MiB")
+        content = self._container.read(member, self._limits.picture_bytes)
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._by_content:
+            kind = picture_format(io.BytesIO(content))
+            name = f"{PICTURES}/{len(self._by_content) + 1:06}.{kind}"
+            self._save(name, content)
+            self._by_content[digest] = name
+        return self._by_content[digest]
+
+    def _save(self, name: str, content: bytes) -> None:
+        """As one step, for another worker may be doing the same."""
+        (self._folder / PICTURES).mkdir(exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=self._folder / PICTURES)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(partial, self._folder / name)
+
+
+def checked_data(reference: str, limits: Limits) -> str:
+    head = DATA_HEAD.match(reference)
+    if head is None:
+        raise NoImage('a data URI must begin with "data:image/…;base64,"')
+    encoded = "".join(reference[head.end() :].split())
+    try:
+        content = binascii.a2b_base64(encoded, strict_mode=True)
+    except (binascii.Error, ValueError):
+        raise NoImage("the data URI is not correct base64: was the cell cut?") from None
+    if len(content) > limits.picture_bytes:
+        raise NoImage(f"the picture is larger than {limits.picture_bytes // MIB} MiB")
+    picture_format(io.BytesIO(content))
+    return head.group().lower() + encoded

@@ -1,0 +1,133 @@
+"""What somebody sent: told by its content, brought to its place, and its pictures unpacked under names of ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import msgspec
+
+from embedding_relay.batch.refusals import TooLarge, Unreadable
+from embedding_relay.batch.workbook.analysis import Kind
+from embedding_relay.batch.workbook.container import Container, open_container, verify
+from embedding_relay.batch.workbook.limits import MIB, Limits
+from embedding_relay.batch.workbook.unzip import unpack
+
+HEAD: Final = 2**16
+ZIP: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+OLD_OFFICE: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+ENCRYPTED_MARK: Final = "EncryptedPackage".encode("utf-16-le")
+# How the files begin that people send by mistake.
+MISTAKES: Final = (
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"GIF8", "a picture"),
+    (b"RIFF", "a picture or a sound"),
+    (b"\x1f\x8b", "a gzip file: unpack it first"),
+    (b"7z\xbc\xaf", "a 7-Zip archive: use a .zip file"),
+    (b"Rar!", "a RAR archive: use a .zip file"),
+    (b"{\\rtf", "a text document"),
+)
+WANTED: Final = "send an .xlsx, .csv or .jsonl file, or a .zip file of one of them and its pictures"
+
+
+def receive(upload: Path, name: str, folder: Path, limits: Limits) -> tuple[Kind, Path]:
+    """Bring `upload` to its place in `folder`; `name` is what its sender calls it, a hint and never a path."""
+    size = upload.stat().st_size
+    if size > limits.upload_bytes:
+        raise TooLarge(f"the file is larger than {limits.upload_bytes // MIB} MiB")
+    with upload.open("rb") as file:
+        head = file.read(HEAD)
+    if head.startswith(ZIP):
+        with open_container(upload, limits) as container:
+            if is_bundle(container):
+                inner, inner_name = unpack(container, folder)
+            else:
+                check_workbook(container)
+                return "xlsx", moved(upload, folder, "xlsx")
+        kind = kind_of_inner(inner, inner_name, limits)
+        path = moved(inner, folder, kind)
+        upload.unlink()
+        return kind, path
+    kind = kind_of_text(upload, head, name)
+    return kind, moved(upload, folder, kind)
+
+
+def moved(path: Path, folder: Path, kind: Kind) -> Path:
+    place = folder / f"source.{kind}"
+    shutil.move(path, place)
+    return place
+
+
+def kind_of_inner(path: Path, name: str, limits: Limits) -> Kind:
+    """The workbook of a zip file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head.startswith(ZIP):
+        return kind_of_text(path, head, name)
+    with open_container(path, limits) as container:
+        if is_bundle(container):
+            raise Unreadable(f"{name} is no workbook: a zip file within a zip file is not opened")
+        check_workbook(container)
+    return "xlsx"
+
+
+def is_bundle(container: Container) -> bool:
+    """Whether a zip file is one that a person made, and not a document of some program."""
+    find = container.find
+    return not (find("[Content_Types].xml") or find("mimetype") or find("Index/Document.iwa") or find("Index.zip"))
+
+
+def check_workbook(container: Container) -> None:
+    find = container.find
+    if find("mimetype"):
+        raise Unreadable("the file is an OpenDocument: save it as .xlsx")
+    if find("Index/Document.iwa") or find("Index.zip"):
+        raise Unreadable("the file is a document of Numbers: export it as .xlsx")
+    if find("xl/workbook.bin"):
+        raise Unreadable("the file is a binary workbook (.xlsb): save it as .xlsx")
+    for part, what in (("word/document.xml", "a Word document"), ("ppt/presentation.xml", "a presentation")):
+        if find(part):
+            raise Unreadable(f"the file is {what}: {WANTED}")
+    verify(container)
+
+
+def kind_of_text(path: Path, head: bytes, name: str) -> Kind:
+    suffix = PurePosixPath(name.replace("\\", "/")).suffix.casefold()
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start:
+        raise Unreadable("the file is empty")
+    if head.startswith(OLD_OFFICE):
+        if ENCRYPTED_MARK in path.read_bytes():
+            raise Unreadable("the workbook is protected by a password: save it without one")
+        raise Unreadable("the file is an old Office document (.xls): save it as .xlsx")
+    for mark, what in MISTAKES:
+        if head.startswith(mark):
+            raise Unreadable(f"the file is {what}; {WANTED}")
+    if suffix in (".xlsx", ".xlsm", ".zip"):
+        raise Unreadable(f"the file is called {suffix} and is none: it is damaged, or another program's file")
+    if start.startswith(b"<"):
+        raise Unreadable(f"the file is a web page or XML, whatever it is called; {WANTED}")
+    if suffix in (".jsonl", ".ndjson") or begins_with_object(path):
+        return "jsonl"
+    if start.startswith(b"[") and suffix == ".json":
+        raise Unreadable("the file is one JSON list: write one object per line (.jsonl)")
+    return "csv"
+
+
+def begins_with_object(path: Path) -> bool:
+    with path.open("rb") as file:
+        for line in file:
+            text = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if text:
+                break
+        else:
+            return False
+    if not text.startswith(b"{"):
+        return False
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False

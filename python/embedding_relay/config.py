@@ -1,0 +1,152 @@
+"""The only reader of environment variables: what an operator can set, checked once at start."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from embedding_relay.keys import BadSecret, Keys, read_keys
+from embedding_relay.protocol.errors import SettingError
+from embedding_relay.protocol.messages import MAX_BLOCKS
+from embedding_relay.protocol.timing import Timing
+
+CACHE_BLOCKS: Final = "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
+BLOCK_SIZE: Final = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE"
+DEFAULT_ALLOCATE: Final = "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
+MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
+SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
+FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
+
+# SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
+BOOTSTRAP_TIMEOUT: Final = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
+WAITING_TIMEOUT: Final = "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"
+HEARTBEAT_INTERVAL: Final = "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL"
+HEARTBEAT_MAX_FAILURES: Final = "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE"
+
+# The transport is Mooncake's choice; these are the names its users know.
+MOONCAKE_PROTOCOL: Final = "MOONCAKE_PROTOCOL"
+MOONCAKE_FORCE_TCP: Final = "MC_FORCE_TCP"
+TRANSPORTS: Final = ("tcp", "rdma", "efa")
+
+# Block indices and row counts travel as int32.
+_LARGEST: Final = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RelayConfig:
+    cache_blocks: int = 512
+    block_size: int = 128
+    default_allocate_tokens: int | None = 8192
+    """Rows that the language side reserves first; None learns it from recent requests (`auto`)."""
+    max_waiting_requests: int = 512
+    """Requests whose rows are awaited, or awaited by others; one more is answered 503 at once."""
+    bootstrap_timeout: float = 300.0
+    first_word_timeout: float = 30.0
+    """How long the encode side waits to hear that the language side has the other half of a request."""
+    waiting_timeout: float = 300.0
+    heartbeat_interval: float = 5.0
+    heartbeat_max_failures: int = 2
+    transport: str | None = None
+    """None takes RDMA where the machine has a device for it, else TCP."""
+    keys: Keys | None = None
+    """What is made from the secret of this deployment; None lets everybody in."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RelayConfig:
+        reader = _Reader(environment)
+        config = cls(
+            cache_blocks=reader.count(CACHE_BLOCKS, cls.cache_blocks),
+            block_size=reader.count(BLOCK_SIZE, cls.block_size),
+            default_allocate_tokens=reader.count_or_auto(DEFAULT_ALLOCATE, cls.default_allocate_tokens),
+            max_waiting_requests=reader.count(MAX_WAITING, cls.max_waiting_requests),
+            bootstrap_timeout=reader.count(BOOTSTRAP_TIMEOUT, int(cls.bootstrap_timeout)),
+            first_word_timeout=reader.seconds(FIRST_WORD_TIMEOUT, cls.first_word_timeout),
+            waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),
+            heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
+            heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
+            transport=reader.transport(),
+            keys=reader.keys(),
+        )
+        if config.cache_blocks > MAX_BLOCKS:
+            raise SettingError(f"{CACHE_BLOCKS} must be at most {MAX_BLOCKS} blocks, not {config.cache_blocks}")
+        if config.cache_blocks * config.block_size > _LARGEST:
+            raise SettingError(
+                f"{CACHE_BLOCKS}={config.cache_blocks} blocks of {BLOCK_SIZE}={config.block_size} tokens"
+                f" are more than {_LARGEST} tokens"
+            )
+        return config
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(
+            bootstrap=self.bootstrap_timeout,
+            first_word=self.first_word_timeout,
+            waiting=self.waiting_timeout,
+            heartbeat_interval=self.heartbeat_interval,
+            heartbeat_max_failures=self.heartbeat_max_failures,
+        )
+
+
+class _Reader:
+    """An unset or empty variable means its default, as in SGLang."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def _text(self, name: str) -> str:
+        return self._environment.get(name, "").strip()
+
+    def count(self, name: str, default: int) -> int:
+        text = self._text(name)
+        if not text:
+            return default
+        # isascii, because int() also takes digits of other scripts; isdigit leaves signs, underscores and points out.
+        if not (text.isascii() and text.isdigit()) or not 0 < int(text[:11]) <= _LARGEST or len(text) > 10:
+            raise SettingError(f"{name} must be a positive integer, not {_shown(text)}")
+        return int(text)
+
+    def count_or_auto(self, name: str, default: int | None) -> int | None:
+        text = self._text(name)
+        if text.lower() == "auto":
+            return None
+        if not text:
+            return default
+        try:
+            return self.count(name, 0)
+        except SettingError:
+            raise SettingError(f"{name} must be a positive integer or `auto`, not {_shown(text)}") from None
+
+    def seconds(self, name: str, default: float) -> float:
+        text = self._text(name)
+        if not text:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise SettingError(f"{name} must be a positive number of seconds, not {_shown(text)}")
+        return value
+
+    def transport(self) -> str | None:
+        if self._text(MOONCAKE_FORCE_TCP):
+            return "tcp"  # Mooncake looks only at whether it is set
+        text = self._text(MOONCAKE_PROTOCOL).lower()
+        if text and text not in TRANSPORTS:
+            raise SettingError(f"{MOONCAKE_PROTOCOL} must be one of {', '.join(TRANSPORTS)}, not {_shown(text)}")
+        return text or None
+
+    def keys(self) -> Keys | None:
+        path = self._text(SECRET_FILE)
+        try:
+            return read_keys(path) if path else None
+        except BadSecret as reason:
+            raise SettingError(f"{SECRET_FILE}: {_shown(path, 100)} {reason}") from None
+
+
+def _shown(text: str, longest: int = 40) -> str:
+    """One line, however the value looks."""
+    return repr(text if len(text) <= longest else text[:longest] + "…")

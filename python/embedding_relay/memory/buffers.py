@@ -1,0 +1,223 @@
+"""The registered, token-indexed buffers of one rank, and the way of rows into and out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from embedding_relay.memory import layout as columns
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.plane import Region
+from embedding_relay.protocol.errors import LocalError
+
+
+class Synchronizes(Protocol):
+    """A `torch.cuda.Event`, for example."""
+
+    def synchronize(self) -> None: ...
+
+
+@dataclasses.dataclass
+class SourceRows:
+    """One request as the encode side made it. Nobody writes to it any more, until the room is over."""
+
+    total: int
+    fill_ids: torch.Tensor
+    mrope: torch.Tensor
+    items: torch.Tensor
+    segments: Sequence[tuple[int, torch.Tensor]]
+    """(first row, rows of embedding and deepstack values), in order; together they are the media rows."""
+    mrope_delta: int = 0
+    has_mrope: bool = False
+    media_items: int = 0
+    ready: Synchronizes | None = None
+    """What must have happened before the segments may be read, if they are still being made on a device."""
+
+    def check(self, layout: BufferLayout) -> None:
+        """Refuse what the buffers could only take in part, or in another type."""
+        dtype = getattr(torch, layout.dtype)
+        for _, rows in self.segments:
+            if rows.dtype != dtype or rows.dim() != 2 or rows.shape[1] != layout.width:
+                raise LocalError(f"rows of {rows.dtype} and shape {tuple(rows.shape)} do not fit {layout}")
+        shapes = (self.fill_ids.shape, self.mrope.shape, self.items.shape)
+        if self.total < 1 or shapes != ((self.total,), (self.total, 3), (self.total, columns.ITEM_VALUES)):
+            raise LocalError(f"{shapes} are not the shapes of {self.total} rows")
+        media = torch.zeros(self.total, dtype=torch.bool)
+        for start, stop in self.media_runs:
+            media[start:stop] = True
+        if not torch.equal(media, self.items[:, 0] >= 0):
+            raise LocalError("the rows with an item index are not the rows of the segments")
+
+    @functools.cached_property
+    def media_runs(self) -> tuple[tuple[int, int], ...]:
+        """`[start, stop)` of the media rows, neighbours merged."""
+        runs: list[tuple[int, int]] = []
+        for start, rows in self.segments:
+            stop = start + rows.shape[0]
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            if stop > start:
+                runs.append((start, stop))
+        return tuple(runs)
+
+
+@dataclasses.dataclass
+class ReceivedRows:
+    """One request as the language side got it: tensors of the final length, filled from the front."""
+
+    total: int
+    fill_ids: torch.Tensor
+    mrope: torch.Tensor
+    items: torch.Tensor
+    embeddings: torch.Tensor
+    """Embedding and deepstack values per row, as the model's own encoder returns them; zero for text rows."""
+    mrope_delta: int = 0
+    has_mrope: bool = False
+    media_items: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What travels once per request, in the aux row of its first block."""
+
+    total: int
+    mrope_delta: int
+    has_mrope: bool
+    media_items: int
+
+
+class EmbeddingBuffers:
+    """Host memory for `layout.blocks` blocks, one contiguous region per column."""
+
+    def __init__(self, layout: BufferLayout) -> None:
+        self.layout = layout
+        self._dtype: torch.dtype = getattr(torch, layout.dtype)
+        self._memory: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, torch.Tensor] = {}
+
+    def allocate(self) -> None:
+        """Untouched pages cost nothing: a large pool takes memory as it is used."""
+        for column, length in zip(self.layout.columns, self.layout.item_lens, strict=True):
+            memory = torch.empty(self.layout.blocks * length, dtype=torch.uint8)
+            dtype = self._dtype if column.media_only else torch.int32
+            self._memory[column.name] = memory
+            self._rows[column.name] = memory.view(dtype).view(-1, column.bytes_per_row // dtype.itemsize)
+
+    def release(self) -> None:
+        self._memory.clear()
+        self._rows.clear()
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return tuple(Region(memory.data_ptr(), memory.numel()) for memory in self._memory.values())
+
+    @property
+    def pointers(self) -> tuple[int, ...]:
+        return tuple(region.pointer for region in self.regions)
+
+    def stage(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
+        """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first."""
+        self._write_aux(source, blocks[0])
+        for at, row, count in self._spans(blocks, first_row, rows):
+            here, there = slice(at, at + count), slice(row, row + count)
+            self._rows[columns.FILL_IDS][here, 0].copy_(source.fill_ids[there])
+            self._rows[columns.MROPE][here].copy_(source.mrope[there])
+            self._rows[columns.ITEMS][here].copy_(source.items[there])
+            for start, values in source.segments:
+                low, high = max(row, start), min(row + count, start + values.shape[0])
+                if low < high:
+                    self._write_media(at + low - row, values[low - start : high - start])
+
+    def _write_aux(self, source: SourceRows, block: int) -> None:
+        values = [0] * columns.AUX_VALUES
+        values[columns.AUX_TOTAL] = source.total
+        values[columns.AUX_MROPE_DELTA] = source.mrope_delta
+        values[columns.AUX_FLAGS] = columns.FLAG_HAS_MROPE if source.has_mrope else 0
+        values[columns.AUX_MEDIA_ITEMS] = source.media_items
+        self._rows[columns.AUX][block].copy_(torch.tensor(values, dtype=torch.int32))
+
+    def _write_media(self, at: int, values: torch.Tensor) -> None:
+        hidden, stop = self.layout.hidden_size, at + values.shape[0]
+        self._rows[columns.EMBEDDINGS][at:stop].copy_(values[:, :hidden])
+        if self.layout.deepstack_rows:
+            self._rows[columns.DEEPSTACK][at:stop].copy_(values[:, hidden:])
+
+    def read_aux(self, block: int) -> Aux:
+        values = self._rows[columns.AUX][block].tolist()
+        return Aux(
+            total=values[columns.AUX_TOTAL],
+            mrope_delta=values[columns.AUX_MROPE_DELTA],
+            has_mrope=bool(values[columns.AUX_FLAGS] & columns.FLAG_HAS_MROPE),
+            media_items=values[columns.AUX_MEDIA_ITEMS],
+        )
+
+    def make_target(self, aux: Aux) -> ReceivedRows:
+        """Tensors of the final length: no later copy has to make room."""
+        return ReceivedRows(
+            total=aux.total,
+            fill_ids=torch.empty(aux.total, dtype=torch.int32),
+            mrope=torch.empty(aux.total, columns.MROPE_AXES, dtype=torch.int32),
+            items=torch.empty(aux.total, columns.ITEM_VALUES, dtype=torch.int32),
+            embeddings=torch.empty(aux.total, self.layout.width, dtype=self._dtype),
+            mrope_delta=aux.mrope_delta,
+            has_mrope=aux.has_mrope,
+            media_items=aux.media_items,
+        )
+
+    def take(self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int) -> int:
+        """Copy the rows in `blocks` to their place in the target; return how many bytes had to travel for them."""
+        media = 0
+        for at, row, count in self._spans(blocks, first_row, rows):
+            here, there = slice(at, at + count), slice(row, row + count)
+            target.fill_ids[there].copy_(self._rows[columns.FILL_IDS][here, 0])
+            target.mrope[there].copy_(self._rows[columns.MROPE][here])
+            items = target.items[there]
+            items.copy_(self._rows[columns.ITEMS][here])
+            for start, length, is_media in _runs(items[:, 0] >= 0):
+                self._read_media(target, row + start, at + start, length, is_media)
+                media += length if is_media else 0
+        return self._bytes(rows, media, with_aux=first_row == 0)
+
+    def _bytes(self, rows: int, media_rows: int, with_aux: bool) -> int:
+        total = 0
+        for column in self.layout.columns:
+            count = int(with_aux) if column.per_block else media_rows if column.media_only else rows
+            total += count * column.bytes_per_row
+        return total
+
+    def _read_media(self, target: ReceivedRows, row: int, at: int, count: int, is_media: bool) -> None:
+        """A text row did not travel: what lies in its place belongs to some earlier request, so it is not copied."""
+        values = target.embeddings[row : row + count]
+        if not is_media:
+            values.zero_()
+            return
+        hidden = self.layout.hidden_size
+        values[:, :hidden].copy_(self._rows[columns.EMBEDDINGS][at : at + count])
+        if self.layout.deepstack_rows:
+            values[:, hidden:].copy_(self._rows[columns.DEEPSTACK][at : at + count])
+
+    def _spans(self, blocks: Sequence[int], first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:
+        """(row of the buffer, row of the request, count) for each run of neighbouring blocks."""
+        size = self.layout.block_size
+        index, row, stop = 0, first_row, first_row + rows
+        while row < stop:
+            begin = index
+            while index + 1 < len(blocks) and blocks[index + 1] == blocks[index] + 1:
+                index += 1
+            index += 1
+            count = min((index - begin) * size, stop - row)
+            yield blocks[begin] * size, row, count
+            row += count
+
+
+def _runs(flags: torch.Tensor) -> Iterator[tuple[int, int, bool]]:
+    """(start, length, value) of each run of equal flags."""
+    values, counts = torch.unique_consecutive(flags, return_counts=True)
+    start = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        yield start, count, value
+        start += count

@@ -1,0 +1,82 @@
+"""The columns of the token-indexed buffers: their order, their widths, and what both sides must agree on. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from embedding_relay.protocol.errors import SettingError
+from embedding_relay.protocol.messages import PROTOCOL_VERSION, Handshake
+from embedding_relay.protocol.plan import Column
+
+DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+INT32: Final = 4
+AUX_VALUES: Final = 16
+ITEM_VALUES: Final = 4
+MROPE_AXES: Final = 3
+
+EMBEDDINGS: Final = "input_embeddings"
+FILL_IDS: Final = "fill_ids"
+MROPE: Final = "mrope_positions"
+AUX: Final = "aux_datas"
+DEEPSTACK: Final = "deepstack_embeddings"
+ITEMS: Final = "media_items"
+
+# Places in the aux row.
+AUX_TOTAL: Final = 0
+AUX_MROPE_DELTA: Final = 1
+AUX_FLAGS: Final = 2
+AUX_MEDIA_ITEMS: Final = 3
+FLAG_HAS_MROPE: Final = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferLayout:
+    """What a model and the settings make of the buffers; equal on both sides, but for the number of blocks."""
+
+    hidden_size: int
+    dtype: str
+    deepstack_rows: int
+    block_size: int
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise SettingError(f"embeddings of dtype {self.dtype} cannot be transferred, only {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def width(self) -> int:
+        """Elements per row as the model hands them out: the embedding, then its deepstack rows."""
+        return self.hidden_size * (1 + self.deepstack_rows)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        row = self.hidden_size * DTYPE_BYTES[self.dtype]
+        columns = [
+            Column(name=EMBEDDINGS, bytes_per_row=row, per_block=False, media_only=True),
+            Column(name=FILL_IDS, bytes_per_row=INT32, per_block=False, media_only=False),
+            Column(name=MROPE, bytes_per_row=MROPE_AXES * INT32, per_block=False, media_only=False),
+            Column(name=AUX, bytes_per_row=AUX_VALUES * INT32, per_block=True, media_only=False),
+        ]
+        if self.deepstack_rows:
+            columns.append(
+                Column(name=DEEPSTACK, bytes_per_row=self.deepstack_rows * row, per_block=False, media_only=True)
+            )
+        columns.append(Column(name=ITEMS, bytes_per_row=ITEM_VALUES * INT32, per_block=False, media_only=False))
+        return tuple(columns)
+
+    @property
+    def item_lens(self) -> tuple[int, ...]:
+        """Bytes per block of each buffer."""
+        return tuple(c.bytes_per_row * (1 if c.per_block else self.block_size) for c in self.columns)
+
+    def handshake(self) -> Handshake:
+        return Handshake(
+            version=PROTOCOL_VERSION,
+            block_size=self.block_size,
+            item_lens=self.item_lens,
+            dtype=self.dtype,
+            deepstack_rows=self.deepstack_rows,
+            blocks=self.blocks,
+        )

@@ -1,0 +1,63 @@
+"""The data plane as the protocol's shell sees it: registered memory, and one-sided writes to a peer's session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from embedding_relay.protocol.errors import RelayError
+
+
+class TransferError(RelayError):
+    """A write was not confirmed. It may still land, whole or in part: see `Link.renew` and `Link.is_quiet`."""
+
+
+class Region(NamedTuple):
+    """Memory of ours that the engine may read from or write to."""
+
+    pointer: int
+    length: int
+
+
+class Entry(NamedTuple):
+    """One contiguous copy: from an address here to an address there."""
+
+    source: int
+    destination: int
+    length: int
+
+
+class Link(Protocol):
+    """Writes to one peer session. Used by one thread at a time, and independent of every other link."""
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Return when every byte is in the peer's memory; raise `TransferError` when that is not certain.
+
+        At most `plan.BATCH_LIMIT` entries.
+        """
+
+    def renew(self) -> None:
+        """After a failed write: stop sending what is left of it, and make the link usable again."""
+
+    def is_quiet(self) -> bool:
+        """Whether it is proven that nothing written before the last `renew` can still land at the peer."""
+
+    def close(self) -> None: ...
+
+
+class DataPlane(Protocol):
+    """One per process side. `start` and `close` open and close everything; links outlive neither."""
+
+    renewals: int
+    """How often a link was renewed."""
+
+    @property
+    def session_id(self) -> str:
+        """The name under which peers write to the registered memory; known after `start`."""
+
+    def start(self, regions: Sequence[Region]) -> None:
+        """Register `regions` once, for as long as this lives."""
+
+    def link(self, session_id: str) -> Link: ...
+
+    def close(self) -> None: ...

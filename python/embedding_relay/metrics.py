@@ -1,0 +1,203 @@
+"""The Prometheus metrics of an instance, served beside SGLang's own when it runs with --enable-metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from embedding_relay.observer import Summary
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+PREFIX: Final = "sglang:embedding_relay_"
+
+ENCODE: Final = "encode"
+LANGUAGE: Final = "language"
+BOTH: Final = (ENCODE, LANGUAGE)
+
+
+class Metric(NamedTuple):
+    """`source` is the name of a number that the observer hears, or a field of the summary of a request.
+
+    A counter with a label of its own has many sources: whoever increments it looks it up by this one.
+    """
+
+    kind: str
+    name: str
+    source: str
+    about: str
+    modes: tuple[str, ...] = BOTH
+    label: str = ""
+    buckets: tuple[float, ...] = ()
+
+
+def _gauge(name: str, source: str, about: str, *modes: str) -> Metric:
+    return Metric("gauge", name, source, about, modes or BOTH)
+
+
+def _counter(name: str, source: str, about: str, *modes: str, label: str = "") -> Metric:
+    return Metric("counter", name, source, about, modes or BOTH, label)
+
+
+def _histogram(name: str, source: str, about: str, buckets: tuple[float, ...]) -> Metric:
+    return Metric("histogram", name, source, about, buckets=buckets)
+
+
+_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_ROWS: Final = tuple(float(2**power) for power in range(6, 18))
+_ROUNDS: Final = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+_BYTES: Final = tuple(float(4**power) for power in range(7, 17))
+
+REQUESTS: Final = _counter(
+    "requests_total",
+    "requests by status code",
+    "Requests that ended, by the status code that they ended with; 200 is a success.",
+    label="status_code",
+)
+EVENTS: Final = _counter(
+    "events_total", "events by name", "What a healthy pair rarely meets, by name: see below.", label="event"
+)
+
+METRICS: Final = (
+    _gauge("pool_blocks", "blocks", "Blocks of the pool."),
+    _gauge("free_blocks", "blocks_free", "Blocks that nobody has."),
+    _gauge("leased_blocks", "blocks_leased", "Blocks that rooms have."),
+    _gauge(
+        "quarantined_blocks",
+        "blocks_quarantined",
+        "Blocks of failed rooms that a write may still reach; nobody gets them before the proof that none will.",
+    ),
+    _gauge("rooms", "rooms", "Rooms that the transfer has and that have not ended."),
+    _gauge("waiting_rooms", "waiting_for_blocks", "Rooms that wait, in order, for their first block."),
+    _gauge("quarantined_rooms", "quarantined_rooms", "Failed rooms whose blocks are in quarantine.", LANGUAGE),
+    _gauge("overdue_rooms", "quarantine_overdue", "Those of them that have waited too long for the proof.", LANGUAGE),
+    _gauge("remembered_rooms", "remembered", "Rooms that are over; each is remembered for a while, then forgotten."),
+    _gauge("followed_rooms", "followed", "Rooms whose end the scheduler waits for."),
+    _gauge("open_requests", "tallies", "Requests that the transfer has been given and that have not ended.", ENCODE),
+    _gauge("open_requests", "arrivals", "Requests that the transfer has been given and that have not ended.", LANGUAGE),
+    _gauge("parked_requests", "parked", "Requests that the scheduler keeps aside until their transfer has ended."),
+    _gauge("shared_rooms", "shared", "Rooms whose rows are kept for further samples of one request.", LANGUAGE),
+    _gauge("transfers", "transfers", "Chunks that are being written.", ENCODE),
+    _gauge("source_rooms", "sources", "Rooms whose encoded rows are kept until they are written.", ENCODE),
+    _gauge("unquiet_rooms", "unquiet", "Rooms of which a failed write may still land at the other side.", ENCODE),
+    _gauge("unexpected_rooms", "unexpected", "Rooms that are asked for and whose request has not come yet.", ENCODE),
+    _gauge("sessions", "sessions", "Language ranks that are registered.", ENCODE),
+    _gauge("contested_sessions", "contenders", "Those of them that somebody else claims to be.", ENCODE),
+    _gauge("workers", "workers", "Transfer workers: a thread and an engine for each rank written to.", ENCODE),
+    _gauge("peers", "peers", "Encode instances that are known.", LANGUAGE),
+    _gauge("connections", "connections", "Control connections to the other side that are open."),
+    REQUESTS,
+    _counter("chunks_total", "rounds_total", "Chunks that were written (encode) or copied out (language)."),
+    _counter("resumes_total", "resumes_total", "Offers of more room, after the first one of a request.", LANGUAGE),
+    _counter("rows_total", "rows_total", "Token rows in those chunks."),
+    _counter("bytes_total", "bytes_total", "Bytes in those chunks."),
+    EVENTS,
+    _histogram(
+        "wait_seconds",
+        "wait_s",
+        "How long a request waited for its first receive blocks (language) or for the vision tower (encode).",
+        _SECONDS,
+    ),
+    _histogram("transfer_seconds", "transfer_s", "From there to its last row.", _SECONDS),
+    _histogram("request_rounds", "rounds", "Chunks of a request.", _ROUNDS),
+    _histogram("request_rows", "rows", "Token rows of a request.", _ROWS),
+    _histogram("request_bytes", "bytes", "Bytes of a request.", _BYTES),
+)
+
+EVENTS_BY_NAME: Final = {
+    "undecodable_total": "a control message was no message of this protocol",
+    "refused_clients_total": "a client with another key was refused at the control port (see security.md)",
+    "engines_renewed_total": "an engine was thrown away after a failed write, and made anew",
+    "handshake_refused": "a language rank registered whose block size, types or version do not fit",
+    "registration_refused": "there were too many sessions, or one was claimed that may be alive",
+    "session_displaced": "an idle session was forgotten for a new one, and must register again",
+    "message_for_unknown_room": "a message was about a room that is not, or not yet, under way",
+    "status_stale": "a report said nothing new",
+    "ack_ignored": "an abort was acknowledged that was never sent",
+    "abort_ignored": "a room was aborted by a rank that is not part of it",
+    "submit_repeated": "rows were handed to the transfer twice",
+    "queued_repeated": "a room that is known to wait for blocks was announced again, or too late",
+    "init_repeated": "a first offer came again",
+    "resume_ignored": "a resume came again, or did not continue where its room is",
+    "offer_for_ended_room": "room was offered to a request that is over",
+    "offer_turned_away": "room was offered by a rank that is not registered, or not part of the room",
+}
+
+_FAILURE: Final = re.compile(r"failed_(\d+)")
+
+
+class RelayMetrics:
+    """An observer. prometheus_client is imported here and not before: SGLang first says where its files go."""
+
+    def __init__(self, mode: str, labels: Mapping[str, Any], registry: CollectorRegistry | None = None) -> None:
+        import prometheus_client as prometheus
+
+        self._labels = {**labels, "mode": mode}
+        self._gauges: dict[str, prometheus.Gauge] = {}
+        self._counters: dict[str, prometheus.Counter] = {}
+        self._histograms: dict[str, prometheus.Histogram] = {}
+        self._seen: dict[str, float] = {}
+        where = registry or prometheus.REGISTRY
+        for metric in METRICS:
+            if mode not in metric.modes:
+                continue
+            names = [*self._labels, *([metric.label] if metric.label else [])]
+            about = (PREFIX + metric.name, metric.about, names)
+            match metric.kind:
+                case "gauge":
+                    gauge = prometheus.Gauge(*about, registry=where, multiprocess_mode="mostrecent")
+                    self._gauges[metric.source] = gauge.labels(**self._labels)
+                case "counter":
+                    counter = prometheus.Counter(*about, registry=where)
+                    self._counters[metric.source] = counter if metric.label else counter.labels(**self._labels)
+                case "histogram":
+                    histogram = prometheus.Histogram(*about, registry=where, buckets=metric.buckets)
+                    self._histograms[metric.source] = histogram.labels(**self._labels)
+
+    def counted(self, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            if (gauge := self._gauges.get(name)) is not None:
+                gauge.set(number)
+            elif (counter := self._counter(name)) is not None and number > self._seen.get(name, 0):
+                counter.inc(number - self._seen.get(name, 0))
+                self._seen[name] = number
+
+    def succeeded(self, summary: Summary) -> None:
+        self._ended(200).inc()
+        for field, histogram in self._histograms.items():
+            histogram.observe(getattr(summary, field))
+
+    def parked(self, tables: Mapping[str, int]) -> None:
+        for name, size in tables.items():
+            self._gauges[name].set(size)
+
+    def _counter(self, name: str) -> Any:
+        """None for a number that is no metric."""
+        if failed := _FAILURE.fullmatch(name):
+            return self._ended(int(failed[1]))
+        if name in EVENTS_BY_NAME:
+            return self._counters[EVENTS.source].labels(**self._labels, event=name.removesuffix("_total"))
+        return self._counters.get(name)
+
+    def _ended(self, code: int) -> Any:
+        return self._counters[REQUESTS.source].labels(**self._labels, status_code=code)
+
+
+# ---- the page about them
+
+
+def page_tables() -> str:
+    """The tables of docs/metrics.md."""
+    lines = ["| metric | kind | where | what it is |", "| --- | --- | --- | --- |"]
+    rows: dict[str, tuple[Metric, set[str]]] = {}
+    for metric in METRICS:
+        rows.setdefault(metric.name, (metric, set()))[1].update(metric.modes)
+    for metric, modes in rows.values():
+        kind = f"{metric.kind} by `{metric.label}`" if metric.label else metric.kind
+        where = "both" if modes == set(BOTH) else " and ".join(sorted(modes))
+        lines.append(f"| `{PREFIX}{metric.name}` | {kind} | {where} | {metric.about} |")
+    lines += ["", "| event | what happened |", "| --- | --- |"]
+    lines += [f"| `{name.removesuffix('_total')}` | {about} |" for name, about in EVENTS_BY_NAME.items()]
+    return "\n".join(lines) + "\n"

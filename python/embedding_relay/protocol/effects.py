@@ -1,0 +1,118 @@
+"""What the two sides of the protocol ask their shell to do. Data only: the shell owns sockets, threads and memory."""
+
+from __future__ import annotations
+
+import msgspec
+
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.messages import Address, ToEncode, ToLanguage
+from embedding_relay.protocol.status import Status
+
+# ---- both sides
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Put this message on the wire, in order with everything else sent to the same address."""
+
+    to: Address
+    message: ToEncode | ToLanguage
+    courtesy: bool = False
+    """To somebody who has no request under way here. Anybody can ask for many of these, at invented addresses."""
+
+
+class StatusChanged(msgspec.Struct, frozen=True):
+    """The room moved; the shell publishes it for `poll()`."""
+
+    room: int
+    status: Status
+    failure: Failure | None = None
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Something that an operator should find in the log."""
+
+    text: str
+
+
+# ---- encode side
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Rows `[first_row, first_row + rows)` of a room, in `blocks` of our own pool, row `first_row` at offset 0.
+
+    `stage` says that the rows are not there yet: copy them from the room's source before the write.
+    """
+
+    first_row: int
+    rows: int
+    blocks: tuple[int, ...]
+    stage: bool
+
+
+class ChunkDestination(msgspec.Struct, frozen=True):
+    """Rows `[start_row, stop_row)` go into `blocks` of this session, row `first_row` of the room at offset 0."""
+
+    session_id: str
+    blocks: tuple[int, ...]
+    first_row: int
+    start_row: int
+    stop_row: int
+    with_aux: bool
+
+
+class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
+    """One unit of work of a transfer worker; the shell answers with `EncodeSide.transferred`."""
+
+    room: int
+    transfer_id: int
+    window: Window
+    destinations: tuple[ChunkDestination, ...]
+
+
+class DropRows(msgspec.Struct, frozen=True):
+    """The room is over and no write of it is under way: let go of its source rows."""
+
+    room: int
+
+
+class ProveGone(msgspec.Struct, frozen=True):
+    """Somebody else claims this session: answer with `proven`, whether the process at `address` is known to be gone."""
+
+    session_id: str
+    address: Address
+
+
+EncodeEffect = Send | StatusChanged | Note | TransferEmbeddingChunk | DropRows | ProveGone
+
+# ---- language side
+
+
+class Resolve(msgspec.Struct, frozen=True):
+    """Ask the bootstrap registry at `peer` (`host:port`); answer with `peer_resolved` or `peer_unreachable`."""
+
+    peer: str
+
+
+class CopyOut(msgspec.Struct, frozen=True):
+    """Rows landed: copy up to `capacity` of them, from row `first_row` on, out of `blocks`; answer with `copied`.
+
+    When `first_row` is 0 the true length is in the aux row of `blocks[0]`, and the room's tensor is made from it. A
+    length that is not in `1..max_rows` came from nobody we trust: allocate nothing, and answer with 0 rows.
+    """
+
+    room: int
+    blocks: tuple[int, ...]
+    first_row: int
+    capacity: int
+    max_rows: int
+
+
+class Deliver(msgspec.Struct, frozen=True):
+    """Every row of the room is in its tensor."""
+
+    room: int
+    rows: int
+    rounds: int
+
+
+LanguageEffect = Send | StatusChanged | Note | Resolve | CopyOut | Deliver

@@ -1,0 +1,168 @@
+"""The encode instances that a language rank knows, by the address of their bootstrap registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable
+from typing import Final
+
+from embedding_relay.protocol.effects import LanguageEffect, Resolve
+from embedding_relay.protocol.messages import Abort, Address
+from embedding_relay.protocol.timing import Alarms, Timing
+
+# The other halves of the rest run into their deadline.
+_MAX_UNTOLD: Final = 10_000
+
+
+class Vigil(enum.Enum):
+    NOTHING = enum.auto()
+    PING = enum.auto()
+    LOST = enum.auto()
+    """It has left too many pings unanswered."""
+    SEARCH = enum.auto()
+    """It was lost, and blocks are in quarantine for it: a new instance in its place would be proof that it is dead."""
+
+
+@dataclasses.dataclass
+class Peer:
+    """`address` is None until the registry has answered, and again when the instance has fallen silent."""
+
+    name: str
+    address: Address | None = None
+    instance: str = ""
+    registered_with: tuple[Address, str] | None = None
+    looking: bool = False
+    """A lookup is under way; all requests share it."""
+    heard: float = 0.0
+    unanswered: int = 0
+    """Pings since its last word."""
+    queued: set[int] = dataclasses.field(default_factory=set)
+    announced: set[int] = dataclasses.field(default_factory=set)
+    """Those of the queued rooms that this instance has been told of."""
+    under_way: set[int] = dataclasses.field(default_factory=set)
+    """Rooms whose init was sent, until no write of them can land any more."""
+    untold: list[Abort] = dataclasses.field(default_factory=list)
+    """Rooms that ended while the lookup was under way: their other halves need not wait for them."""
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.queued or self.under_way)
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self.announced or self.under_way)
+
+    def hear(self, now: float) -> None:
+        self.heard, self.unanswered = now, 0
+
+    @property
+    def is_registered(self) -> bool:
+        return self.address is not None and self.registered_with == (self.address, self.instance)
+
+    def note_registered(self) -> None:
+        if self.address is not None:
+            self.registered_with = (self.address, self.instance)
+
+    def tell_later(self, abort: Abort) -> None:
+        if self.looking and len(self.untold) < _MAX_UNTOLD:
+            self.untold.append(abort)
+
+    def pop_untold(self) -> list[Abort]:
+        untold, self.untold = self.untold, []
+        return untold
+
+    def lose(self) -> None:
+        """Ask the registry again before anything more is sent there. The instance stays known, to tell a new one."""
+        self.address = self.registered_with = None
+        self.announced.clear()
+
+
+class Peers:
+    """The table of them. Lookups are shared; an alarm under the peer's name keeps watch over each."""
+
+    def __init__(self, timing: Timing, alarms: Alarms[int | str]) -> None:
+        self._timing = timing
+        self._alarms = alarms
+        self._peers: dict[str, Peer] = {}
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __getitem__(self, name: str) -> Peer:
+        return self._peers[name]
+
+    def get(self, name: str) -> Peer | None:
+        return self._peers.get(name)
+
+    def known_as(self, instance: str) -> list[Peer]:
+        return [peer for peer in self._peers.values() if peer.instance == instance]
+
+    def for_new_room(self, name: str, now: float) -> Peer:
+        peer = self._peers.setdefault(name, Peer(name))
+        if not peer.is_watched and now - peer.heard > self._timing.silence:
+            peer.address = None  # nobody has watched it: it may have been restarted
+        return peer
+
+    def look_up(self, peer: Peer) -> list[LanguageEffect]:
+        if peer.looking:
+            return []
+        peer.looking = True
+        return [Resolve(peer.name)]
+
+    def resolved(self, peer: Peer, address: Address, instance: str, now: float) -> None:
+        peer.looking = False
+        if (peer.address, peer.instance) != (address, instance):
+            peer.announced.clear()
+        peer.address, peer.instance = address, instance
+        peer.hear(now)
+        self._watch(peer, now)
+
+    def announce(self, peer: Peer, rooms: Iterable[int], now: float) -> None:
+        self._begin_watch(peer, now)
+        peer.announced.update(rooms)
+
+    def begin(self, peer: Peer, room: int, now: float) -> None:
+        self._begin_watch(peer, now)
+        peer.queued.discard(room)
+        peer.announced.discard(room)
+        peer.under_way.add(room)
+
+    def end(self, peer: Peer, room: int) -> None:
+        peer.queued.discard(room)
+        peer.announced.discard(room)
+        peer.under_way.discard(room)
+        self.forget_if_useless(peer)
+
+    def forget_if_useless(self, peer: Peer) -> None:
+        if peer.is_idle and peer.address is None and not peer.looking:
+            self._peers.pop(peer.name, None)
+            self._alarms.cancel(peer.name)
+
+    def alarm(self, peer: Peer, now: float) -> Vigil:
+        """What the watch over a peer comes to, and the time of the next look."""
+        if peer.under_way and peer.address is None:
+            self._alarms.set(peer.name, now + self._timing.silence)
+            return Vigil.SEARCH
+        if peer.is_watched:
+            self._watch(peer, now)
+            if peer.unanswered >= self._timing.heartbeat_max_failures:
+                return Vigil.LOST
+            peer.unanswered += 1
+            return Vigil.PING
+        if peer.queued or now < peer.heard + self._timing.forget_session:
+            self._alarms.set(peer.name, max(peer.heard, now) + self._timing.forget_session)
+            return Vigil.NOTHING
+        peer.lose()
+        self.forget_if_useless(peer)
+        return Vigil.NOTHING
+
+    def _begin_watch(self, peer: Peer, now: float) -> None:
+        """A message about a room is going there: from here on the peer's silence counts."""
+        if not peer.is_watched:
+            peer.hear(now)
+            self._alarms.set(peer.name, now + self._timing.heartbeat_interval)
+
+    def _watch(self, peer: Peer, now: float) -> None:
+        patience = self._timing.heartbeat_interval if peer.is_watched else self._timing.forget_session
+        self._alarms.set(peer.name, now + patience)

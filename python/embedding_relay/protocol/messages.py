@@ -1,0 +1,138 @@
+"""Immutable messages of the control plane; `codec.py` turns them into frames and back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.status import Status
+
+PROTOCOL_VERSION = 1
+
+MAX_BLOCKS: Final = 1 << 20
+MAX_COLUMNS: Final = 32
+
+# ZMQ takes a text apart when it connects: with `;` in it, a stranger would choose where our connections come from.
+HOST: Final = r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,255}|:[0-9A-Fa-f:.]{1,45}"
+
+# What a stranger may write: numbers that 64 bits hold, and words that a log line can quote.
+Host = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{HOST})\Z")]
+Word = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+_Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+_Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
+
+
+class Address(msgspec.Struct, frozen=True, order=True):
+    """Where a rank listens for control messages."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Handshake(msgspec.Struct, frozen=True):
+    """What two instances must agree on before a byte may move. `blocks` bounds the indices; it need not be equal."""
+
+    version: _Count
+    block_size: _Size
+    item_lens: _Sizes
+    dtype: Word
+    deepstack_rows: _Count
+    blocks: _Blocks
+
+
+class Register(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: who I am, where my buffers are, what they look like."""
+
+    address: Address
+    session_id: str
+    buffer_pointers: tuple[int, ...]
+    handshake: Handshake
+
+
+class TransferEmbeddingInfo(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: room for rows. `sent_tokens > 0` is what makes it a resume instead of an init."""
+
+    room: int
+    endpoint: str
+    dst_port: int
+    mooncake_session_id: str
+    dst_embedding_indices: tuple[int, ...]
+    required_dst_info_num: int
+    sent_tokens: int = 0
+    allocated_tokens: int = 0
+
+    @property
+    def is_resume(self) -> bool:
+        return self.sent_tokens > 0
+
+    @property
+    def address(self) -> Address:
+        return Address(self.endpoint, self.dst_port)
+
+    @property
+    def session_id(self) -> str:
+        return self.mooncake_session_id
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: this room has arrived here, and waits for its first blocks."""
+
+    room: int
+    address: Address
+    session_id: str
+
+
+class Abort(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: write no more rows of this room, and tell me when that is certain.
+
+    `failure` says why, so that both halves of the request end with the same class of status.
+    """
+
+    room: int
+    address: Address
+    session_id: str
+    failure: Failure | None = None
+
+
+class Ping(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank, while rooms are under way: are you there? It also keeps the session alive.
+
+    `instance` is who the sender believes to be there, because the answer carries no other return address.
+    """
+
+    address: Address
+    session_id: str
+    instance: str
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    """Encode rank -> language rank. `rows` (sent so far) tells a repeated `Transferring` from the next one."""
+
+    room: int
+    status: Status
+    rows: int | None = None
+    failure: Failure | None = None
+
+
+class AbortAck(msgspec.Struct, frozen=True):
+    """Encode rank -> language rank: no write for this room is under way, and none will start."""
+
+    room: int
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """Encode rank -> language rank: the answer to `Ping`. If `instance` is not who was `asked`, that one is dead."""
+
+    instance: str
+    asked: str
+
+
+ToEncode = Register | Queued | TransferEmbeddingInfo | Abort | Ping
+ToLanguage = StatusReport | AbortAck | Pong

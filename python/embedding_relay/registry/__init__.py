@@ -1,0 +1,1 @@
+"""The bootstrap registry: encode ranks say where they listen, language ranks ask."""

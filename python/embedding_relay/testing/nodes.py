@@ -1,0 +1,277 @@
+"""One rank of either side: a core, its memory, and the work that waits until the test lets it happen."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from embedding_relay.memory.plane import Entry, TransferError
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.effects import (
+    ChunkDestination,
+    CopyOut,
+    Deliver,
+    DropRows,
+    EncodeEffect,
+    LanguageEffect,
+    ProveGone,
+    Resolve,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
+from embedding_relay.protocol.encode.side import EncodeSide
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.language.side import LanguageSide
+from embedding_relay.protocol.messages import (
+    Address,
+    Handshake,
+    Register,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.plan import batches, plan_chunk
+from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
+from embedding_relay.testing.plane import Clock, MemoryDataPlane, MemoryFabric
+from embedding_relay.testing.watch import AUX, COLUMNS, MAX_ROWS, Journal, Memory, Truth, Violation
+
+
+class Surroundings(Protocol):
+    """What a node knows of the world that it is in."""
+
+    block_size: int
+    ranks: int
+    timing: Timing
+    clock: Clock
+    fabric: MemoryFabric
+    truths: dict[int, Truth]
+    unreachable: set[str]
+    encodes: dict[str, EncodeNode]
+
+    def handshake(self, blocks: int) -> Handshake: ...
+
+    def post(self, sender: str, send: Send) -> None: ...
+
+    def is_refused(self, address: Address) -> bool: ...
+
+    def make_encode_side(self, **arguments: Any) -> EncodeSide: ...
+
+    def make_language_side(self, **arguments: Any) -> LanguageSide: ...
+
+
+class EncodeNode:
+    """An encode instance: its core, its memory, and the work that waits for a test to let it happen."""
+
+    def __init__(self, world: Surroundings, name: str, address: Address, instance: str, blocks: int) -> None:
+        self.world = world
+        self.name = name
+        self.address = address
+        self.instance = instance
+        self.pool = BlockPool(blocks)
+        self.memory = Memory(world.block_size, blocks)
+        self.plane = MemoryDataPlane(world.fabric, f"{instance}:1")
+        self.plane.start(self.memory.regions())
+        self.core = world.make_encode_side(
+            handshake=world.handshake(blocks), instance=instance, pool=self.pool, timing=world.timing
+        )
+        self.journal = Journal(instance)
+        self.towers: list[int] = []
+        self.jobs: list[tuple[TransferEmbeddingChunk, dict[str, Register | None]]] = []
+        self.sources: dict[int, Truth] = {}
+        self.failed_sessions: set[str] = set()
+        self.doubts: list[ProveGone] = []
+
+    def run(self, effects: Sequence[EncodeEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.world.post(self.instance, effect)
+            elif isinstance(effect, StatusChanged):
+                self.journal.note(effect)
+                if effect.status is Status.WAITING_FOR_INPUT:
+                    self.towers.append(effect.room)
+            elif isinstance(effect, TransferEmbeddingChunk):
+                self.jobs.append((effect, {d.session_id: self.core.session(d.session_id) for d in effect.destinations}))
+            elif isinstance(effect, ProveGone):
+                self.doubts.append(effect)
+            elif isinstance(effect, DropRows):
+                self.sources.pop(effect.room, None)
+                if any(chunk.room == effect.room for chunk, _ in self.jobs):
+                    raise Violation(f"rows of room {effect.room} are dropped while they are being written")
+
+    def expect(self, room: int) -> None:
+        self.journal.begin(room)
+        self.run(self.core.expect(room, self.world.clock.now))
+
+    def refuse(self, room: int, failure: Failure) -> None:
+        self.run(self.core.refuse(room, failure, self.world.clock.now))
+
+    def run_tower(self, index: int = 0) -> None:
+        room = self.towers.pop(index)
+        truth = self.world.truths[room]
+        self.sources.setdefault(room, truth)
+        self.run(self.core.submit(room, truth.total, self.world.clock.now))
+
+    def write(self, index: int = 0) -> None:
+        """Do one chunk, to all of its destinations, and report."""
+        chunk, registers = self.jobs.pop(index)
+        if chunk.window.stage:
+            self._stage(chunk)
+        errors: dict[str, str] = {}
+        for destination in chunk.destinations:
+            register = registers[destination.session_id]
+            try:
+                if register is None:
+                    raise TransferError("the session is gone")
+                if self.world.is_refused(register.address):
+                    raise TransferError("another process has the session, and its engine knows other memory")
+                self._write(chunk, destination, register)
+            except TransferError as error:
+                errors[destination.session_id] = str(error)
+        self.run(self.core.transferred(chunk.room, chunk.transfer_id, errors, self.world.clock.now))
+        self.failed_sessions.update(errors)
+
+    def _stage(self, chunk: TransferEmbeddingChunk) -> None:
+        window, truth = chunk.window, self.sources[chunk.room]
+        if any(self.pool.owner_of(block) != chunk.room for block in window.blocks):
+            raise Violation(f"S2: room {chunk.room} stages rows in blocks that are not its own")
+        for index, column in enumerate(COLUMNS):
+            memory, content = self.memory.columns[index], truth.columns[index]
+            if column.per_block:
+                at = window.blocks[0] * column.bytes_per_row
+                memory[at : at + column.bytes_per_row] = content
+                continue
+            for here, there, length in self.memory.slices(column, window.blocks, window.first_row, window.rows):
+                memory[here : here + length] = content[there : there + length]
+
+    def _write(self, chunk: TransferEmbeddingChunk, destination: ChunkDestination, register: Register) -> None:
+        runs = self.sources[chunk.room].media_runs
+        ranges = plan_chunk(COLUMNS, self.world.block_size, chunk.window, destination, runs)
+        link = self.plane.link(destination.session_id)
+        self.world.fabric.label = chunk.room
+        for r in ranges:
+            limit = register.handshake.item_lens[r.column] * register.handshake.blocks
+            if not (r.destination >= 0 and r.length > 0 and r.destination + r.length <= limit):
+                raise Violation(f"bounds: {r} of room {chunk.room} is outside of what {register.session_id} registered")
+        here, there = self.memory.pointers, register.buffer_pointers
+        for batch in batches(ranges):
+            link.write([Entry(here[r.column] + r.source, there[r.column] + r.destination, r.length) for r in batch])
+
+    def prove(self, index: int = 0) -> None:
+        """Is the process that had a session gone? Not if it is only out of reach."""
+        asked = self.doubts.pop(index)
+        is_gone = self.world.is_refused(asked.address)
+        self.run(self.core.proven(asked.session_id, asked.address, is_gone, self.world.clock.now))
+
+    def look_for_quiet(self) -> None:
+        """What the workers do after a failed write: tell the core once nothing of it can land any more."""
+        for session_id in sorted(self.failed_sessions):
+            if self.plane.link(session_id).is_quiet():
+                self.failed_sessions.discard(session_id)
+                self.run(self.core.session_quiet(session_id, self.world.clock.now))
+
+
+class LanguageNode:
+    """One language rank."""
+
+    def __init__(
+        self, world: Surroundings, address: Address, session_id: str, blocks: int, default: int | None
+    ) -> None:
+        self.world = world
+        self.address = address
+        self.pool = BlockPool(blocks)
+        self.memory = Memory(world.block_size, blocks)
+        self.plane = MemoryDataPlane(world.fabric, session_id)
+        self.plane.start(self.memory.regions())
+        register = Register(address, session_id, self.memory.pointers, world.handshake(blocks))
+        self.core = world.make_language_side(
+            register=register,
+            pool=self.pool,
+            default_tokens=default,
+            max_rows=MAX_ROWS,
+            ranks=world.ranks,
+            timing=world.timing,
+        )
+        self.journal = Journal(session_id)
+        self.copies: list[CopyOut] = []
+        self.lookups: list[str] = []
+        self.targets: dict[int, list[bytearray]] = {}
+        self.delivered: dict[int, Deliver] = {}
+        self.trusts_rows = True
+        """Off: somebody forges its peers' messages, so that what it delivers may be anything."""
+        self.offers: list[TransferEmbeddingInfo] = []
+        """Every init and resume that it sent, in order."""
+
+    def run(self, effects: Sequence[LanguageEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                if isinstance(effect.message, TransferEmbeddingInfo):
+                    self._check_offer(effect.message)
+                self.world.post(self.plane.session_id, effect)
+            elif isinstance(effect, StatusChanged):
+                self.journal.note(effect)
+            elif isinstance(effect, CopyOut):
+                self.copies.append(effect)
+            elif isinstance(effect, Resolve):
+                self.lookups.append(effect.peer)
+            elif isinstance(effect, Deliver):
+                self._check_delivery(effect)
+
+    def _check_offer(self, info: TransferEmbeddingInfo) -> None:
+        before = next((offer for offer in reversed(self.offers) if offer.room == info.room), None)
+        self.offers.append(info)
+        if before is not None and len(info.dst_embedding_indices) > len(before.dst_embedding_indices):
+            sizes = self.core.sizes()
+            if sizes["waiting_for_blocks"] or not sizes["blocks_free"]:
+                raise Violation(f"L2: room {info.room} grows at the expense of others: {sizes}")
+        if any(self.pool.owner_of(block) != info.room for block in info.dst_embedding_indices):
+            raise Violation(f"S2: room {info.room} offers blocks that are not its own")
+
+    def _check_delivery(self, effect: Deliver) -> None:
+        if effect.room in self.delivered:
+            raise Violation(f"S1: room {effect.room} is delivered twice")
+        self.delivered[effect.room] = effect
+        if not self.trusts_rows:
+            return
+        truth = self.world.truths[effect.room]
+        problem = truth.differs([bytes(column) for column in self.targets.pop(effect.room)])
+        if problem or effect.rows != truth.total:
+            raise Violation(f"S1: room {effect.room} ({effect.rows} of {truth.total} rows): {problem}")
+
+    def request(self, room: int, peer: str, hint_rows: int | None = None) -> None:
+        self.journal.begin(room)
+        self.run(self.core.request(room, peer, self.world.clock.now, hint_rows=hint_rows))
+
+    def cancel(self, room: int) -> None:
+        self.run(self.core.cancel(room, self.world.clock.now))
+
+    def copy(self, index: int = 0) -> None:
+        effect = self.copies.pop(index)
+        if any(self.pool.owner_of(block) != effect.room for block in effect.blocks):
+            raise Violation(f"S2: room {effect.room} reads blocks that are not its own")
+        now = self.world.clock.now
+        aux = COLUMNS[AUX].bytes_per_row
+        if effect.first_row == 0:
+            at = effect.blocks[0] * aux
+            (total,) = struct.unpack("<q", self.memory.columns[AUX][at : at + aux])
+            if not 1 <= total <= effect.max_rows:
+                self.run(self.core.copied(effect.room, 0, total, now))
+                return
+            self.targets[effect.room] = [bytearray(total * column.bytes_per_row) for column in COLUMNS]
+        total = len(self.targets[effect.room][AUX]) // aux
+        rows = min(effect.capacity, total - effect.first_row)
+        for index, column in enumerate(COLUMNS):
+            if not column.per_block:
+                for here, there, length in self.memory.slices(column, effect.blocks, effect.first_row, rows):
+                    part = self.memory.columns[index][here : here + length]
+                    self.targets[effect.room][index][there : there + length] = part
+        self.run(self.core.copied(effect.room, rows, total, now))
+
+    def look_up(self, index: int = 0) -> None:
+        peer = self.lookups.pop(index)
+        node = self.world.encodes.get(peer)
+        now = self.world.clock.now
+        if node is None or peer in self.world.unreachable:
+            self.run(self.core.peer_unreachable(peer, "connection refused", now))
+        else:
+            self.run(self.core.peer_resolved(peer, node.address, node.instance, now))

@@ -1,0 +1,1 @@
+"""The `sglang-relay` command: demo, local servers, tiny models."""

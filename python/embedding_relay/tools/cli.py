@@ -1,0 +1,116 @@
+"""The `sglang-relay` command. Each subcommand imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedding_relay.batch.arguments import add_batch_command
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglang-relay", description="Tools of sglang-embedding-relay: encode/language disaggregation for SGLang."
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    tiny = commands.add_parser(
+        "tiny-model",
+        help="write a tiny vision-language model with random weights",
+        description="Write a vision-language model of a few megabytes: a real architecture and processor, random "
+        "weights, meaningless text. Needs no download and no accelerator. Equal arguments give equal files.",
+    )
+    tiny.add_argument("out", type=Path, metavar="OUT", help="directory to write the model to")
+    tiny.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="architecture (default: %(default)s)")
+    tiny.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
+    tiny.set_defaults(run=_tiny_model)
+
+    secret = commands.add_parser(
+        "make-secret",
+        help="write a new secret for the instances of one deployment",
+        description="Write a new secret to FILE, readable by you only. Every instance of a deployment gets a copy, and "
+        "SGLANG_EMBEDDING_SECRET_FILE tells it where. A FILE that exists is not replaced.",
+    )
+    secret.add_argument("file", type=Path, metavar="FILE", help="where to write it")
+    secret.set_defaults(run=_make_secret)
+
+    demo = commands.add_parser(
+        "demo",
+        help="start everything on this machine and watch one long picture cross over",
+        description="Start an encode instance, a language instance and the router on this machine, ask one question "
+        "about a picture too long for one transfer, say what crossed over, and stop everything again.",
+    )
+    add_demo_arguments(demo)
+    demo.set_defaults(run=_demo)
+    add_batch_command(commands)
+    return parser
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--family", choices=FAMILIES, default=FAMILIES[0], help="tiny model to use (default: %(default)s)"
+    )
+    parser.add_argument("--model", type=Path, metavar="PATH", help="a model of yours instead of a tiny one")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="a picture of yours instead of coloured squares")
+    parser.add_argument("--prompt", default="What is in this picture?", help="the question (default: %(default)s)")
+    parser.add_argument(
+        "--default-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="token rows the language instance has room for: the fewer, the more rounds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=16, metavar="N", help="length of the answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "accelerator"), default="auto", help="where to run (default: %(default)s)"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the servers running until Ctrl-C")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _tiny_model(arguments: argparse.Namespace) -> int:
+    from embedding_relay.tools import tiny_model
+
+    tiny_model.make(arguments.out, arguments.family, arguments.seed)
+    print(arguments.out)
+    return 0
+
+
+def _make_secret(arguments: argparse.Namespace) -> int:
+    from embedding_relay import keys
+
+    try:
+        keys.make_secret(arguments.file)
+    except OSError as error:
+        print(f"sglang-relay make-secret: {arguments.file}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(arguments.file)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from embedding_relay.tools import demo
+
+    return demo.run(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`sglang-relay demo`: encode instance, language instance and router on this machine, and one long picture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools.chat_client import Answer, ask, data_uri, picture
+from embedding_relay.tools.local_cluster import LocalCluster, Options
+from embedding_relay.tools.local_process import LocalProcess, ProcessFailed
+
+# About a thousand tokens for the tiny models: many rounds, and a few seconds of their vision tower on two cores.
+PICTURE_SIDE = 896
+BLOCK_SIZE = 16
+REPORT = re.compile(
+    r"relay(?:-encode)? room=(?P<room>\d+) status=Success rows=(?P<rows>\d+) rounds=(?P<rounds>\d+) "
+    r"bytes=(?P<bytes>\d+) wait_ms=(?P<wait_ms>[\d.]+) transfer_ms=(?P<transfer_ms>[\d.]+)"
+)
+REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What an instance logged about one finished request.
+
+    `wait_ms` is the wait for free receive blocks (language side) or for the tower's rows (encode side).
+    `transfer_ms` is the rest of that side's time: on the encode side nothing but the rounds.
+    """
+
+    room: int
+    rows: int
+    rounds: int
+    bytes: int
+    wait_ms: float
+    transfer_ms: float
+
+
+def last_report(log: str) -> TransferReport | None:
+    found = None
+    for found in REPORT.finditer(log):  # noqa: B007  (the last one is wanted)
+        pass
+    if found is None:
+        return None
+    return TransferReport(
+        room=int(found["room"]),
+        rows=int(found["rows"]),
+        rounds=int(found["rounds"]),
+        bytes=int(found["bytes"]),
+        wait_ms=float(found["wait_ms"]),
+        transfer_ms=float(found["transfer_ms"]),
+    )
+
+
+class Reporter:
+    """Progress on the terminal: one line that counts the seconds, or a line per change where nobody watches."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._live = sys.stdout.isatty()
+        self._stages: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        clear = "\r\x1b[K" if self._live else ""
+        print(f"{clear}[{time.monotonic() - self._started:6.1f} s] {text}", flush=True)
+
+    def progress(self, name: str, stage: str, seconds: float) -> None:
+        changed = self._stages.get(name) != stage
+        self._stages[name] = stage
+        if stage in ("ready", "stopped"):
+            self.say(f"{name} {stage} after {seconds:.1f} s")
+        elif self._live:
+            busy = ", ".join(f"{who} {what}" for who, what in self._stages.items() if what in ("starting", "stopping"))
+            print(f"\r\x1b[K[{time.monotonic() - self._started:6.1f} s] {busy} ...", end="", flush=True)
+        elif changed:
+            self.say(f"{name} {stage}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if missing := _missing_packages():
+        print(f"sglang-relay demo: {missing}", file=sys.stderr)
+        return 2
+    # A service manager's stop is cleaned up after like a Ctrl-C.
+    # Both by name: a shell starts what it puts into the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, _exit_on_signal)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    reporter = Reporter()
+    logs = Path(tempfile.mkdtemp(prefix="sglang-relay-demo-"))
+    try:
+        _demonstrate(arguments, logs, reporter)
+    except ProcessFailed as failure:
+        reporter.say(f"failed: {failure}")
+        return 1
+    except DemoFailed as failure:
+        reporter.say(f"failed: {failure} (logs: {logs})")
+        return 1
+    except KeyboardInterrupt:
+        reporter.say("interrupted; everything is stopped")
+        shutil.rmtree(logs)
+        return 130
+    shutil.rmtree(logs)
+    return 0
+
+
+class DemoFailed(RuntimeError):
+    """The servers run, but what they did is not what the demo is to show."""
+
+
+def _missing_packages() -> str | None:
+    for module, extra in (("mooncake", "cpu (or cuda12, cuda13)"), ("sglang_router", "router")):
+        if importlib.util.find_spec(module) is None:
+            return f"the module {module} is missing: install the extra {extra} of sglang-embedding-relay"
+    return None
+
+
+def _exit_on_signal(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) -> None:
+    model = arguments.model
+    if model is None:
+        reporter.say(f"making a tiny {arguments.family} model (random weights: the answer means nothing)")
+        model = tiny_model.cached(arguments.family)
+    reporter.say(f"model: {model}")
+    blocks = max(1, -(-arguments.default_tokens // BLOCK_SIZE))
+    room = {
+        "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": str(BLOCK_SIZE),
+        "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": str(arguments.default_tokens),
+    }
+    cluster = local_cluster.relay(
+        Options(model=model, logs=logs, device=arguments.device, environ=room),
+        # No more blocks than the first offer: otherwise the second round would already take all the rest.
+        language_environ={"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(blocks)},
+        progress=reporter.progress,
+    )
+    reporter.say("starting an encode instance, a language instance and the router")
+    with cluster:
+        _show_answer(arguments, cluster, reporter)
+        if arguments.keep:
+            _keep(cluster, reporter)
+
+
+def _show_answer(arguments: argparse.Namespace, cluster: LocalCluster, reporter: Reporter) -> None:
+    if arguments.image is None:
+        image = picture(PICTURE_SIDE, PICTURE_SIDE)
+    else:
+        from PIL import Image
+
+        with Image.open(arguments.image) as opened:
+            image = opened.convert("RGB")
+    reporter.say(f"asking about a picture of {image.width} x {image.height} pixels: {arguments.prompt}")
+    answer = ask(cluster.url, [data_uri(image)], arguments.prompt, max_tokens=arguments.max_tokens)
+    if not answer.ok:
+        raise DemoFailed(f"status {answer.status}: {answer.body}")
+    language, encode = (_await_report(cluster[name]) for name in ("language", "encode"))
+    for line in summary(answer, language, encode, arguments.default_tokens):
+        reporter.say(line)
+
+
+def _await_report(member: LocalProcess) -> TransferReport:
+    """The answer may arrive before the log line is written."""
+    deadline = time.monotonic() + REPORT_SECONDS
+    while (report := last_report(member.log_text())) is None:
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"the {member.name} instance logged no finished transfer")
+        time.sleep(0.1)
+    return report
+
+
+def summary(answer: Answer, language: TransferReport, encode: TransferReport, default_tokens: int) -> list[str]:
+    total = answer.seconds * 1000
+    rest = max(0.0, total - language.wait_ms - encode.wait_ms - encode.transfer_ms)
+    return [
+        f"answer: {answer.text!r}",
+        f"{language.rows} token rows came over in {language.rounds} rounds ({language.bytes:,} bytes): "
+        f"there was room for {default_tokens} at a time",
+        f"{total:.0f} ms in all: {language.wait_ms:.0f} ms for receive blocks, {encode.wait_ms:.0f} ms for the vision "
+        f"tower, {encode.transfer_ms:.0f} ms for the rounds, {rest:.0f} ms for the rest (router, picture, text)",
+    ]
+
+
+def _keep(cluster: LocalCluster, reporter: Reporter) -> None:
+    reporter.say(f"the router listens at {cluster.url}/v1/chat/completions; Ctrl-C stops everything")
+    for member in cluster.members:
+        reporter.say(f"  {member.name}: {member.url}, log {member.log}, started with")
+        reporter.say(f"    {member.command_line()}")
+    while all(member.returncode() is None for member in cluster.members):
+        time.sleep(1)
+    ended = [member.name for member in cluster.members if member.returncode() is not None]
+    raise DemoFailed(f"ended on its own: {', '.join(ended)}")

@@ -1,0 +1,183 @@
+"""Servers of this machine as child processes: the recipes that the demo, the tests and the benchmark share."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from embedding_relay.cpu_platform import NAME as CPU_PLATFORM
+from embedding_relay.cpu_platform import find_accelerator
+from embedding_relay.tools.local_process import (
+    LocalProcess,
+    Progress,
+    free_ports,
+    silent,
+    stop_all,
+    wait_all_ready,
+)
+
+HOST = "127.0.0.1"
+
+CPU_ARGUMENTS = (
+    *("--device", "cpu"),
+    *("--attention-backend", "torch_native"),
+    *("--mm-attention-backend", "sdpa"),
+    *("--mem-fraction-static", "0.3"),
+    *("--max-total-tokens", "40000"),
+    "--disable-overlap-schedule",
+)
+# An idle scheduler would otherwise spin on one core, and the others of this machine need it.
+COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
+# The router's breaker counts an error against both servers of a pair, so a dead encode instance would shut out the
+# language instance as well. Health checks tell them apart; by default they take minutes. An instance that takes in a
+# burst of pictures is slow to answer them, and must not count as ill for that.
+ROUTER_ARGUMENTS = (
+    "--disable-circuit-breaker",
+    *("--health-check-interval-secs", "5"),
+    *("--health-failure-threshold", "2"),
+    *("--health-success-threshold", "1"),
+    *("--health-check-timeout-secs", "15"),
+)
+# Two servers share one accelerator.
+ACCELERATOR_ARGUMENTS = ("--mem-fraction-static", "0.3")
+
+# Threads that spin while they wait for each other are ten times slower once two servers share the cores.
+CPU_ENVIRON = {"SGLANG_PLATFORM": CPU_PLATFORM, "OMP_WAIT_POLICY": "PASSIVE"}
+COMMON_ENVIRON = {"HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one cluster's members have in common, and what each gets on top."""
+
+    model: Path
+    logs: Path
+    device: str = "auto"  # "cpu", "accelerator", or "auto": the accelerator if there is one
+    arguments: Sequence[str] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    def on_cpu(self) -> bool:
+        return self.device == "cpu" or (self.device == "auto" and find_accelerator() is None)
+
+
+def sglang_server(
+    name: str, options: Options, port: int, *arguments: str, environ: Mapping[str, str] | None = None
+) -> LocalProcess:
+    """A SGLang server in any mode; later arguments, and `environ`, win over the recipe's."""
+    cpu = options.on_cpu()
+    # The command that SGLang recommends; the one beside our interpreter, whatever the PATH says.
+    command = [str(Path(sys.executable).with_name("sglang")), "serve"]
+    command += ["--model-path", str(options.model), "--port", str(port)]
+    command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ACCELERATOR_ARGUMENTS), *options.arguments, *arguments]
+    merged = COMMON_ENVIRON | (CPU_ENVIRON if cpu else {}) | dict(options.environ) | dict(environ or {})
+    return LocalProcess(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)
+
+
+def router(
+    options: Options, port: int, prefill: Sequence[tuple[str, int]], decode: Sequence[str], *arguments: str
+) -> LocalProcess:
+    """SGLang's own router in its prefill/decode fan-out. `prefill`: URL and bootstrap port of each encode instance."""
+    (metrics_port,) = free_ports(1)
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    for url, bootstrap_port in prefill:
+        command += ["--prefill", url, str(bootstrap_port)]
+    for url in decode:
+        command += ["--decode", url]
+    command += ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics_port)]
+    # Its default waits three minutes for connections in flight before it ends.
+    command += ["--policy", "round_robin", "--shutdown-grace-period-secs", "3", "--worker-startup-check-interval", "1"]
+    command += [*ROUTER_ARGUMENTS, *arguments]
+    # Its /health is content before it knows a single server.
+    ready_path = "/readiness"
+    return LocalProcess("router", command, f"http://{HOST}:{port}", options.logs / "router.log", ready_path=ready_path)
+
+
+class LocalCluster:
+    """Members started in stages (those of one stage together) and stopped together. Ask at `url`."""
+
+    def __init__(self, url: str, stages: Sequence[Sequence[LocalProcess]], progress: Progress = silent) -> None:
+        self.url = url
+        self.stages = stages
+        self.progress = progress
+
+    @property
+    def members(self) -> list[LocalProcess]:
+        return [member for stage in self.stages for member in stage]
+
+    def __getitem__(self, name: str) -> LocalProcess:
+        return next(member for member in self.members if member.name == name)
+
+    def start(self, seconds: float = 300.0) -> None:
+        """Start everything and wait until all of it is ready; on any failure nothing is left running."""
+        deadline = time.monotonic() + seconds
+        try:
+            for stage in self.stages:
+                for member in stage:
+                    member.start()
+                wait_all_ready(stage, deadline - time.monotonic(), self.progress)
+        except BaseException:
+            self.stop(grace=0)
+            raise
+
+    def stop(self, grace: float = 30.0) -> None:
+        stop_all(self.members[::-1], grace, self.progress)
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def undivided(options: Options, progress: Progress = silent) -> LocalCluster:
+    """One ordinary server."""
+    (port,) = free_ports(1)
+    server = sglang_server("server", options, port)
+    return LocalCluster(server.url, [[server]], progress)
+
+
+def relay(
+    options: Options,
+    *,
+    encode_arguments: Sequence[str] = (),
+    language_arguments: Sequence[str] = (),
+    router_arguments: Sequence[str] = (),
+    encode_environ: Mapping[str, str] | None = None,
+    language_environ: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> LocalCluster:
+    """One encode instance, one language instance, and the router in front of them."""
+    encode_port, language_port, router_port, bootstrap_port = free_ports(4)
+    encode_mode = ("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port))
+    language_mode = ("--disaggregation-mode", "language")
+    encode = sglang_server("encode", options, encode_port, *encode_mode, *encode_arguments, environ=encode_environ)
+    language = sglang_server(
+        "language", options, language_port, *language_mode, *language_arguments, environ=language_environ
+    )
+    front = router(options, router_port, [(encode.url, bootstrap_port)], [language.url], *router_arguments)
+    return LocalCluster(front.url, [[encode, language], [front]], progress)
+
+
+def sglang_split(
+    options: Options,
+    *,
+    encoder_arguments: Sequence[str] = (),
+    language_arguments: Sequence[str] = (),
+    progress: Progress = silent,
+) -> LocalCluster:
+    """SGLang's own encoder split over ZMQ: the other design to compare with, on the same machine in the same run."""
+    encoder_port, language_port, bootstrap_port = free_ports(3)
+    transfer = ("--encoder-transfer-backend", "zmq_to_scheduler")
+    encoder = sglang_server("encoder", options, encoder_port, "--encoder-only", *transfer, *encoder_arguments)
+    where = ("--encoder-urls", encoder.url, "--encoder-bootstrap-port", str(bootstrap_port))
+    language = sglang_server(
+        "language", options, language_port, "--language-only", *transfer, *where, *language_arguments
+    )
+    return LocalCluster(language.url, [[encoder, language]], progress)

@@ -1,0 +1,1 @@
+"""The threads and sockets that carry out what the protocol asks for."""

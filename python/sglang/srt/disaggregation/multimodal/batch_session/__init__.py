@@ -1,1 +1,0 @@
-"""Batch sessions: a workbook of prompts, run to the end against any OpenAI-compatible endpoint."""

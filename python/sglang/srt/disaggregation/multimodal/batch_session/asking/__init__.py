@@ -1,1 +1,0 @@
-"""Asking an OpenAI-compatible endpoint: one row's question, one attempt, the run over all rows. Knows no session."""

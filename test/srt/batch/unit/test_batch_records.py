@@ -1,0 +1,143 @@
+"""The light state of a session: every order of calls against the tables, and what may be said at each moment."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_relay.batch.records import Asking, Counts, Session, StaleJob
+from embedding_relay.batch.refusals import Refusal
+from embedding_relay.batch.stages import (
+    EXECUTION_MOVES,
+    SPLIT_MOVES,
+    STAGE_MOVES,
+    ExecutionStatus,
+    SplitStatus,
+    Stage,
+    move,
+)
+from embedding_relay.batch.workbook.analysis import Analysis, Choices, Sheet
+from embedding_relay.protocol.errors import IllegalMove
+
+ANALYSIS = Analysis(
+    sheets=(Sheet("one", 2),), sheet="one", columns=(), prompt_column="a", image_columns=(), rows=2, pictures=0
+)
+
+
+def new_session() -> Session:
+    session = Session(session_id="0" * 16, name="a.csv", kind="csv", created_at=0.0)
+    session.mark_analyzed(ANALYSIS)
+    return session
+
+
+STEPS = {
+    "begin split": lambda session: session.begin_split(Choices()),
+    "take split": lambda session: session.split.take(),
+    "saving": lambda session: session.split.mark_saving(2, 1),
+    "verifying": lambda session: session.split.mark_verifying(),
+    "complete split": lambda session: session.complete_split(),
+    "fail split": lambda session: session.fail_split("why"),
+    "begin execution": lambda session: session.begin_execution(Asking()),
+    "take execution": lambda session: session.execution.take(),
+    "running": lambda session: session.execution.mark_running(),
+    "advance": lambda session: session.execution.advance(Counts(done=1)),
+    "saving answers": lambda session: session.mark_saving(),
+    "complete execution": lambda session: session.complete_execution(Counts(done=2)),
+    "fail execution": lambda session: session.fail_execution("why"),
+    "pause": lambda session: session.wish("pause"),
+    "resume": lambda session: session.wish("resume"),
+    "cancel": lambda session: session.wish("cancel"),
+}
+IN_ORDER = [
+    *("begin split", "take split", "saving", "verifying", "complete split"),
+    *("begin execution", "take execution", "running", "advance", "saving answers", "complete execution"),
+]
+
+
+@given(st.lists(st.sampled_from([*STEPS, *IN_ORDER, *IN_ORDER]), max_size=40))
+def test_no_order_of_calls_says_ready_too_early(names: list[str]) -> None:
+    session, done = new_session(), list[str]()
+    for name in names:
+        try:
+            STEPS[name](session)
+        except (Refusal, StaleJob, IllegalMove):
+            continue
+        done.append(name)
+        split, execution = session.split, session.execution
+        assert split.ready_for_next_stage == (split.status is SplitStatus.COMPLETED) == ("complete split" in done)
+        assert execution.ready_for_monitoring == ("running" in done)
+        assert execution.ready_for_download == (execution.status is ExecutionStatus.COMPLETED)
+        assert (split.progress == 100) == split.ready_for_next_stage
+        assert (execution.progress == 100) == execution.ready_for_download
+        if "begin execution" in done:
+            assert done.index("complete split") < done.index("begin execution")
+        assert session.stage.can_download() == execution.ready_for_download
+        if session.stage.can_split():
+            assert not split.ready_for_next_stage
+
+
+def test_the_whole_way() -> None:
+    session = new_session()
+    stages, progress = [], []
+    for name in IN_ORDER:
+        STEPS[name](session)
+        stages.append(session.stage)
+        progress.append(session.split.progress)
+    assert progress[2:5] == [90, 95, 100]
+    assert sorted(set(stages), key=stages.index) == [
+        *(Stage.ANALYZED, Stage.SPLIT_COMPLETE, Stage.EXECUTING, Stage.COMPLETED)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "moves"), [(Stage, STAGE_MOVES), (SplitStatus, SPLIT_MOVES), (ExecutionStatus, EXECUTION_MOVES)]
+)
+def test_every_pair_is_in_the_table_or_refused(kind, moves) -> None:  # type: ignore[no-untyped-def]
+    assert set(moves) == set(kind)
+    for here in kind:
+        for there in kind:
+            if there in moves[here]:
+                assert move(moves, here, there) is there
+            else:
+                with pytest.raises(IllegalMove, match=f"{here.name} to {there.name}"):
+                    move(moves, here, there)
+
+
+def test_who_takes_over_has_a_number_of_their_own() -> None:
+    session = new_session()
+    session.begin_split(Choices())
+    assert [session.split.take(), session.split.take()] == [1, 2]
+    session.split.mark_saving(2, 1)
+    assert session.split.take() == 3
+    assert (session.split.status, session.split.progress) == (SplitStatus.PROCESSING, 0)
+
+
+def test_nobody_takes_what_is_over() -> None:
+    session = new_session()
+    with pytest.raises(StaleJob):
+        session.split.take()
+    session.begin_split(Choices())
+    session.split.take()
+    session.fail_split("why")
+    with pytest.raises(StaleJob):
+        session.split.take()
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": 2.5}, {"temperature": -1}, {"concurrency": 0}])
+def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Asking(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_cancelled_run_tells_what_was_not_asked() -> None:
+    session = new_session()
+    for name in IN_ORDER[:8]:
+        STEPS[name](session)
+    session.wish("cancel")
+    with pytest.raises(Refusal):
+        session.wish("pause")
+    session.mark_saving()
+    session.complete_execution(Counts(done=1))
+    assert session.execution.message == "cancelled: 1 answered, 0 failed, 1 not asked"
+    assert session.execution.ready_for_download

@@ -1,0 +1,232 @@
+"""The files of OpenAI's API on a real store and a real disk, and how a batch's status follows from its session."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from embedding_relay.batch.disk_store import DiskStore
+from embedding_relay.batch.folder import Folder
+from embedding_relay.batch.openai_files import (
+    Files,
+    UnknownFile,
+    output_id,
+    output_path,
+    save,
+)
+from embedding_relay.batch.records import (
+    Asking,
+    BatchOrder,
+    Counts,
+    Session,
+    new_session_id,
+)
+from embedding_relay.batch.refusals import Refusal
+from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.settings import Settings
+from embedding_relay.batch.stages import ExecutionStatus, Stage
+from embedding_relay.batch.tasks import Outcome, Result
+from embedding_relay.batch.workbook.analysis import Analysis, Choices
+
+ANALYSIS = Analysis((), "", (), "", (), 3, 0, requests=True)
+
+
+def new_batch() -> Session:
+    order = BatchOrder(input_file_id="file-x", endpoint="/v1/chat/completions", completion_window="24h")
+    return Session(session_id=new_session_id(), name="batch.jsonl", kind="jsonl", created_at=time.time(), order=order)
+
+
+def split_batch() -> Session:
+    """As it is in the moment in which its split has ended."""
+    session = new_batch()
+    session.mark_analyzed(ANALYSIS)
+    session.begin_split(Choices())
+    session.split.take()
+    session.split.mark_saving(3, 1)
+    session.complete_split()
+    return session
+
+
+def run_batch(counts: Counts, cancelled: bool = False) -> Session:
+    session = split_batch()
+    session.execution.take()
+    session.execution.mark_running()
+    if cancelled:
+        session.cancel_order()
+    session.mark_saving()
+    session.complete_execution(counts)
+    return session
+
+
+class Place:
+    def __init__(self, path: Path) -> None:
+        self.settings = Settings(endpoint="http://unused", cache_dir=path, keep_seconds=1000)
+        self.store = DiskStore(str(path / "store"))
+        self.sessions = Sessions(self.store, 1000)
+        self.files = Files(self.store, self.sessions, self.settings)
+
+    def folder(self, session: Session) -> Folder:
+        folder = Folder(self.settings.sessions_dir / session.session_id)
+        folder.make()
+        return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.store.close()
+
+
+# ---- uploads
+
+
+def test_an_upload_is_kept_listed_and_deleted(place: Place) -> None:
+    stored = place.files.add(io.BytesIO(b"content"), "../../etc/requests.jsonl", None)
+    found, path = place.files.get(stored.file_id)
+    assert (found.size, found.purpose, path.read_bytes()) == (7, "batch", b"content")
+    assert path.parent == place.settings.cache_dir / "files"
+    assert found.expires_at == int(found.created_at) + 1000
+    assert [one.file_id for one in place.files.all()] == [stored.file_id]
+    place.files.delete(stored.file_id)
+    assert place.files.all() == []
+    assert not path.exists()
+    with pytest.raises(UnknownFile):
+        place.files.get(stored.file_id)
+
+
+@pytest.mark.parametrize("file_id", ["", "file-", "file-../../x", "file-" + "0" * 24, "file-out-" + "0" * 16])
+def test_unknown_ids(place: Place, file_id: str) -> None:
+    with pytest.raises(UnknownFile):
+        place.files.get(file_id)
+    with pytest.raises(UnknownFile):
+        place.files.delete(file_id)
+
+
+def test_what_a_client_asked_to_keep_shorter_expires_sooner(place: Place) -> None:
+    stored = place.files.add(io.BytesIO(b""), "a.jsonl", 3600)
+    assert stored.expires_at == int(stored.created_at) + 3600
+
+
+def test_the_sweep_takes_what_has_expired_and_nothing_else(place: Place) -> None:
+    kept = place.files.add(io.BytesIO(b"kept"), "a.jsonl", None)
+    expired = place.files.add(io.BytesIO(b"expired"), "b.jsonl", None)
+    coming = place.settings.cache_dir / "files" / ("file-" + "0" * 24)
+    coming.write_bytes(b"half of it")
+    paths = [place.files.get(one.file_id)[1] for one in (kept, expired)]
+    long_ago = time.time() - 2 * place.settings.keep_seconds
+    for path in paths:
+        os.utime(path, (long_ago, long_ago))
+    place.store.delete(f"file:{expired.file_id}")
+    place.files.sweep()
+    assert [path.exists() for path in (*paths, coming)] == [True, False, True]
+
+
+# ---- output
+
+
+def test_output_and_errors_are_whole_files_of_the_session(place: Place) -> None:
+    session = run_batch(Counts(done=1, failed=1))
+    folder = place.folder(session)
+    results = [
+        Result(1, Outcome.DONE, answer="yes", http_status=200, custom_id="a", response={"id": "r"}),
+        Result(2, Outcome.FAILED, error="no", http_status=400, custom_id="b"),
+        Result(3, Outcome.CANCELLED, error="not asked", custom_id="c"),
+    ]
+    save(folder, session.execution.attempt, results)
+    place.sessions.add(session)
+    ids = [output_id(session, "out"), output_id(session, "err")]
+    assert all(ids)
+    lines = [
+        [json.loads(line)["custom_id"] for line in place.files.get(str(file_id))[1].read_text().splitlines()]
+        for file_id in ids
+    ]
+    assert lines == [["a"], ["b", "c"]]
+    assert {one.file_id for one in place.files.all()} == set(ids)
+    assert {one.purpose for one in place.files.all()} == {"batch_output"}
+    assert list(folder.path.glob("*.part*")) == []
+
+
+def test_a_worker_that_was_thought_dead_saves_elsewhere(place: Place) -> None:
+    session = run_batch(Counts(done=1))
+    folder = place.folder(session)
+    save(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
+    before = output_path(folder.path, 1, "out").read_bytes()
+    save(folder, 2, [Result(1, Outcome.CANCELLED, custom_id="a")])
+    assert output_path(folder.path, 1, "out").read_bytes() == before
+
+
+def test_there_is_no_output_before_it_is_saved(place: Place) -> None:
+    session = split_batch()
+    folder = place.folder(session)
+    save(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
+    place.sessions.add(session)
+    assert output_id(session, "out") is None
+    with pytest.raises(UnknownFile):
+        place.files.get(f"file-out-{session.session_id}")
+
+
+def test_no_id_for_a_file_without_lines() -> None:
+    all_done = run_batch(Counts(done=3))
+    assert output_id(all_done, "out") == f"file-out-{all_done.session_id}"
+    assert output_id(all_done, "err") is None
+    none_done = run_batch(Counts(failed=3))
+    assert output_id(none_done, "out") is None
+    assert output_id(none_done, "err")
+
+
+# ---- a batch goes by itself, and can be cancelled at every moment before its end
+
+
+def test_the_end_of_the_split_is_the_start_of_the_run() -> None:
+    session = split_batch()
+    assert session.stage is Stage.EXECUTING
+    assert session.execution.status is ExecutionStatus.INITIALIZING
+    assert session.order is not None
+    assert session.order.in_progress_at is not None
+
+
+def test_a_session_without_an_order_waits_for_its_owner() -> None:
+    session = new_batch()
+    session.order = None
+    session.mark_analyzed(ANALYSIS)
+    session.begin_split(Choices())
+    session.split.take()
+    session.split.mark_saving(3, 1)
+    session.complete_split()
+    assert session.stage is Stage.SPLIT_COMPLETE
+    session.begin_execution(Asking())
+
+
+def test_a_batch_that_is_cancelled_while_it_is_split_stays_cancelled() -> None:
+    session = new_batch()
+    session.mark_analyzed(ANALYSIS)
+    session.begin_split(Choices())
+    session.cancel_order()
+    session.split.take()
+    session.split.mark_saving(3, 1)
+    session.complete_split()
+    session.execution.take()
+    session.execution.mark_running()
+    assert session.execution.wish.cancelled
+
+
+def test_a_second_cancel_changes_nothing_and_one_after_the_end_is_refused() -> None:
+    session = split_batch()
+    session.cancel_order()
+    assert session.order is not None
+    session.order.cancelling_at = 1
+    session.cancel_order()
+    assert session.order.cancelling_at == 1
+    over = run_batch(Counts(done=3), cancelled=True)
+    assert over.order is not None
+    assert over.order.completed_at is None
+    assert over.order.cancelled_at is not None
+    with pytest.raises(Refusal, match="cannot be cancelled"):
+        over.cancel_order()

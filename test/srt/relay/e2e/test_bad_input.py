@@ -1,0 +1,199 @@
+"""One bad request gets its own clear error, at once on both halves; nothing is lost, and the next one works."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools.chat_client import Answer, ask, chat_body, post
+from embedding_relay.tools.local_cluster import HOST, LocalCluster
+from embedding_relay.tools.local_numbers import numbers_of
+from embedding_relay.tools.local_process import free_ports
+from support import servers
+from support.patience import wait_until
+from support.questions import Question, squares, stories
+
+FAMILY = "qwen2_5_vl"
+CONTEXT = 1200
+BLOCK, BLOCKS, DEFAULT = 16, 6, 32
+DEADLINE = 8  # seconds, for everything that waits for somebody who does not come
+AT_ONCE = DEADLINE / 2  # too soon for a half that nobody told
+MOST_WAITING = 12
+
+seeds = itertools.count(1000)
+
+
+@pytest.fixture(scope="module")
+def pair(logs: Path) -> Iterator[LocalCluster]:
+    options = servers.options(
+        tiny_model.cached(FAMILY),
+        logs,
+        *("--context-length", str(CONTEXT), "--enable-metrics"),
+        SGLANG_EMBEDDING_CACHE_BLOCK_SIZE=str(BLOCK),
+        SGLANG_EMBEDDING_CACHE_BUFFER_SIZE=str(BLOCKS),
+        SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE=str(DEFAULT),
+        SGLANG_EMBEDDING_MAX_WAITING_REQUESTS=str(MOST_WAITING),
+        SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT=str(DEADLINE),
+        SGLANG_DISAGGREGATION_WAITING_TIMEOUT=str(DEADLINE),
+    )
+    with servers.running(local_cluster.relay(options)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def works_afterwards(pair: LocalCluster) -> Iterator[None]:
+    """A new picture, and as few rounds as only a full pool allows."""
+    yield
+    answer = Question("after", (squares(FAMILY, 20, 20, next(seeds)), "still there?")).ask(pair.url)
+    assert answer.status == 200, answer.body
+    story = stories(pair["language"].log_text())[-1]
+    assert story.rows == answer.prompt_tokens
+    assert story.rounds == 1 + math.ceil((story.rows - DEFAULT) / ((BLOCKS - 1) * BLOCK))
+
+
+def refused(answer: Answer, status: int, *words: str, within: float = AT_ONCE) -> None:
+    assert answer.status == status, answer.body
+    for word in words:
+        assert word in str(answer.body)
+    assert answer.seconds < within
+
+
+def test_an_image_that_cannot_be_decoded(pair: LocalCluster) -> None:
+    refused(ask(pair.url, ["data:image/png;base64,AAAA"], "what"), 400, "image")
+
+
+def test_an_image_that_cannot_be_fetched(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [f"http://{HOST}:{free_ports(1)[0]}/picture.png"], "what"), 400)
+
+
+def test_a_good_image_beside_a_bad_one(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [squares(FAMILY, 4, 4, 1), "data:image/png;base64,AAAA"], "what"), 400, "image")
+
+
+def test_a_text_beyond_the_context_length(pair: LocalCluster) -> None:
+    refused(ask(pair.url, [squares(FAMILY, 4, 4, 1)], "word " * CONTEXT), 400, str(CONTEXT))
+
+
+def test_images_beyond_the_context_length(pair: LocalCluster) -> None:
+    """The text alone would fit: only the encode half can know."""
+    refused(ask(pair.url, [squares(FAMILY, 36, 36, 2)], "what"), 400, str(CONTEXT))
+
+
+def test_what_only_the_language_half_refuses(pair: LocalCluster) -> None:
+    """SGLang's own limit of `n`; the encode half, which needs no samples, would wait for its room to be asked for."""
+    answer = ask(pair.url, [squares(FAMILY, 4, 4, 3), squares(FAMILY, 4, 4, 4)], "what", n=2)
+    refused(answer, 400, "image_data", "batch size")
+
+
+def test_what_only_the_language_half_refuses_may_be_told_to_nobody(pair: LocalCluster) -> None:
+    """Whom it would have to tell cannot be found."""
+    (port,) = free_ports(1)
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": 6}
+    url = f"{pair['language'].url}/v1/chat/completions"
+    pictures = [squares(FAMILY, 4, 4, 3), squares(FAMILY, 4, 4, 4)]
+    refused(post(url, chat_body(pictures, "what", n=2, **where)), 400, "batch size")
+    wait_until(lambda: "room=6 status=Failed" in pair["language"].log_text())
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_stream_ends_with_the_reason(pair: LocalCluster, samples: int) -> None:
+    answer = ask(pair.url, ["data:image/png;base64,AAAA"], "what", stream=True, n=samples)
+    assert "Could not decode image" in str(answer.body)
+    assert "used before" not in str(answer.body)
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_a_request_for_an_embedding_model(pair: LocalCluster, half: str) -> None:
+    refused(post(f"{pair[half].url}/v1/embeddings", {"model": "default", "input": "hello"}), 400, "embedding model")
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_no_room(pair: LocalCluster, half: str) -> None:
+    refused(ask(pair[half].url, [squares(FAMILY, 4, 4, 3)], "what"), 400, "without bootstrap room id")
+
+
+def test_text_needs_no_room_on_the_language_instance(pair: LocalCluster) -> None:
+    assert ask(pair["language"].url, [], "hello").status == 200
+
+
+def bootstrap_port(pair: LocalCluster) -> int:
+    command = pair["encode"].command
+    return int(command[command.index("--disaggregation-bootstrap-port") + 1])
+
+
+def to_half_alone(pair: LocalCluster, half: str, port: int, room: int, **options: object) -> Answer:
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
+    url = f"{pair[half].url}/v1/chat/completions"
+    return post(url, chat_body([squares(FAMILY, 4, 4, 4)], "what", **where, **options))
+
+
+def to_language_alone(pair: LocalCluster, port: int, room: int) -> Answer:
+    return to_half_alone(pair, "language", port, room)
+
+
+def test_a_registry_that_is_not_there(pair: LocalCluster) -> None:
+    (port,) = free_ports(1)
+    answer = to_language_alone(pair, port, room=1)
+    refused(answer, 502, str(port), within=2 * DEADLINE)
+
+
+def test_a_stream_that_has_begun_ends_with_the_reason_too(pair: LocalCluster) -> None:
+    """Its status line is out when the scheduler says what is wrong: an event says it."""
+    (port,) = free_ports(1)
+    answer = to_half_alone(pair, "language", port, room=11, stream=True)
+    assert "502" in str(answer.body)
+    assert str(port) in str(answer.body)
+
+
+def test_a_registry_that_does_not_answer(pair: LocalCluster) -> None:
+    with closing(socket.create_server((HOST, 0))) as silent:
+        port = silent.getsockname()[1]
+        refused(to_language_alone(pair, port, room=2), 502, str(port), within=2 * DEADLINE)
+
+
+def test_a_language_half_without_its_encode_half(pair: LocalCluster) -> None:
+    """The encode instance lives, but nobody sends it this request."""
+    answer = to_language_alone(pair, bootstrap_port(pair), room=3)
+    refused(answer, 502, "room 3", within=2 * DEADLINE)
+
+
+def test_a_client_that_goes_away(pair: LocalCluster) -> None:
+    """It waits for rows that nobody sends; when it hangs up, the room is dropped long before its deadline."""
+    where = {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port(pair), "bootstrap_room": 5}
+    url, body = f"{pair['language'].url}/v1/chat/completions", chat_body([squares(FAMILY, 4, 4, 6)], "what", **where)
+    with pytest.raises(TimeoutError):
+        post(url, body, timeout=0.5)
+    wait_until(lambda: "room=5 status=Failed" in pair["language"].log_text())
+
+
+def test_an_encode_half_without_its_language_half(pair: LocalCluster) -> None:
+    answer = to_half_alone(pair, "encode", 1, room=4)
+    refused(answer, 503, "no language instance has asked for room 4", within=2 * DEADLINE)
+
+
+@pytest.mark.parametrize("half", ["encode", "language"])
+def test_more_requests_than_may_wait(pair: LocalCluster, half: str) -> None:
+    """Rows that nobody sends, or nobody asks for, are awaited by as many requests as may wait; the next one is not."""
+    first = 100 if half == "encode" else 200
+    port, name = bootstrap_port(pair), "relay-encode" if half == "encode" else "relay"
+    with ThreadPoolExecutor(MOST_WAITING) as clients:
+        waiting = [clients.submit(to_half_alone, pair, half, port, first + at) for at in range(MOST_WAITING)]
+        wait_until(lambda: numbers_of(pair[half])["parked_requests"] == MOST_WAITING)
+        whole = ask(pair.url, [squares(FAMILY, 4, 4, 7)], "what")
+        refused(whole, 503, f"{MOST_WAITING} requests are waiting at this {half} instance")
+        assert ask(pair.url, [], "text only").status == 200
+        assert not any(one.done() for one in waiting), "the others were still waiting"
+        for one in waiting:
+            answer = one.result()
+            assert answer.status in (502, 503), answer.body
+            assert answer.seconds < 3 * DEADLINE, "some had to wait for a block first"
+    assert re.search(rf"{name} room=\d+ refused: 503 {MOST_WAITING} requests", pair[half].log_text())

@@ -1,0 +1,133 @@
+"""What an operator sees before a server serves: the modes in the help, and one line for everything that cannot work."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from embedding_relay.tools import tiny_model
+from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ARGUMENTS, CPU_ENVIRON, HOST
+from embedding_relay.tools.local_process import free_ports
+
+PREFIX = "sglang-embedding-relay: "
+MODULE = ("-m", "sglang.launch_server")
+ENCODE = ("--disaggregation-mode", "encode")
+LANGUAGE = ("--disaggregation-mode", "language")
+TAKEN = "{a port that is taken}"
+
+Ended = subprocess.CompletedProcess[str]
+
+OTHER_VERSION = """
+import runpy
+from packaging.specifiers import SpecifierSet
+from sglang.srt.disaggregation.multimodal import hooks
+hooks.SUPPORTED_SGLANG = SpecifierSet("==0.4.9")
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+
+ONE_HOOK_LOST = """
+import runpy
+from sglang.srt.plugins.hook_registry import HookRegistry
+apply = HookRegistry._apply_target
+def forget_one(target, hooks):
+    if target.endswith("on_idle"):
+        raise RuntimeError("planted")
+    apply(target, hooks)
+HookRegistry._apply_target = staticmethod(forget_one)
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is expected to refuse; one that starts instead is ended by the time-out, which fails the tests."""
+
+    arguments: tuple[str, ...]
+    start: tuple[str, ...] = MODULE
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, model: Path, taken: int) -> Ended:
+        port, bootstrap = map(str, free_ports(2))
+        command = [sys.executable, *self.start, "--model-path", str(model), "--host", HOST, *CPU_ARGUMENTS]
+        command += ["--port", port, "--disaggregation-bootstrap-port", bootstrap]
+        command += [str(taken) if argument == TAKEN else argument for argument in self.arguments]
+        environment = os.environ | COMMON_ENVIRON | CPU_ENVIRON | self.environ
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+BLOCK_SIZE, DEFAULT = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE", "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
+LAUNCHES = {
+    "help": Launch(("--help",)),
+    "wrong block size": Launch(ENCODE, environ={BLOCK_SIZE: "many"}),
+    "wrong default": Launch(LANGUAGE, environ={DEFAULT: "-5"}),
+    "flag": Launch((*ENCODE, "--pp-size", "2")),
+    "port": Launch((*ENCODE, "--port", TAKEN)),
+    "bootstrap port": Launch((*ENCODE, "--disaggregation-bootstrap-port", TAKEN)),
+    "other version": Launch(LANGUAGE, start=("-c", OTHER_VERSION)),
+    "lost hook": Launch(ENCODE, start=("-c", ONE_HOOK_LOST)),
+}
+
+
+@pytest.fixture(scope="module")
+def taken_port() -> Iterator[int]:
+    with closing(socket.create_server((HOST, 0))) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ended(taken_port: int) -> dict[str, Ended]:
+    """How each launch ended. Each takes seconds on one core before it says anything, so they share the cores."""
+    model = tiny_model.cached("qwen2_5_vl")
+    with ThreadPoolExecutor(os.cpu_count()) as cores:
+        running = {name: cores.submit(launch.run, model, taken_port) for name, launch in LAUNCHES.items()}
+        return {name: future.result() for name, future in running.items()}
+
+
+def refusal(ended: Ended) -> str:
+    """The one line with our name; nothing may follow it."""
+    assert ended.returncode == 1, ended.stderr
+    lines = ended.stderr.strip().splitlines()
+    assert lines[-1].startswith(PREFIX), ended.stderr
+    return lines[-1].removeprefix(PREFIX)
+
+
+def test_help_names_the_modes(ended: dict[str, Ended]) -> None:
+    assert "{null,prefill,decode,encode,language}" in ended["help"].stdout
+
+
+@pytest.mark.parametrize(
+    ("launch", "name", "value"), [("wrong block size", BLOCK_SIZE, "many"), ("wrong default", DEFAULT, "-5")]
+)
+def test_a_wrong_setting_is_named(ended: dict[str, Ended], launch: str, name: str, value: str) -> None:
+    said = refusal(ended[launch])
+    assert name in said
+    assert value in said
+    assert "Traceback" not in ended[launch].stderr
+
+
+def test_a_flag_that_does_not_work_here_is_named(ended: dict[str, Ended]) -> None:
+    assert "--pp-size" in refusal(ended["flag"])
+
+
+@pytest.mark.parametrize(
+    ("launch", "flag"), [("port", "--port"), ("bootstrap port", "--disaggregation-bootstrap-port")]
+)
+def test_an_occupied_port_is_named(ended: dict[str, Ended], taken_port: int, launch: str, flag: str) -> None:
+    assert refusal(ended[launch]).startswith(f"{flag} {taken_port} ")
+
+
+def test_another_sglang_is_refused(ended: dict[str, Ended]) -> None:
+    assert "works with SGLang ==0.4.9" in refusal(ended["other version"])
+
+
+def test_a_hook_that_did_not_apply_is_named(ended: dict[str, Ended]) -> None:
+    assert "Scheduler.on_idle did not apply" in refusal(ended["lost hook"])

@@ -1,0 +1,36 @@
+"""This lane moves rows between real processes, over the real Mooncake engine and real sockets, without a model."""
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from support.installed import require_installed
+
+# Before the engine reads it; the smallest that Mooncake takes, so that a test can wait for it.
+os.environ["MC_TRANSFER_TIMEOUT"] = "5"
+
+
+def pytest_configure() -> None:
+    require_installed()
+    from support import forks
+
+    forks.prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang's own imports warn about hardware that is not there
+        import embedding_relay.transport.manager  # noqa: F401
+    forks.spare_the_collector()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No thread of ours, no eventfd and no socket may outlive the tests of a module."""
+    from support.leftovers import Leftovers, import_mooncake
+    from support.loopback import finish_stopping
+
+    import_mooncake()
+    before = Leftovers.now()
+    yield
+    finish_stopping()
+    before.assert_same()

@@ -1,0 +1,346 @@
+"""What goes wrong: both halves hear of it in time and in the same words, and nothing stays behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.errors import Failure, SettingError
+from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.status import Status
+from embedding_relay.transport.manager import MooncakeEmbeddingManager
+from support.dying import LanguageProcess
+from support.loopback import (
+    HOST,
+    EncodeInstance,
+    LanguageRank,
+    assert_all_given_back,
+    encode_instance,
+    language_rank,
+    settle,
+    small_layout,
+    wait_until,
+)
+from support.rows import Spec
+
+LAYOUT = small_layout()
+# Seconds, not minutes: every deadline is waited for.
+QUICK = RelayConfig(bootstrap_timeout=2, waiting_timeout=4, heartbeat_interval=0.5, heartbeat_max_failures=3)
+_rooms = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def encode() -> Iterator[EncodeInstance]:
+    with encode_instance(LAYOUT, QUICK) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def language(encode: EncodeInstance) -> Iterator[LanguageRank]:
+    with language_rank(LAYOUT, QUICK) as rank:
+        yield rank
+
+
+@pytest.fixture
+def room() -> int:
+    return next(_rooms)
+
+
+def failure_of(language: LanguageRank, peer: str, room: int) -> Failure:
+    receivers = language.start(peer, room)
+    language.wait(receivers.values())
+    failure = receivers[room].failure()
+    assert failure is not None
+    return failure
+
+
+def test_a_handshake_mismatch_names_both_values_on_both_sides(encode: EncodeInstance, room: int) -> None:
+    with language_rank(small_layout(block_size=64, dtype="float16"), QUICK) as other:
+        encode.expect(Spec(room, 100))
+        failure = failure_of(other, encode.peer, room)
+        assert failure.code == 500
+        for words in ("block_size is 128 at the encode side and 64 at the language side", "bfloat16", "float16"):
+            assert words in failure.text
+        assert encode.end_of(room) == (Status.FAILED, failure)
+        assert_all_given_back(encode, other)
+
+
+def test_an_abort_is_acknowledged_and_then_the_blocks_are_free(
+    encode: EncodeInstance, language: LanguageRank, room: int
+) -> None:
+    receivers = language.start(encode.peer, room)
+    encode.expect(Spec(room, 2000, held=True))
+    receiver = receivers[room]
+    wait_until(lambda: receiver.poll() is Status.WAITING_FOR_INPUT, language.manager, 5)
+    receiver.abort()
+    receiver.abort()
+    language.wait([receiver])
+    assert receiver.failure() == Failure(499, f"the client of room {room} is gone")
+    assert encode.end_of(room) == (Status.FAILED, receiver.failure())
+    receiver.abort()
+    assert_all_given_back(encode, language)
+
+
+def test_an_abort_in_the_middle_of_a_transfer(encode: EncodeInstance, room: int) -> None:
+    with language_rank(small_layout(blocks=1), QUICK) as tight:
+        receivers = tight.start(encode.peer, room)
+        encode.expect(Spec(room, 200_000))
+        wait_until(lambda: receivers[room].poll() is Status.TRANSFERRING, tight.manager, 5)
+        receivers[room].abort(Failure(503, "the language instance is full"))
+        tight.wait(receivers.values())
+        assert encode.end_of(room) == (Status.FAILED, Failure(503, "the language instance is full"))
+        assert_all_given_back(encode, tight)
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+def test_what_the_encode_side_refuses_fails_on_the_language_side(
+    encode: EncodeInstance, language: LanguageRank, room: int, refused_first: bool
+) -> None:
+    refusal = Failure(400, 'the image "ü.png" cannot be decoded')
+    if refused_first:
+        encode.refuse(room, refusal)
+        assert failure_of(language, encode.peer, room).code == 400
+    else:
+        receivers = language.start(encode.peer, room)
+        encode.expect(Spec(room, 100, held=True))
+        wait_until(lambda: receivers[room].poll() is Status.WAITING_FOR_INPUT, language.manager, 5)
+        encode.refuse(room, refusal)
+        language.wait(receivers.values())
+        failure = receivers[room].failure()
+        assert failure is not None
+        assert (failure.code, "cannot be decoded" in failure.text) == (400, True)
+    assert_all_given_back(encode, language)
+
+
+def test_more_rows_than_fit_are_a_bad_request(encode: EncodeInstance, room: int) -> None:
+    with language_rank(LAYOUT, QUICK, max_rows=1000) as small:
+        encode.expect(Spec(room, 1001))
+        assert failure_of(small, encode.peer, room) == Failure(
+            400, f"room {room} has 1001 rows, more than the 1000 that fit"
+        )
+        assert_all_given_back(encode, small)
+
+
+def test_a_room_is_used_once_at_a_time(encode: EncodeInstance, language: LanguageRank, room: int) -> None:
+    encode.expect(Spec(room, 300), Spec(room, 300))
+    first = language.start(encode.peer, room)
+    second = language.start(encode.peer, room)
+    language.wait([*first.values(), *second.values()])
+    assert second[room].failure() == Failure(409, f"room {room} is in use by another request")
+    language.check(first, [Spec(room, 300)])
+    assert failure_of(language, encode.peer, room) == Failure(409, f"room {room} was used before")
+    assert_all_given_back(encode, language)
+
+
+def test_a_room_that_gets_no_block_in_time(encode: EncodeInstance, room: int) -> None:
+    """The holder's encoder takes its time; the one behind it is told why it failed."""
+    # Before the other side says that its own half of that request did not come.
+    sooner = dataclasses.replace(QUICK, bootstrap_timeout=1)
+    with language_rank(small_layout(blocks=1), sooner) as tight:
+        holder = tight.start(encode.peer, room)
+        encode.expect(Spec(room, 100, held=True))
+        wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
+        waiting = next(_rooms)
+        assert failure_of(tight, encode.peer, waiting) == Failure(503, "no receive blocks within 1 s")
+        holder[room].abort()
+        assert_all_given_back(tight)
+
+
+def test_a_language_side_that_nobody_expects_is_told_so(
+    encode: EncodeInstance, language: LanguageRank, room: int
+) -> None:
+    failure = failure_of(language, encode.peer, room)
+    assert failure.code == 503
+    assert "did not reach the encode instance within 2 s" in failure.text
+    assert_all_given_back(encode, language)
+
+
+def test_a_request_that_no_language_side_has(encode: EncodeInstance, room: int) -> None:
+    encode.expect(Spec(room, 100))
+    failure = Failure(503, f"no language instance has asked for room {room} within 2 s")
+    assert encode.end_of(room) == (Status.FAILED, failure)
+    assert_all_given_back(encode)
+
+
+def test_registries_that_cannot_be_reached(language: LanguageRank) -> None:
+    started = time.monotonic()
+    receivers = {}
+    for peer in ("127.0.0.1:1", "no-such-host.invalid:80", "x" * 100 + ":80", "nonsense"):
+        receivers[peer] = language.start(peer, next(_rooms)).popitem()[1]
+    language.wait(receivers.values())
+    for peer, receiver in receivers.items():
+        failure = receiver.failure()
+        assert failure is not None
+        assert (failure.code, peer in failure.text) == (502, True), failure
+    assert time.monotonic() - started < 8
+    assert_all_given_back(language)
+
+
+def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeInstance, room: int) -> None:
+    survivor = next(_rooms)
+    with language_rank(small_layout(blocks=2), QUICK) as language:
+        doomed_instance = EncodeInstance(LAYOUT, QUICK)
+        doomed = language.start(doomed_instance.peer, room)
+        doomed_instance.expect(Spec(room, 500_000))
+        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 5)
+        started = time.monotonic()
+        doomed_instance.kill()
+        language.wait(doomed.values())
+        failure = doomed[room].failure()
+        assert failure is not None
+        assert failure.code == 502
+        assert failure.text.startswith(f"encode instance {doomed_instance.peer} did not answer for ")
+        assert time.monotonic() - started < 2 * QUICK.timing.silence
+        language.receive(encode, Spec(survivor, 2000))
+        # Its control port refuses: that is the proof of its death, and the blocks come out of quarantine.
+        assert_all_given_back(encode, language)
+        doomed_instance.stop()
+
+
+def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: EncodeInstance, room: int) -> None:
+    dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, room)
+    encode.expect(Spec(room, 500_000))
+    settle(encode.metrics, lambda m: m["bytes_total"] > 100_000 and m["rooms"] == 1)
+    dying.kill()
+    status, failure = encode.end_of(room)
+    assert status is Status.FAILED
+    assert failure is not None
+    assert failure.code == 502
+    assert_all_given_back(encode)
+
+
+def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room: int) -> None:
+    holder, patient = next(_rooms), dataclasses.replace(QUICK, bootstrap_timeout=60, waiting_timeout=60)
+    with encode_instance(LAYOUT, patient) as encode:
+        dying = LanguageProcess(small_layout(blocks=1), patient, encode.peer, holder, room)
+        settle(encode.metrics, lambda m: m["rooms"] == 2)  # one is asked for, the other announced
+        encode.expect(Spec(holder, 100, held=True), Spec(room, 100, held=True))
+        dying.kill()
+        for waiting in (holder, room):
+            status, failure = encode.end_of(waiting)
+            assert status is Status.FAILED
+            assert failure is not None
+            assert (failure.code, f"was silent for {patient.timing.silence:g} s" in failure.text) == (502, True)
+        assert_all_given_back(encode)
+
+
+def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(room: int) -> None:
+    holder, brief = next(_rooms), dataclasses.replace(QUICK, bootstrap_timeout=60, first_word_timeout=0.5)
+    with encode_instance(LAYOUT, brief) as encode, language_rank(small_layout(blocks=1), brief) as tight:
+        holding = tight.start(encode.peer, holder)
+        encode.expect(Spec(holder, 100, held=True))
+        wait_until(lambda: holding[holder].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
+        waiting = tight.start(encode.peer, room)
+        lonely = next(_rooms)
+        encode.expect(Spec(room, 100), Spec(lonely, 100))
+        assert encode.end_of(lonely)[0] is Status.FAILED, "expected at the same time, and never announced"
+        assert waiting[room].poll() is Status.BOOTSTRAPPING
+        holding[holder].abort()
+        tight.wait(waiting.values())
+        assert waiting[room].poll() is Status.SUCCESS
+        assert_all_given_back(encode, tight)
+
+
+def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_over(room: int) -> None:
+    """S3 from end to end: it is stopped before a write of 32 MiB, and goes on when the sender has given up."""
+    wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
+    patient = dataclasses.replace(QUICK, heartbeat_interval=1.0, bootstrap_timeout=20)
+    with encode_instance(wide, patient) as encode:
+        stopped = LanguageProcess(wide, patient, encode.peer, warm, room, rows=2048)
+        encode.expect(Spec(warm, 100))
+        assert encode.end_of(warm)[0] is Status.SUCCESS
+        settle(encode.metrics, lambda m: m["rooms"] == 1)
+        stopped.signal(signal.SIGSTOP)
+        encode.expect(Spec(room, 2048))
+        assert encode.end_of(room)[0] is Status.FAILED
+        settle(encode.metrics, lambda m: m["unquiet"] == 1 and m["transfers"] == 0, patience=10)
+        stopped.signal(signal.SIGCONT)
+        settle(stopped.metrics, lambda m: m["quarantined_rooms"] == 0 and m["blocks_free"] == 32)
+        settle(encode.metrics, lambda m: m["unquiet"] == 0)
+        assert_all_given_back(encode)
+        stopped.kill()
+
+
+def test_an_engine_that_rejects_everything_is_renewed_and_the_chunk_goes_through(room: int) -> None:
+    """A full queue poisons an engine: it refuses later writes, and what it has queued would land after the retry."""
+    with encode_instance(LAYOUT, QUICK) as encode, language_rank(LAYOUT, QUICK) as language:
+        language.receive(encode, Spec(room, 300))
+        encode.ask("poison")
+        language.receive(encode, Spec(next(_rooms), 5000), hint_rows=1024)
+        settle(encode.metrics, lambda m: m["engines_renewed_total"] == 1)
+        language.receive(encode, Spec(next(_rooms), 5000))
+        assert encode.metrics()["engines_renewed_total"] == 1
+        assert_all_given_back(encode, language)
+
+
+def test_nonsense_on_the_control_ports_is_counted_and_named_once(
+    encode: EncodeInstance, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with language_rank(LAYOUT, QUICK) as language, zmq.Context() as context:
+        for address in (encode.ask("address"), language.manager.address):
+            with context.socket(zmq.PUSH) as push:
+                push.connect(f"tcp://{address}")
+                for frames in ([b""], [b"None"] * 6, [b"1", b"\xff"], [b"x" * 100_000] * 7, [b"7"] * 40):
+                    push.send_multipart(frames)
+                push.setsockopt(zmq.LINGER, 1000)
+        settle(encode.metrics, lambda m: m["undecodable_total"] >= 5)
+        settle(language.manager.metrics, lambda m: m["undecodable_total"] >= 5)
+        complaints = [record for record in caplog.records if "dropped" in record.message]
+        assert len(complaints) == 1, caplog.text
+        assert HOST in complaints[0].message
+        language.receive(encode, Spec(room, 2000))
+
+
+def test_the_log_has_one_line_per_room(
+    encode: EncodeInstance, language: LanguageRank, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        language.receive(encode, Spec(room, 2000), hint_rows=1024)
+        failed = next(_rooms)
+        encode.refuse(failed, Failure(400, 'not "even"\none line'))
+        failure_of(language, encode.peer, failed)
+    lines = [record.message for record in caplog.records if record.message.startswith("relay room=")]
+    assert len(lines) == 2, lines
+    words = dict(word.split("=") for word in lines[0].removeprefix("relay ").split())
+    assert list(words) == ["room", "status", "rows", "rounds", "bytes", "wait_ms", "transfer_ms"]
+    assert (words["room"], words["status"], words["rows"], words["rounds"]) == (str(room), "Success", "2000", "2")
+    assert lines[1] == f'relay room={failed} status=Failed reason="400 not \\"even\\"\\none line"'
+
+
+def test_an_idle_manager_uses_no_cpu(encode: EncodeInstance, language: LanguageRank, room: int) -> None:
+    language.receive(encode, Spec(room, 500))
+    before = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - before < 0.02
+
+
+def test_a_manager_that_cannot_start_leaves_nothing() -> None:
+    with socket.socket() as probe, pytest.raises(OSError, match="assign"):
+        probe.bind(("192.0.2.1", 0))
+    manager = MooncakeEmbeddingManager.language(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
+    with pytest.raises(SettingError, match=r"192\.0\.2\.1"):
+        manager.start()
+    manager.close()
+
+
+def test_a_manager_whose_registry_never_comes_is_ill() -> None:
+    with socket.socket() as closed:
+        closed.bind((HOST, 0))
+        nobody = Address(HOST, closed.getsockname()[1])
+        quick = dataclasses.replace(QUICK, bootstrap_timeout=1)
+        manager = MooncakeEmbeddingManager.encode(LAYOUT, quick, host=HOST, bootstrap=nobody)
+        manager.start()
+        deadline = time.monotonic() + 5
+        while manager.healthy() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert str(manager.unhealthy_reason).startswith("no bootstrap registry within 1 s")
+        manager.close()

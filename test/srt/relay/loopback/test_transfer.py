@@ -1,0 +1,108 @@
+"""Whole requests from one process to another: every bit, and as many rounds as the specification says."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from embedding_relay.config import RelayConfig
+from support.loopback import EncodeInstance, assert_all_given_back, encode_instance, language_rank, small_layout
+from support.rows import Spec, difference, make_rows
+
+DEFAULT_1024 = RelayConfig(default_allocate_tokens=1024)
+LAYOUT = small_layout()
+_rooms = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def encode() -> Iterator[EncodeInstance]:
+    with encode_instance(LAYOUT) as instance:
+        yield instance
+
+
+def requests(number: int, total: int) -> list[Spec]:
+    return [Spec(next(_rooms), total) for _ in range(number)]
+
+
+ROUNDS = [
+    # default, length, rounds
+    (1024, 500, 1),
+    (1024, 1024, 1),
+    (1024, 1025, 2),
+    (1024, 2000, 2),
+    (1200, 2000, 2),
+]
+
+
+@pytest.mark.parametrize(("block_size", "deepstack", "dtype"), [(16, 0, "float16"), (128, 2, "float32")])
+def test_the_scenarios_of_the_specification(block_size: int, deepstack: int, dtype: str) -> None:
+    layout = small_layout(block_size=block_size, blocks=8192 // block_size, deepstack_rows=deepstack, dtype=dtype)
+    with encode_instance(layout) as encode, language_rank(layout, DEFAULT_1024) as language:
+        for default, total, rounds in ROUNDS:
+            [spec] = requests(1, total)
+            received = language.receive(encode, spec, hint_rows=None if default == 1024 else default)
+            assert received[spec.room].rounds == rounds, (default, total)
+        assert_all_given_back(encode, language)
+
+
+def test_ten_thousand_rows_take_ten_rounds_or_fewer(encode: EncodeInstance) -> None:
+    [spec] = requests(1, 10_000)
+    with language_rank(small_layout(blocks=12), DEFAULT_1024) as language:
+        received = language.receive(encode, spec)
+        assert 2 <= received[spec.room].rounds <= 10
+        assert_all_given_back(encode, language)
+
+
+def test_a_hundred_thousand_rows_through_one_block_of_sixteen() -> None:
+    layout = small_layout(hidden_size=16, block_size=16, blocks=1)
+    with encode_instance(layout) as encode, language_rank(layout) as language:
+        [spec] = requests(1, 100_000)
+        received = language.receive(encode, spec)
+        assert received[spec.room].rounds == 6250
+        assert_all_given_back(encode, language)
+
+
+def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
+    with language_rank(small_layout(blocks=8), DEFAULT_1024) as language:
+        language.receive(encode, *requests(64, 2000))
+        assert_all_given_back(encode, language)
+
+
+def test_an_encode_pool_smaller_than_one_request() -> None:
+    with encode_instance(small_layout(blocks=3)) as encode, language_rank(LAYOUT, DEFAULT_1024) as language:
+        language.receive(encode, *requests(8, 2000))
+        assert_all_given_back(encode, language)
+
+
+def test_two_language_ranks_receive_the_same_rows(encode: EncodeInstance) -> None:
+    """TP 1 to TP 2: both ranks register, and each gets every row, though one of them has little room."""
+    specs = requests(3, 2000)
+    with (
+        language_rank(LAYOUT, DEFAULT_1024, ranks=2) as roomy,
+        language_rank(small_layout(blocks=2), DEFAULT_1024, ranks=2) as tight,
+    ):
+        started = [(rank, rank.start(encode.peer, *(spec.room for spec in specs))) for rank in (roomy, tight)]
+        encode.expect(*specs)
+        for rank, receivers in started:
+            rank.wait(receivers.values())
+            rank.check(receivers, specs)
+        assert_all_given_back(encode, roomy, tight)
+
+
+def test_a_language_rank_with_two_encode_instances(encode: EncodeInstance) -> None:
+    with encode_instance(LAYOUT) as other, language_rank(LAYOUT) as language:
+        for instance in (encode, other, encode):
+            language.receive(instance, *requests(1, 3000))
+        assert_all_given_back(other, language)
+
+
+def test_a_planted_swap_does_not_pass(encode: EncodeInstance) -> None:
+    """The comparison of all these tests is one that can fail."""
+    [good] = requests(1, 2000)
+    start = make_rows(LAYOUT, good).segments[-1][0]
+    with language_rank(LAYOUT, DEFAULT_1024) as language:
+        receivers = language.start(encode.peer, good.room)
+        encode.expect(Spec(good.room, 2000, swap=(start, start + 1)))
+        language.wait(receivers.values())
+        problem = difference(LAYOUT, make_rows(LAYOUT, good), receivers[good.room].rows())
+        assert problem == f"embeddings: 2 rows differ, the first is {start}"

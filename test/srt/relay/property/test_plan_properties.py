@@ -1,0 +1,149 @@
+"""Plans executed on bytes: each lands exactly once, where it belongs, and nowhere else; no fewer ranges would do."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.errors import LocalError
+from embedding_relay.protocol.plan import Column, Extent, Range, batches, plan_writes
+from support.effort import effort, unhurried
+
+pytestmark = unhurried
+
+COLUMNS = (
+    Column("embeddings", 3, media_only=True),
+    Column("ids", 2),
+    Column("aux", 5, per_block=True),
+    Column("items", 1),
+)
+
+
+@st.composite
+def leases(draw: st.DrawFn, blocks_needed: int) -> tuple[int, tuple[int, ...]]:
+    """(blocks in the pool, blocks of one room), scattered as use scatters them."""
+    count = blocks_needed + draw(st.integers(0, 8))
+    if draw(st.booleans()):
+        return count, tuple(draw(st.permutations(range(count)))[:blocks_needed])
+    pool = BlockPool(count)
+    others = pool.lease(count - blocks_needed, "others") if count > blocks_needed else ()
+    mine = pool.lease(blocks_needed, "me")
+    returned = draw(st.sets(st.sampled_from(others))) if others else set()
+    pool.give_back(returned, "others")
+    pool.give_back(mine, "me")
+    return count, pool.lease(blocks_needed, "me")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Where the rows are at one end, and how large that pool is."""
+
+    count: int
+    extent: Extent
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    block_size: int
+    source: Side
+    destination: Side
+    start: int
+    stop: int
+    runs: list[tuple[int, int]]
+    with_aux: bool
+
+    def plan(self) -> list[Range]:
+        ends = (self.source.extent, self.destination.extent)
+        return plan_writes(COLUMNS, self.block_size, *ends, self.start, self.stop, self.runs, self.with_aux)
+
+
+@st.composite
+def transfers(draw: st.DrawFn) -> Transfer:
+    block_size = draw(st.integers(1, 7))
+    start = draw(st.integers(0, 40))
+    stop = start + draw(st.integers(1, 40))
+    sides = []
+    for _ in range(2):
+        first_row = draw(st.integers(0, start))
+        count, blocks = draw(leases(-(-(stop - first_row) // block_size) + draw(st.integers(0, 2))))
+        sides.append(Side(count, Extent(blocks, first_row)))
+    runs = draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=5))
+    return Transfer(block_size, *sides, start, stop, [(min(run), max(run)) for run in runs], draw(st.booleans()))
+
+
+def place(extent: Extent, block_size: int, row: int) -> int:
+    index, offset = divmod(row - extent.first_row, block_size)
+    return extent.blocks[index] * block_size + offset
+
+
+def content(column: int, place_of_row: int, width: int) -> bytes:
+    """Different for every row and every column, and never the value of untouched memory."""
+    return bytes(1 + (column * 89 + place_of_row * 7 + byte * 3) % 255 for byte in range(width))
+
+
+def expected(transfer: Transfer, column: int) -> bytes:
+    """Row by row, without any cleverness."""
+    source, destination, size = transfer.source.extent, transfer.destination.extent, transfer.block_size
+    width = COLUMNS[column].bytes_per_row
+    if COLUMNS[column].per_block:
+        memory = [bytes(width)] * transfer.destination.count
+        if transfer.with_aux:
+            memory[destination.blocks[0]] = content(column, source.blocks[0], width)
+        return b"".join(memory)
+    memory = [bytes(width)] * (transfer.destination.count * size)
+    for row in range(transfer.start, transfer.stop):
+        is_media = any(first <= row < last for first, last in transfer.runs)
+        if is_media or not COLUMNS[column].media_only:
+            memory[place(destination, size, row)] = content(column, place(source, size, row), width)
+    return b"".join(memory)
+
+
+@given(transfers())
+@effort(500)
+def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: Transfer) -> None:
+    ranges = transfer.plan()
+    for index, column in enumerate(COLUMNS):
+        rows_per_block = 1 if column.per_block else transfer.block_size
+        width = column.bytes_per_row
+        source = b"".join(content(index, at, width) for at in range(transfer.source.count * rows_per_block))
+        memory = bytearray(transfer.destination.count * rows_per_block * width)
+        for _, here, there, length in (r for r in ranges if r.column == index):
+            assert length > 0
+            assert 0 <= here <= here + length <= len(source)
+            assert 0 <= there <= there + length <= len(memory)
+            assert not any(memory[there : there + length]), "a byte is written twice"
+            memory[there : there + length] = source[here : here + length]
+        assert bytes(memory) == expected(transfer, index)
+
+
+@given(transfers())
+@effort(500)
+def test_no_two_ranges_could_be_one(transfer: Transfer) -> None:
+    for one, other in itertools.permutations(transfer.plan(), 2):
+        follows = one.source + one.length == other.source and one.destination + one.length == other.destination
+        assert not (one.column == other.column and follows)
+
+
+@given(transfers(), st.integers(1, 200))
+@effort(100)
+def test_rows_outside_the_blocks_are_an_error_and_never_a_write(transfer: Transfer, beyond: int) -> None:
+    size, blocks = transfer.block_size, transfer.destination.extent.blocks
+    too_far = transfer.destination.extent.first_row + len(blocks) * size + beyond
+    with pytest.raises(LocalError, match="is not in"):
+        dataclasses.replace(transfer, stop=too_far).plan()
+    before = dataclasses.replace(transfer.source, extent=Extent(transfer.source.extent.blocks, transfer.start + 1))
+    with pytest.raises(LocalError, match="is not in"):
+        dataclasses.replace(transfer, source=before).plan()
+
+
+@given(st.lists(st.integers()), st.integers(1, 20))
+@effort(100)
+def test_batches_are_full_and_keep_the_order(entries: Sequence[int], limit: int) -> None:
+    parts = list(batches(entries, limit))
+    assert list(itertools.chain(*parts)) == entries
+    assert all(len(part) == limit for part in parts[:-1])
+    assert all(0 < len(part) <= limit for part in parts)

@@ -1,0 +1,475 @@
+"""Would the schedules notice? Each fault that tempts an implementer is planted here, and must be caught."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from embedding_relay.protocol.encode.admission import Admission
+from embedding_relay.protocol.encode.room import Destination, SenderRoom
+from embedding_relay.protocol.encode.rooms import EncodeRooms
+from embedding_relay.protocol.encode.sessions import Session, Sessions
+from embedding_relay.protocol.encode.side import EncodeSide
+from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
+from embedding_relay.protocol.errors import Failure, LocalError
+from embedding_relay.protocol.language.peers import Peer, Peers
+from embedding_relay.protocol.language.room import ReceiverRoom
+from embedding_relay.protocol.language.rooms import LanguageRooms
+from embedding_relay.protocol.messages import (
+    Abort,
+    AbortAck,
+    Queued,
+    Register,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.status import Status
+from embedding_relay.testing.watch import Violation
+from embedding_relay.testing.world import World
+from support.effort import unhurried
+from support.hostile import Seeded, run_chaotic_siege, run_siege
+from support.schedules import Shape, run_bereaved, run_chaos, run_orderly, run_slow
+
+pytestmark = unhurried
+
+Patch = pytest.MonkeyPatch
+
+
+# ---- the faults
+
+
+def allocate_before_release(patch: Patch) -> None:
+    """A resume takes its new blocks before it gives back the old ones, and waits for them if there are none."""
+
+    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        waiting = self.__dict__.setdefault("waiting", [])
+        waiting.append(receiver)
+        return self.serve_queue(now)
+
+    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
+        effects: list[LanguageEffect] = []
+        for receiver in list(self.__dict__.get("waiting", [])):
+            wanted = min(receiver.needed_blocks(self._block_size), len(receiver.blocks))
+            if self._pool.free >= wanted:
+                self.__dict__["waiting"].remove(receiver)
+                blocks = self._pool.lease(wanted, receiver.room)
+                self._pool.give_back(receiver.blocks, receiver.room)
+                receiver.offer(blocks, self._block_size)
+                effects.append(self.offer(receiver))
+        return effects + honest_queue(self, now)
+
+    honest_queue = LanguageRooms.serve_queue
+    patch.setattr(LanguageRooms, "resume", resume)
+    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+
+
+def status_reset_on_resume_at_language(patch: Patch) -> None:
+    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        receiver.status = Status.WAITING_FOR_INPUT
+        return [*honest(self, receiver, now), StatusChanged(receiver.room, receiver.status)]
+
+    honest = LanguageRooms.resume
+    patch.setattr(LanguageRooms, "resume", resume)
+
+
+def status_reset_on_resume_at_encode(patch: Patch) -> None:
+    def advance(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        if sender.status is Status.TRANSFERRING:
+            sender.status = Status.BOOTSTRAPPING
+        return honest(self, sender, now)
+
+    honest = EncodeRooms.advance
+    patch.setattr(EncodeRooms, "advance", advance)
+
+
+def is_last_from_the_default(patch: Patch) -> None:
+    patch.setattr(Destination, "is_last", lambda self, total: total - self.sent <= 8)
+
+
+def repeated_first_send_accepted(patch: Patch) -> None:
+    def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
+        if info.is_resume:
+            return honest(self, info)
+        self.sent = self.written = 0
+        return True
+
+    honest = Destination.waits_for
+    patch.setattr(Destination, "waits_for", waits_for)
+
+
+def repeated_resume_accepted(patch: Patch) -> None:
+    def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
+        if not info.is_resume:
+            return honest(self, info)
+        self.sent = self.written = info.sent_tokens
+        return True
+
+    honest = Destination.waits_for
+    patch.setattr(Destination, "waits_for", waits_for)
+
+
+def cleanup_at_transferring(patch: Patch) -> None:
+    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        effects = honest(self, sender, now)
+        return effects if sender.is_over else effects + self.close(sender)
+
+    honest = EncodeRooms._report_chunk
+    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+
+
+def blocks_freed_when_a_write_failed(patch: Patch) -> None:
+    def fail(self: LanguageRooms, receiver: ReceiverRoom, failure: Failure, now: float) -> list[LanguageEffect]:
+        was_queued = receiver.is_queued
+        effects = honest(self, receiver, failure, now)
+        return effects if was_queued else effects + self.acknowledged(receiver, now)
+
+    honest = LanguageRooms.fail
+    patch.setattr(LanguageRooms, "fail", fail)
+
+
+def abort_acknowledged_after_a_failed_write(patch: Patch) -> None:
+    patch.setattr(Sessions, "note_failed_write", lambda self, session_id, room, address: None)
+
+
+def abort_acknowledged_during_a_write(patch: Patch) -> None:
+    def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
+        effects = honest(self, message, now)
+        ack = AbortAck(message.room)
+        told = any(isinstance(effect, Send) and effect.message == ack for effect in effects)
+        return effects if told else [*effects, Send(message.address, ack)]
+
+    honest = EncodeSide._abort
+    patch.setattr(EncodeSide, "_abort", abort)
+
+
+def new_process_at_the_old_address_taken_for_proof(patch: Patch) -> None:
+    def disown(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
+        return [*honest(self, receiver, now), *self.acknowledged(receiver, now)]
+
+    honest = LanguageRooms.disown
+    patch.setattr(LanguageRooms, "disown", disown)
+    patch.setattr(LanguageRooms, "bury", disown)
+
+
+def one_offer_taken_for_all_ranks(patch: Patch) -> None:
+    """The first rank's offer decides how much every rank gets."""
+
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        for other in self.unfinished[1:]:
+            other.allocated = self.unfinished[0].allocated
+        return honest(self, block_size)
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def no_place_kept_for_rooms_that_are_looked_up(patch: Patch) -> None:
+    patch.setattr(LanguageRooms, "_unresolved", lambda self: 0)
+
+
+def status_advanced_by_max(patch: Patch) -> None:
+    """SGLang's way: `Failed` is 0, so whatever comes later wins over it."""
+
+    def move(self: ReceiverRoom, wanted: Status) -> None:
+        self.status = Status(max(self.status.value, wanted.value))
+
+    patch.setattr(ReceiverRoom, "move", move)
+
+
+def aux_left_out_when_there_are_two_ranks(patch: Patch) -> None:
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is None or len(step.destinations) < 2:
+            return step
+        first, *others = step.destinations
+        others = [_without_aux(destination) for destination in others]
+        self.under_way = _replaced(step, destinations=(first, *others))
+        return self.under_way
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def resumed_rows_put_at_the_wrong_place(patch: Patch) -> None:
+    """An offset that is right only for whole blocks."""
+
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is None:
+            return None
+        shifted = [
+            _replaced(d, first_row=d.first_row - d.first_row % block_size)
+            if d.stop_row - d.first_row + d.first_row % block_size <= len(d.blocks) * block_size
+            else d
+            for d in step.destinations
+        ]
+        self.under_way = _replaced(step, destinations=tuple(shifted))
+        return self.under_way
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def window_not_staged_again(patch: Patch) -> None:
+    def begin_step(self: SenderRoom, block_size: int) -> Any:
+        step = honest(self, block_size)
+        if step is not None and step.window.first_row > 0:
+            self.under_way = step = _replaced(step, window=_replaced(step.window, stage=False))
+        return step
+
+    honest = SenderRoom.begin_step
+    patch.setattr(SenderRoom, "begin_step", begin_step)
+
+
+def used_up_offers_kept(patch: Patch) -> None:
+    """The next room that is given these blocks looks like a thief."""
+    patch.setattr(Session, "end_offer", lambda self, room, blocks: None)
+
+
+def growth_into_the_last_block(patch: Patch) -> None:
+    def refill(self: LanguageRooms, receiver: ReceiverRoom) -> None:
+        honest(self, receiver)
+        if self._pool.free == 1 and receiver.needed_blocks(self._block_size) > len(receiver.blocks):
+            receiver.offer(receiver.blocks + self._pool.lease(1, receiver.room), self._block_size)
+
+    honest = LanguageRooms._refill
+    patch.setattr(LanguageRooms, "_refill", refill)
+
+
+def last_come_first_served(patch: Patch) -> None:
+    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
+        self._queue = dict.fromkeys(reversed(self._queue))
+        return honest(self, now)
+
+    honest = LanguageRooms.serve_queue
+    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+
+
+def ended_room_left_in_the_table_of_its_peer(patch: Patch) -> None:
+    patch.setattr(Peers, "end", lambda self, peer, room: None)
+
+
+def no_deadline_for_a_room_that_stands_still(patch: Patch) -> None:
+    def tick(self: EncodeSide, now: float) -> list[EncodeEffect]:
+        return [effect for effect in honest(self, now) if not isinstance(effect, StatusChanged)]
+
+    honest = EncodeSide.tick
+    patch.setattr(EncodeSide, "tick", tick)
+
+
+def finished_rank_must_keep_talking(patch: Patch) -> None:
+    """The silence of a rank that has all its rows ends the room of the others."""
+
+    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
+        ranks = [destination.session_id for destination in sender.unfinished]
+        effects = honest(self, sender, now)
+        for rank in ranks:
+            session = self._sessions.get(rank)
+            if session is not None and not sender.is_over:
+                session.rooms.add(sender.room)
+        return effects
+
+    honest = EncodeRooms._report_chunk
+    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+
+
+def next_room_begins_while_those_of_a_dead_session_end(patch: Patch) -> None:
+    """The blocks of the first go to the second, whose rows then go to the process that came after."""
+
+    def fail_all_of(self: EncodeRooms, session: Session, text: str, now: float) -> list[EncodeEffect]:
+        effects: list[EncodeEffect] = []
+        for room in sorted(session.rooms):
+            if not self[room].is_over:
+                effects += self.fail(self[room], Failure(502, text), now)
+        return effects
+
+    patch.setattr(EncodeRooms, "fail_all_of", fail_all_of)
+
+
+def second_registration_believed_without_proof(patch: Patch) -> None:
+    def contest(self: Admission, known: Session, message: Register) -> list[EncodeEffect]:
+        honest(self, known, message)
+        return self.proven(message.session_id, known.register.address, True, known.heard)
+
+    honest = Admission._contest
+    patch.setattr(Admission, "_contest", contest)
+
+
+def abort_of_a_stranger_obeyed(patch: Patch) -> None:
+    def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
+        sender = self._rooms.get(message.room)
+        if sender is None or message.session_id in sender.destinations or sender.is_over:
+            return honest(self, message, now)
+        return self._rooms.fail(sender, Failure(499, "gone"), now)
+
+    honest = EncodeSide._abort
+    patch.setattr(EncodeSide, "_abort", abort)
+
+
+def offer_alone_claims_its_blocks(patch: Patch) -> None:
+    """Anybody can then take the blocks of a session away from its real rooms, without knowing any of them."""
+
+    def take_offer(self: EncodeSide, info: TransferEmbeddingInfo, session: Session | None, now: float) -> Any:
+        if session is not None and session.flaw(info) is None and self._rooms.ended.get(info.room) is None:
+            session.claim(info.room, info.dst_embedding_indices)
+        return honest(self, info, session, now)
+
+    honest = EncodeSide._take_offer
+    patch.setattr(EncodeSide, "_take_offer", take_offer)
+
+
+def answer_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
+    """He asks for a room that is taken, and the rank that has it is told that its room has failed."""
+    patch.setattr(SenderRoom, "has_destination_at", lambda self, address: False)
+
+
+def acknowledgement_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
+    """Nothing can land at the stranger's; but it is another rank that hears so."""
+
+    def must_wait(self: Sessions, session_id: str, room: int, address: Any) -> bool:
+        own = self._unquiet.get(session_id, {}).get(room)
+        if own is not None:
+            own.was_asked_about = True
+        return own is not None
+
+    patch.setattr(Sessions, "must_wait", must_wait)
+
+
+def invented_rooms_without_bound(patch: Patch) -> None:
+    patch.setattr(UnexpectedRooms, "one_too_many", lambda self: None)
+
+
+def sessions_without_bound(patch: Patch) -> None:
+    patch.setattr(Admission, "_make_place", lambda self, session_id: [])
+
+
+def block_indices_not_checked(patch: Patch) -> None:
+    patch.setattr(Session, "flaw", lambda self, info: None)
+
+
+def first_word_never_sent(patch: Patch) -> None:
+    patch.setattr(LanguageRooms, "announce", lambda self, peer, now: [])
+
+
+def first_word_without_a_deadline(patch: Patch) -> None:
+    def expect(self: EncodeRooms, sender: SenderRoom, now: float) -> None:
+        sender.expected = True
+
+    patch.setattr(EncodeRooms, "expect", expect)
+
+
+def queued_room_not_bound_to_its_session(patch: Patch) -> None:
+    def note_queued(self: EncodeRooms, message: Queued, sender: SenderRoom, session: Session, now: float) -> None:
+        honest(self, message, sender, session, now)
+        session.rooms.discard(sender.room)
+
+    honest = EncodeRooms.note_queued
+    patch.setattr(EncodeRooms, "note_queued", note_queued)
+
+
+def queued_room_left_in_the_table_of_its_session(patch: Patch) -> None:
+    patch.setattr(EncodeRooms, "_unbind_queued", lambda self, sender: sender.queued.clear())
+
+
+def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
+    patch.setattr(Peer, "is_watched", property(lambda self: bool(self.under_way)))
+
+
+def _replaced(struct: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(struct, **changes)
+
+
+def _without_aux(destination: Any) -> Any:
+    return _replaced(destination, with_aux=False)
+
+
+# ---- the search
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    fault: Callable[[Patch], None]
+    schedules: Callable[..., World]
+    invariants: tuple[str, ...]
+    """Which of them it must be caught by; `refused`: our own table or allocator raised."""
+
+
+def siege(seed: int) -> World:
+    return run_siege(Seeded(seed)).world
+
+
+def chaotic_siege(seed: int) -> World:
+    return run_chaotic_siege(Seeded(seed)).world
+
+
+# One rank has everything long before the other, and then nothing more to say.
+lopsided = functools.partial(run_slow, busy=0.05, shape=Shape(1, 6, (5, 1), (20, 1), 1))
+restarts = functools.partial(run_chaos, focus=("replace encode", "pass time"))
+
+replacements = functools.partial(run_chaos, focus=("replace language",))
+
+FAULTS = [
+    Planted(allocate_before_release, run_orderly, ("L1",)),
+    Planted(status_reset_on_resume_at_language, run_orderly, ("S4",)),
+    Planted(status_reset_on_resume_at_encode, run_orderly, ("S4",)),
+    Planted(is_last_from_the_default, run_orderly, ("L1", "S1", "refused")),
+    Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
+    Planted(blocks_freed_when_a_write_failed, run_chaos, ("S2", "S3")),
+    Planted(abort_acknowledged_after_a_failed_write, run_chaos, ("S3",)),
+    Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
+    Planted(new_process_at_the_old_address_taken_for_proof, restarts, ("S3",)),
+    Planted(one_offer_taken_for_all_ranks, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(no_place_kept_for_rooms_that_are_looked_up, run_orderly, ("L1",)),
+    Planted(status_advanced_by_max, run_chaos, ("S4", "L3", "S5", "refused")),
+    Planted(aux_left_out_when_there_are_two_ranks, run_orderly, ("L1", "S1", "refused")),
+    Planted(resumed_rows_put_at_the_wrong_place, run_orderly, ("S1",)),
+    Planted(window_not_staged_again, run_orderly, ("S1",)),
+    Planted(used_up_offers_kept, run_orderly, ("L1",)),
+    Planted(growth_into_the_last_block, run_orderly, ("L2",)),
+    Planted(last_come_first_served, run_orderly, ("L2",)),
+    Planted(ended_room_left_in_the_table_of_its_peer, run_orderly, ("S5", "refused")),
+    Planted(finished_rank_must_keep_talking, lopsided, ("L1",)),
+    Planted(first_word_never_sent, run_slow, ("L1",)),
+    Planted(first_word_without_a_deadline, run_bereaved, ("L3",)),
+    Planted(queued_room_not_bound_to_its_session, run_bereaved, ("L3",)),
+    Planted(queued_room_left_in_the_table_of_its_session, run_bereaved, ("S5", "refused")),
+    Planted(no_pings_for_rooms_that_are_queued, run_slow, ("L1",)),
+    Planted(no_pings_for_rooms_that_are_queued, run_bereaved, ("L3",)),
+    Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
+    Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
+    Planted(second_registration_believed_without_proof, siege, ("siege",)),
+    Planted(abort_of_a_stranger_obeyed, siege, ("siege",)),
+    Planted(offer_alone_claims_its_blocks, siege, ("siege",)),
+    Planted(answer_for_a_stranger_sent_where_he_likes, siege, ("siege",)),
+    Planted(acknowledgement_for_a_stranger_sent_where_he_likes, chaotic_siege, ("S3",)),
+    Planted(invented_rooms_without_bound, chaotic_siege, ("bounds",)),
+    Planted(sessions_without_bound, chaotic_siege, ("bounds",)),
+    Planted(block_indices_not_checked, chaotic_siege, ("bounds", "refused")),
+]
+
+ENOUGH = 3000
+
+
+def first_catch(schedules: Callable[..., World]) -> tuple[int, str]:
+    """The first seed whose schedule goes wrong, and what was seen."""
+    for seed in range(ENOUGH):
+        try:
+            schedules(seed)
+        except Violation as violation:
+            return seed, str(violation).split(":", 1)[0]
+        except (LocalError, KeyError):
+            return seed, "refused"
+    pytest.fail(f"{ENOUGH} schedules noticed nothing")
+
+
+@pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.fault.__name__)
+def test_a_planted_fault_is_caught(planted: Planted, monkeypatch: Patch) -> None:
+    planted.fault(monkeypatch)
+    seed, seen = first_catch(planted.schedules)
+    print(f"{planted.fault.__name__}: caught as {seen} at seed {seed}")
+    assert seen in planted.invariants, f"seed {seed} was caught as {seen}"

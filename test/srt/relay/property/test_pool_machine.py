@@ -1,0 +1,99 @@
+"""The allocator against a model that is one dictionary."""
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.errors import LeaseError
+from support.effort import effort, unhurried
+
+pytestmark = unhurried
+
+OWNERS = st.integers(0, 3)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """`model`: block -> (owner, whether it is in quarantine); a free block is not in it."""
+
+    @initialize(count=st.integers(1, 24))
+    def begin(self, count: int) -> None:
+        self.pool = BlockPool(count)
+        self.model: dict[int, tuple[int, bool]] = {}
+
+    def held(self, owner: int) -> list[int]:
+        return [block for block, state in self.model.items() if state == (owner, False)]
+
+    @rule(owner=OWNERS, n=st.integers(-1, 26))
+    def lease(self, owner: int, n: int) -> None:
+        free = set(range(self.pool.count)) - set(self.model)
+        if not 1 <= n <= len(free):
+            with pytest.raises(LeaseError):
+                self.pool.lease(n, owner)
+            return
+        blocks = self.pool.lease(n, owner)
+        assert len(blocks) == len(set(blocks)) == n
+        assert set(blocks) <= free
+        if any(set(range(start, start + n)) <= free for start in free):
+            assert blocks == tuple(range(blocks[0], blocks[0] + n)), "there was a run"
+        self.model.update(dict.fromkeys(blocks, (owner, False)))
+
+    @rule(owner=OWNERS, data=st.data(), jail=st.booleans())
+    def let_go(self, owner: int, data: st.DataObject, jail: bool) -> None:
+        held = self.held(owner)
+        blocks = data.draw(st.lists(st.sampled_from(held), unique=True)) if held else []
+        if jail:
+            self.pool.quarantine(blocks, owner)
+            self.model.update(dict.fromkeys(blocks, (owner, True)))
+        else:
+            self.pool.give_back(blocks, owner)
+            for block in blocks:
+                del self.model[block]
+
+    @rule(owner=OWNERS, blocks=st.lists(st.integers(-1, 25), min_size=1, max_size=4), jail=st.booleans())
+    def let_go_of_what_is_not_held(self, owner: int, blocks: list[int], jail: bool) -> None:
+        held = self.held(owner)
+        if len(set(blocks)) == len(blocks) and set(blocks) <= set(held):
+            return
+        with pytest.raises(LeaseError):
+            (self.pool.quarantine if jail else self.pool.give_back)(blocks, owner)
+
+    @rule(owner=OWNERS)
+    def release(self, owner: int) -> None:
+        jailed = [block for block, state in self.model.items() if state == (owner, True)]
+        if jailed:
+            assert self.pool.release_quarantine(owner) == len(jailed)
+            for block in jailed:
+                del self.model[block]
+
+    @rule(owner=OWNERS)
+    def release_of_nothing(self, owner: int) -> None:
+        if not any(state[0] == owner for state in self.model.values()):
+            with pytest.raises(LeaseError):
+                self.pool.release_quarantine("nobody")
+
+    @precondition(lambda self: not self.model)
+    @rule()
+    def everything_is_one_run_again(self) -> None:
+        assert self.pool.lease(self.pool.count, 0) == tuple(range(self.pool.count))
+        self.pool.give_back(range(self.pool.count), 0)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        jailed = sum(is_jailed for _, is_jailed in self.model.values())
+        assert self.pool.quarantined == jailed
+        assert self.pool.leased == len(self.model) - jailed
+        assert self.pool.free == self.pool.count - len(self.model)
+        for block in range(self.pool.count):
+            assert self.pool.owner_of(block) == self.model.get(block, (None,))[0]
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = effort(150)
+
+
+def test_a_pool_has_at_least_one_block() -> None:
+    with pytest.raises(LeaseError, match="pool of 0 blocks"):
+        BlockPool(0)

@@ -1,0 +1,38 @@
+"""The `sglang-relay` command line."""
+
+from pathlib import Path
+
+import pytest
+
+from embedding_relay.tools import cli, tiny_model
+
+
+def test_tiny_model_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    monkeypatch.setattr(tiny_model, "make", lambda *arguments: calls.append(arguments))
+    assert cli.main(["tiny-model", "some/where", "--family", "qwen3_vl", "--seed", "7"]) == 0
+    assert cli.main(["tiny-model", "else/where"]) == 0
+    assert calls == [(Path("some/where"), "qwen3_vl", 7), (Path("else/where"), "qwen2_5_vl", 0)]
+    assert capsys.readouterr().out == "some/where\nelse/where\n"
+
+
+def test_the_families_offered_are_the_families_there_are() -> None:
+    assert set(cli.FAMILIES) == set(tiny_model.FAMILIES)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tiny-model", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    assert "usage: sglang-relay" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-command"], ["tiny-model"], ["tiny-model", "out", "--family", "gpt"]]
+)
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: sglang-relay" in capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""Frames that are given in the specification, and frames that must be refused."""
+
+import pytest
+
+from embedding_relay.protocol import codec
+from embedding_relay.protocol.errors import Failure, UndecodableFrames
+from embedding_relay.protocol.messages import (
+    Abort,
+    AbortAck,
+    Address,
+    Handshake,
+    Ping,
+    Pong,
+    Queued,
+    Register,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.status import Status
+
+HERE, SESSION = Address("10.0.0.2", 4711), "10.0.0.2:15001"
+SENDER = [b"10.0.0.2", b"4711", b"10.0.0.2:15001"]
+ONE = b"\1" + b"\0" * 7
+HANDSHAKE = b'{"version":1,"block_size":128,"item_lens":[9],"dtype":"bfloat16","deepstack_rows":0,"blocks":8}'
+
+
+def test_the_frames_of_the_specification() -> None:
+    register = Register(HERE, SESSION, (1, 2**64 - 72), Handshake(1, 128, (64, 9), "bfloat16", 0, 8))
+    frames = codec.encode(register)
+    assert frames[:4] == [b"None", *SENDER]
+    assert frames[4] == b"\1" + b"\0" * 7 + b"\xb8" + b"\xff" * 7
+    assert codec.decode_to_encode(frames) == register
+    info = TransferEmbeddingInfo(7, HERE.host, HERE.port, SESSION, (3, 0, 2), 2, 0, 300)
+    assert codec.encode(info) == [b"7", *SENDER, b"3,0,2", b"2", b"300"]
+    resume = TransferEmbeddingInfo(7, HERE.host, HERE.port, SESSION, (1,), 2, 300, 128)
+    assert codec.encode(resume) == [b"7", *SENDER, b"1", b"2", b"300", b"128"]
+    assert codec.encode(StatusReport(7, Status.SUCCESS, 2000)) == [b"7", b"4", b"2000"]
+    assert codec.encode(StatusReport(7, Status.FAILED, failure=Failure(400, "no"))) == [b"7", b"0", b"400 no"]
+
+
+def test_our_own_frames() -> None:
+    assert codec.encode(Queued(7, HERE, SESSION)) == [b"7", *SENDER, b"QUEUED"]
+    assert codec.decode_to_encode([b"7", *SENDER, b"QUEUED"]) == Queued(7, HERE, SESSION)
+    assert codec.encode(Abort(7, HERE, SESSION)) == [b"7", *SENDER, b"ABORT"]
+    assert codec.encode(Abort(7, HERE, SESSION, Failure(499, "gone")))[5:] == [b"499 gone"]
+    assert codec.encode(Ping(HERE, SESSION, "b7c1")) == [b"PING", *SENDER, b"b7c1"]
+    assert codec.encode(Pong("b7c1", "a001")) == [b"PONG", b"b7c1", b"a001"]
+    assert codec.encode(AbortAck(7)) == [b"7", b"ABORTED"]
+
+
+def test_a_peer_that_sends_less_is_understood() -> None:
+    assert codec.decode_to_language([b"7", b"3"]) == StatusReport(7, Status.TRANSFERRING)
+    assert codec.decode_to_language([b"7", b"0"]) == StatusReport(7, Status.FAILED)
+    report = codec.decode_to_language([b"7", b"0", b"out of cheese"])
+    assert report == StatusReport(7, Status.FAILED, failure=Failure(502, "out of cheese"))
+
+
+def test_the_longest_list_of_blocks_fits_into_a_frame() -> None:
+    indices = tuple(range(codec.MAX_BLOCKS))
+    frames = codec.encode(TransferEmbeddingInfo(7, "h", 1, "s", indices, 1, 0, 1))
+    assert max(map(len, frames)) <= codec.MAX_FRAME_BYTES
+    assert codec.decode_to_encode(frames).dst_embedding_indices == indices  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"7"],
+        [b"None"],
+        [b"None", *SENDER, b"1234567", HANDSHAKE],
+        [b"None", *SENDER, b"", HANDSHAKE],
+        [b"None", *SENDER, b"\0" * 16, HANDSHAKE],
+        [b"None", *SENDER, b"\0" * 8 * 33, HANDSHAKE],
+        [b"None", *SENDER, ONE, b"{}"],
+        [b"None", *SENDER, ONE, b"[" * 4000],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"128", b"0")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b":8}", b":0}")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b":8}", b":1048577}")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[0]")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[]")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"[9]", b"[%d]" % (1 << 49))],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", "bfl\u00f6at".encode())],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", rb"a\nline")],
+        [b"None", *SENDER, ONE, HANDSHAKE.replace(b"bfloat16", b"b" * 5000)],
+        [b"None", *SENDER, b"\0" * 8, HANDSHAKE],
+        [b"None", *SENDER, b"\xb9" + b"\xff" * 7, HANDSHAKE],
+        [b"PING", b"!", b"1", b"s", b"x"],
+        [b"PING", b"10.0.0.2;10.0.0.1", b"1", b"s", b"x"],
+        [b"PING", b"*", b"1", b"s", b"x"],
+        [b"7", *SENDER, b"", b"1", b"300"],
+        [b"7", *SENDER, b"1,1", b"1", b"300"],
+        [b"7", *SENDER, b"1,", b"1", b"300"],
+        [b"7", *SENDER, b"-1", b"1", b"300"],
+        [b"7", *SENDER, b"1048576", b"1", b"300"],
+        [b"7", *SENDER, b"1", b"0", b"300"],
+        [b"7", *SENDER, b"1", b"1", b"0"],
+        [b"7", *SENDER, b"1", b"1", b"-5"],
+        [b"7", *SENDER, b"1", b"1", b"0", b"300"],
+        [b"7", *SENDER, b"1", b"1", b"300", b"0"],
+        [b"7", *SENDER, b"1", b"1", b"1", b"1", b"1"],
+        [b"-7", *SENDER, b"1", b"1", b"300"],
+        [b"9223372036854775808", *SENDER, b"1", b"1", b"300"],
+        [b"07", *SENDER, b"1", b"1", b"300"],
+        [b"7", b"10.0.0.2", b"0", b"s", b"1", b"1", b"300"],
+        [b"7", b"10.0.0.2", b"65536", b"s", b"1", b"1", b"300"],
+        [b"7", b"", b"1", b"s", b"1", b"1", b"300"],
+        [b"7", b"a b", b"1", b"s", b"1", b"1", b"300"],
+        [b"7", b"h" * 257, b"1", b"s", b"1", b"1", b"300"],
+        [b"7", b"h\n", b"1", b"s", b"1", b"1", b"300"],
+        [b"7\n", *SENDER, b"1", b"1", b"300"],
+        [b"7", *SENDER, b"ABORT", b"499 gone", b"more"],
+        [b"7", *SENDER, b"ABORTED"],
+        [b"7", *SENDER, b"QUEUED", b"more"],
+        [b"7", *SENDER[:2], b"QUEUED"],
+        [b"7", *SENDER, b"queued"],
+        [b"-7", *SENDER, b"QUEUED"],
+        [b"7", b"10.0.0.2", b"0", b"s", b"QUEUED"],
+        [b"7", *SENDER, b"ABORT", b"\xff"],
+        [b"7", *SENDER, b"ABORT", b"x" * 5000],
+        [b"PING", *SENDER],
+        [b"PING", *SENDER, b""],
+    ],
+)
+def test_undecodable_for_the_encode_side(frames: list[bytes]) -> None:
+    with pytest.raises(UndecodableFrames):
+        codec.decode_to_encode(frames)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b"7"],
+        [b"7", b"5"],
+        [b"7", b"-1"],
+        [b"7", b"x"],
+        [b"x", b"ABORTED"],
+        [b"7", b"3", b"0"],
+        [b"7", b"3", b"x"],
+        [b"7", b"1", b"5"],
+        [b"7", b"2", b"5"],
+        [b"7", b"0", b"\xff"],
+        [b"7", b"4", b"5", b"6"],
+        [b"PONG", b"x"],
+        [b"PONG", b"x", b"y z"],
+        [b"7", b"3" * (codec.MAX_FRAME_BYTES + 1)],
+    ],
+)
+def test_undecodable_for_the_language_side(frames: list[bytes]) -> None:
+    with pytest.raises(UndecodableFrames):
+        codec.decode_to_language(frames)

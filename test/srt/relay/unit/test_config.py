@@ -1,0 +1,126 @@
+"""Every setting: its default, its range, and the one line that a bad value stops the server with."""
+
+import pytest
+
+from embedding_relay import config
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.errors import SettingError
+
+COUNTS = [
+    config.CACHE_BLOCKS,
+    config.BLOCK_SIZE,
+    config.DEFAULT_ALLOCATE,
+    config.BOOTSTRAP_TIMEOUT,
+    config.WAITING_TIMEOUT,
+    config.HEARTBEAT_MAX_FAILURES,
+]
+SECONDS = [config.FIRST_WORD_TIMEOUT, config.HEARTBEAT_INTERVAL]
+BAD_COUNTS = [
+    "0",
+    "-1",
+    "1.5",
+    "1e3",
+    "many",
+    "0x10",
+    "1_000",
+    "+5",
+    "\uff11\uff12",
+    "²",
+    "99999999999",
+    "9" * 5000,
+    "1\n2",
+    "None",
+]
+
+
+def test_an_empty_environment_gives_the_documented_defaults() -> None:
+    assert RelayConfig.from_environment({}) == RelayConfig(
+        cache_blocks=512,
+        block_size=128,
+        default_allocate_tokens=8192,
+        bootstrap_timeout=300,
+        first_word_timeout=30.0,
+        waiting_timeout=300,
+        heartbeat_interval=5.0,
+        heartbeat_max_failures=2,
+        transport=None,
+    )
+
+
+def test_an_empty_value_is_an_unset_one() -> None:
+    assert RelayConfig.from_environment(dict.fromkeys([*COUNTS, *SECONDS], " ")) == RelayConfig()
+
+
+def test_every_setting_is_read() -> None:
+    read = RelayConfig.from_environment(
+        {
+            config.CACHE_BLOCKS: "8",
+            config.BLOCK_SIZE: " 16 ",
+            config.DEFAULT_ALLOCATE: "1200",
+            config.BOOTSTRAP_TIMEOUT: "30",
+            config.FIRST_WORD_TIMEOUT: "2.5",
+            config.WAITING_TIMEOUT: "60",
+            config.HEARTBEAT_INTERVAL: "0.5",
+            config.HEARTBEAT_MAX_FAILURES: "3",
+            config.MOONCAKE_PROTOCOL: "RDMA",
+        }
+    )
+    assert read == RelayConfig(
+        cache_blocks=8,
+        block_size=16,
+        default_allocate_tokens=1200,
+        bootstrap_timeout=30,
+        first_word_timeout=2.5,
+        waiting_timeout=60,
+        heartbeat_interval=0.5,
+        heartbeat_max_failures=3,
+        transport="rdma",
+    )
+    timing = read.timing
+    assert (timing.bootstrap, timing.first_word, timing.waiting, timing.silence) == (30, 2.5, 60, 2.0)
+
+
+@pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])
+def test_the_first_allocation_may_be_learned(text: str) -> None:
+    assert RelayConfig.from_environment({config.DEFAULT_ALLOCATE: text}).default_allocate_tokens is None
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("text", BAD_COUNTS)
+def test_a_bad_count_is_one_line_that_names_its_variable(name: str, text: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        RelayConfig.from_environment({name: text})
+    line = str(caught.value)
+    assert line.startswith(name)
+    assert "positive integer" in line
+    assert "\n" not in line
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if name != config.DEFAULT_ALLOCATE])
+def test_only_the_first_allocation_may_be_learned(name: str) -> None:
+    with pytest.raises(SettingError, match=name):
+        RelayConfig.from_environment({name: "auto"})
+
+
+@pytest.mark.parametrize("name", SECONDS)
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "soon", "1,5"])
+def test_a_bad_number_of_seconds_is_refused(name: str, text: str) -> None:
+    with pytest.raises(SettingError, match=f"^{name} must be a positive number of seconds"):
+        RelayConfig.from_environment({name: text})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "size", "named"),
+    [("1048577", "1", config.CACHE_BLOCKS), ("1048576", "4096", config.BLOCK_SIZE)],
+)
+def test_a_pool_that_no_index_can_name_is_refused(blocks: str, size: str, named: str) -> None:
+    with pytest.raises(SettingError, match=named):
+        RelayConfig.from_environment({config.CACHE_BLOCKS: blocks, config.BLOCK_SIZE: size})
+
+
+def test_mooncakes_own_settings_choose_the_transport() -> None:
+    assert RelayConfig.from_environment({config.MOONCAKE_FORCE_TCP: "1"}).transport == "tcp"
+    assert RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "tcp"}).transport == "tcp"
+    with pytest.raises(SettingError, match=config.MOONCAKE_PROTOCOL):
+        RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "pigeon"})

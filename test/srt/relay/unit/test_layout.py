@@ -1,0 +1,40 @@
+"""The columns are the specification's: their order, their widths, and what the handshake says of them."""
+
+import pytest
+
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.protocol.errors import SettingError
+
+
+def layout(**changes: object) -> BufferLayout:
+    fields = {"hidden_size": 256, "dtype": "bfloat16", "deepstack_rows": 0, "block_size": 128, "blocks": 4, **changes}
+    return BufferLayout(**fields)  # type: ignore[arg-type]
+
+
+def test_columns_are_in_the_order_of_the_specification() -> None:
+    names = [column.name for column in layout(deepstack_rows=2).columns]
+    assert names == [
+        "input_embeddings",
+        "fill_ids",
+        "mrope_positions",
+        "aux_datas",
+        "deepstack_embeddings",
+        "media_items",
+    ]
+    assert [name for name in names if name != "deepstack_embeddings"] == [column.name for column in layout().columns]
+
+
+def test_item_lengths_are_bytes_per_block() -> None:
+    assert layout().item_lens == (128 * 512, 128 * 4, 128 * 12, 64, 128 * 16)
+    assert layout(dtype="float32", deepstack_rows=3).item_lens[::4] == (128 * 1024, 128 * 3 * 1024)
+
+
+def test_the_handshake_tells_layouts_apart() -> None:
+    different = [{"block_size": 16}, {"dtype": "float16"}, {"deepstack_rows": 1}, {"hidden_size": 128}, {"blocks": 5}]
+    handshakes = {layout(**change).handshake() for change in ({}, *different)}
+    assert len(handshakes) == 6
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(SettingError, match="float64"):
+        layout(dtype="float64")

@@ -1,0 +1,201 @@
+"""Every number has a metric, every metric a line on the page, and values arrive as they are, also across processes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from embedding_relay import metrics
+from embedding_relay.observer import Summary
+from support.protocol import encode_side, language_side
+from support.repo import SOURCE
+
+REPO = Path(__file__).resolve().parents[4]
+PACKAGES = SOURCE / "embedding_relay"
+LABELS = {"model_name": "m", "tp_rank": 0}
+
+
+class Served:
+    """One instance's metrics, and what a scrape of them would find."""
+
+    def __init__(self, mode: str) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = metrics.RelayMetrics(mode, LABELS, self.registry)
+        self._common = {**{name: str(label) for name, label in LABELS.items()}, "mode": mode}
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(metrics.PREFIX + name, {**self._common, **labels})
+
+
+def sources(mode: str, *kinds: str) -> set[str]:
+    return {metric.source for metric in metrics.METRICS if mode in metric.modes and metric.kind in kinds}
+
+
+def test_a_gauge_says_the_last_number_and_a_counter_all_of_them() -> None:
+    language = Served("language")
+    for rooms, rounds in ((3, 10), (1, 15), (0, 15)):
+        language.metrics.counted({"rooms": rooms, "rounds_total": rounds})
+    assert language.value("rooms") == 0
+    assert language.value("chunks_total") == 15
+
+
+def test_failures_are_told_apart_by_status_code_and_successes_are_counted_with_them() -> None:
+    encode = Served("encode")
+    encode.metrics.counted({"failed_400": 2, "failed_502": 1})
+    encode.metrics.counted({"failed_400": 3, "failed_502": 1})
+    encode.metrics.succeeded(Summary(rows=100, rounds=2, bytes=5000, wait_s=0.02, transfer_s=0.2))
+    found = {code: encode.value("requests_total", status_code=code) for code in ("200", "400", "502", "503")}
+    assert found == {"200": 1, "400": 3, "502": 1, "503": None}
+
+
+def test_events_have_their_names() -> None:
+    encode = Served("encode")
+    encode.metrics.counted({"undecodable_total": 4, "resume_ignored": 2})
+    assert encode.value("events_total", event="undecodable") == 4
+    assert encode.value("events_total", event="resume_ignored") == 2
+
+
+def test_a_number_that_is_no_metric_harms_nobody() -> None:
+    """This runs in the control thread: a new table, or a total that shrinks, must not end it."""
+    encode = Served("encode")
+    for size in (5, 2):
+        encode.metrics.counted({"a_new_table": size, "rounds_total": size})
+    assert encode.value("chunks_total") == 5
+
+
+def test_a_request_fills_the_histograms() -> None:
+    language = Served("language")
+    language.metrics.succeeded(Summary(rows=1000, rounds=8, bytes=500_000, wait_s=0.002, transfer_s=2.5))
+    sums = {
+        name: language.value(f"{name}_sum")
+        for name in ("wait_seconds", "transfer_seconds", "request_rounds", "request_rows", "request_bytes")
+    }
+    assert sums == {
+        "wait_seconds": 0.002,
+        "transfer_seconds": 2.5,
+        "request_rounds": 8,
+        "request_rows": 1000,
+        "request_bytes": 500_000,
+    }
+    assert language.value("request_rounds_bucket", le="8.0") == 1
+    assert language.value("request_rounds_bucket", le="6.0") == 0
+
+
+def test_the_schedulers_tables() -> None:
+    language = Served("language")
+    language.metrics.parked({"parked": 4, "shared": 1})
+    language.metrics.parked({"parked": 0, "shared": 1})
+    assert (language.value("parked_requests"), language.value("shared_rooms")) == (0, 1)
+
+
+def test_the_log_line_and_the_metrics_have_one_source() -> None:
+    summary = Summary(rows=1058, rounds=9, bytes=558208, wait_s=0.0039, transfer_s=5.716)
+    assert str(summary) == "rows=1058 rounds=9 bytes=558208 wait_ms=3.9 transfer_ms=5716.0"
+
+
+# ---- complete
+
+
+def test_every_size_is_a_gauge() -> None:
+    assert set(encode_side().sizes()) <= sources("encode", "gauge")
+    assert set(language_side().sizes()) <= sources("language", "gauge")
+
+
+def counted_names() -> Iterator[str]:
+    """The names in `self._counts["name"] += 1` of both cores."""
+    for path in (PACKAGES / "protocol").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Subscript(value=ast.Attribute(attr="_counts"), slice=name):
+                    yield from (leaf.value for leaf in ast.walk(name) if isinstance(leaf, ast.Constant))
+
+
+def test_every_count_is_an_event() -> None:
+    names = set(counted_names())
+    assert "status_stale" in names
+    assert names <= set(metrics.EVENTS_BY_NAME)
+
+
+def test_no_event_is_invented() -> None:
+    code = "".join(path.read_text() for path in PACKAGES.rglob("*.py") if path.name != "metrics.py")
+    assert [name for name in metrics.EVENTS_BY_NAME if f'"{name}"' not in code] == []
+
+
+# ---- pages
+
+
+def test_the_page_is_up_to_date() -> None:
+    ended = subprocess.run([sys.executable, REPO / "scripts/metrics", "--check"], capture_output=True, text=True)
+    assert ended.returncode == 0, f"run scripts/metrics\n{ended.stdout}{ended.stderr}"
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "dashboard.json"])
+def test_pages_name_only_metrics_that_exist(page: str) -> None:
+    exist = {metric.name for metric in metrics.METRICS}
+    exist |= {
+        f"{metric.name}_{part}"
+        for metric in metrics.METRICS
+        if metric.kind == "histogram"
+        for part in ("bucket", "count", "sum")
+    }
+    named = set(re.findall(f"{metrics.PREFIX}([a-z_]+)", (REPO / "docs" / page).read_text()))
+    assert named
+    assert named <= exist
+
+
+def test_the_dashboard_is_one() -> None:
+    dashboard = json.loads((REPO / "docs/dashboard.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(places)) == len(places)
+    for panel in panels:
+        assert panel["targets"]
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+
+
+# ---- across processes, as SGLang serves them
+
+CHILD = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from embedding_relay.metrics import RelayMetrics
+    assert "prometheus_client" not in sys.modules, "too early: SGLang has not said yet where its files go"
+    served = RelayMetrics("language", {"model_name": "m"})
+    served.counted({"rooms": 7, "rounds_total": 7})
+    served.counted({"rooms": 2, "rounds_total": 9})
+"""
+SCRAPE = """
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    print(generate_latest(registry).decode())
+"""
+
+
+def run(code: str, environ: Mapping[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    ended = subprocess.run(command, env=dict(environ), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_another_process_can_serve_them(tmp_path: Path) -> None:
+    """And of two that have had the role, a table is the later one's, a total is both's."""
+    environ = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(2):
+        run(CHILD, environ, str(SOURCE))
+    page = run(SCRAPE, environ)
+    where = '{mode="language",model_name="m"}'
+    assert f"{metrics.PREFIX}rooms{where} 2.0" in page
+    assert f"{metrics.PREFIX}chunks_total{where} 18.0" in page

@@ -1,0 +1,180 @@
+"""A scheduler that answers, one that is slow, frozen, stuck or ill: what becomes of those who wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.errors import SettingError
+from embedding_relay.pulse import Pulse, name_of
+from embedding_relay.scheduler_watch import SchedulerWatch
+
+QUICK = RelayConfig(heartbeat_interval=0.1, heartbeat_max_failures=2, waiting_timeout=1)
+SILENCE = QUICK.timing.silence
+LATE = SILENCE + 10  # for a machine that has other things to do
+
+_ports = itertools.count(os.getpid() << 8)  # a name is as unique as this process and the test
+
+
+class Scheduler:
+    """The answering end, and what its instance says about itself."""
+
+    def __init__(self) -> None:
+        self.name = name_of("127.0.0.1", next(_ports))
+        self.illness: str | None = None
+        self.held = threading.Event()
+        self.held.set()
+        self.pulse = Pulse(self.name, self._say)
+        self.pulse.start()
+
+    def _say(self) -> str | None:
+        self.held.wait()  # a frozen process
+        return self.illness
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    scheduler = Scheduler()
+    yield scheduler
+    scheduler.held.set()
+    scheduler.pulse.close()
+
+
+class Front:
+    def __init__(self, name: str) -> None:
+        self.troubles: list[str] = []
+        self.illnesses: list[str] = []
+        self.watch = SchedulerWatch(name, QUICK, on_trouble=self.troubles.append, on_illness=self.illnesses.append)
+
+
+async def until_trouble(front: Front) -> float:
+    """How long it took."""
+    started = asyncio.get_running_loop().time()
+    while not front.troubles:
+        await asyncio.sleep(0.01)
+    return asyncio.get_running_loop().time() - started
+
+
+async def until_well(front: Front, scheduler: Scheduler) -> None:
+    give_up = asyncio.get_running_loop().time() + LATE
+    while True:
+        scheduler.pulse.beat()
+        if await front.watch.trouble_before_a_request() is None:
+            return
+        assert asyncio.get_running_loop().time() < give_up
+
+
+def test_a_scheduler_that_answers_is_no_trouble(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        with front.watch.a_request_waits():
+            for _ in range(8):
+                scheduler.pulse.beat()
+                await asyncio.sleep(SILENCE / 4)
+        assert not front.troubles
+        assert await front.watch.trouble_before_a_request() is None
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_frozen_one_is_noticed_in_time_and_so_is_its_return(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        scheduler.held.clear()
+        with front.watch.a_request_waits():
+            took = await until_trouble(front)
+        assert SILENCE <= took < LATE
+        assert "has not answered for " in front.troubles[0]
+        assert "has not answered" in str(await front.watch.trouble_before_a_request())
+        scheduler.held.set()
+        await until_well(front, scheduler)
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_one_that_was_never_there_is_noticed() -> None:
+    async def scenario() -> None:
+        front = Front(name_of("127.0.0.1", next(_ports)))
+        with front.watch.a_request_waits():
+            assert await until_trouble(front) < LATE
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_loop_that_does_not_come_round_is_stuck(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        scheduler.pulse.beat()
+        with front.watch.a_request_waits():
+            assert await until_trouble(front) >= QUICK.waiting_timeout - QUICK.heartbeat_interval
+        assert "stuck for " in front.troubles[0]
+        await until_well(front, scheduler)
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_illness_is_told_once_and_stays(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        scheduler.illness = "a thread died"
+        with front.watch.a_request_waits():
+            await until_trouble(front)
+        assert await front.watch.trouble_before_a_request() == "this instance is ill: a thread died"
+        assert front.illnesses == ["a thread died"]
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_busy_front_does_not_blame_the_scheduler(scheduler: Scheduler) -> None:
+    """The answer came while this event loop did something else for long."""
+
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        with front.watch.a_request_waits():
+            await asyncio.sleep(QUICK.heartbeat_interval / 2)
+            blocked = threading.Event()
+            blocked.wait(3 * SILENCE)
+            await asyncio.sleep(0.1 * SILENCE)
+        assert not front.troubles
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_nobody_else_can_answer(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        front = Front(scheduler.name)
+        scheduler.held.clear()
+        with front.watch.a_request_waits(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as forger:
+            await asyncio.sleep(QUICK.heartbeat_interval)
+            with pytest.raises(PermissionError):
+                forger.sendto(b'{"busy_for":0.0}', front.watch._asker._socket.getsockname())
+            await until_trouble(front)
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_address_is_taken_once(scheduler: Scheduler) -> None:
+    with pytest.raises(SettingError, match="the same --host and --port"):
+        Pulse(scheduler.name, lambda: None).start()
+
+
+def test_nothing_is_left() -> None:
+    before = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    scheduler = Scheduler()
+    scheduler.pulse.close()
+    scheduler.pulse.close()
+    assert (set(threading.enumerate()), len(os.listdir("/proc/self/fd"))) == before

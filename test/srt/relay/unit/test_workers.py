@@ -1,0 +1,264 @@
+"""A transfer worker: one retry when it is safe, none when it is not, and an answer to every job."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from embedding_relay.memory.plane import Entry, Link, Region, TransferError
+from embedding_relay.transport import workers
+from embedding_relay.transport.workers import IDLE_SECONDS, TransferWorker, TransferWorkers
+
+ENTRIES = [Entry(0, 0, 1)]
+
+
+class ScriptedPlane:
+    """Links that do what the test says, in the place of an engine."""
+
+    session_id = "me"
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.broken: BaseException | None = None
+        self.quiet = True
+        self.calls: list[str] = []
+        self.gate: threading.Event | None = None
+
+    def start(self, regions: Sequence[Region]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def link(self, session_id: str) -> Link:
+        return ScriptedLink(self, session_id)
+
+
+class ScriptedLink:
+    def __init__(self, plane: ScriptedPlane, session_id: str) -> None:
+        self._plane = plane
+        self._session_id = session_id
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        if self._plane.gate is not None and self._session_id == "stuck":
+            assert self._plane.gate.wait(10)
+        self._plane.calls.append("write")
+        if self._plane.failures:
+            self._plane.failures -= 1
+            raise TransferError("no luck")
+
+    def renew(self) -> None:
+        if self._plane.broken:
+            raise self._plane.broken
+        self._plane.calls.append("renew")
+
+    def is_quiet(self) -> bool:
+        return self._plane.quiet
+
+    def close(self) -> None:
+        self._plane.calls.append("close")
+
+
+class Desk:
+    """The control thread's side of the workers."""
+
+    def __init__(self) -> None:
+        self.plane = ScriptedPlane()
+        self.answers: queue.Queue[str] = queue.Queue()
+        self.quiet: queue.Queue[str] = queue.Queue()
+        self.deaths: queue.Queue[str] = queue.Queue()
+        self.workers = TransferWorkers(
+            lambda session_id: TransferWorker(session_id, self.plane, self.quiet.put, self.deaths.put)
+        )
+
+    def write(self, session_id: str = "peer", write: Callable[[Link], None] | None = None, now: float = 0.0) -> None:
+        self.workers.submit(session_id, now, write or (lambda link: link.write(ENTRIES)), self.answers.put)
+
+    def answer(self) -> str:
+        return self.answers.get(timeout=10)
+
+
+def thread_named(name: str) -> Any:
+    [thread] = [thread for thread in threading.enumerate() if thread.name == name]
+    return thread
+
+
+@pytest.fixture
+def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    monkeypatch.setattr(workers, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(workers, "_RETRY_PATIENCE", 0.1)
+    before = set(threading.enumerate())
+    desk = Desk()
+    yield desk
+    desk.workers.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_a_write_that_works_is_written_once(desk: Desk) -> None:
+    desk.write()
+    assert desk.answer() == ""
+    assert desk.plane.calls == ["write"]
+
+
+def test_a_failed_write_is_repeated_once_over_a_renewed_link(desk: Desk) -> None:
+    desk.plane.failures = 1
+    desk.write()
+    assert desk.answer() == ""
+    assert desk.plane.calls == ["write", "renew", "write"]
+
+
+def test_a_second_failure_is_reported_and_the_link_renewed_again(desk: Desk) -> None:
+    desk.plane.failures = 2
+    desk.write()
+    assert desk.answer() == "no luck"
+    assert desk.plane.calls == ["write", "renew", "write", "renew"]
+
+
+def test_without_proof_of_quiet_nothing_is_repeated(desk: Desk) -> None:
+    """S3: the older copy could land over newer rows."""
+    desk.plane.failures, desk.plane.quiet = 1, False
+    desk.write()
+    assert desk.answer() == "the write to peer failed, and may still land"
+    assert desk.plane.calls == ["write", "renew"]
+
+
+def test_quiet_is_reported_when_asked_for_and_proven(desk: Desk) -> None:
+    desk.plane.failures, desk.plane.quiet = 1, False
+    desk.write()
+    desk.answer()
+    desk.workers.watch("peer")
+    desk.workers.watch("unknown")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.05)
+    desk.plane.quiet = True
+    assert desk.quiet.get(timeout=10) == "peer"
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.05)
+
+
+def test_a_watch_without_proof_ends(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_PROOF_EXPIRES", 0.05)
+    desk.plane.failures, desk.plane.quiet = 1, False
+    desk.write()
+    desk.answer()
+    desk.workers.watch("peer")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.2)
+    desk.plane.quiet = True
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.1)
+
+
+def test_a_stuck_peer_holds_up_nobody_else(desk: Desk) -> None:
+    desk.plane.gate = threading.Event()
+    desk.write("stuck")
+    desk.write("other")
+    assert desk.answer() == ""
+    desk.plane.gate.set()
+    assert desk.answer() == ""
+    assert len(desk.workers) == 2
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), SystemExit("leave"), KeyboardInterrupt("stop")])
+def test_a_job_that_breaks_its_worker_is_answered_and_reported_and_the_next_one_works(
+    desk: Desk, bug: BaseException
+) -> None:
+    def explode(link: Link) -> None:
+        raise bug
+
+    desk.write(write=explode)
+    assert desk.answer() == f"the transfer worker for peer failed: {bug!r}"
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-peer failed: {bug!r}"
+    desk.write()
+    assert desk.answer() == ""
+    # How far the broken write got, nobody knows: its engine was thrown away, and the proof is about that one.
+    assert desk.plane.calls == ["renew", "write"]
+    desk.plane.quiet = False
+    desk.workers.watch("peer")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.05)
+    desk.plane.quiet = True
+    assert desk.quiet.get(timeout=10) == "peer"
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), SystemExit("leave")])
+def test_a_worker_that_dies_answers_all_its_jobs_and_is_reported_and_replaced(desk: Desk, bug: BaseException) -> None:
+    desk.plane.gate = threading.Event()
+    desk.plane.failures, desk.plane.broken = 1, bug
+    for _ in range(3):
+        desk.write("stuck")
+    worker = thread_named("relay-transfer-stuck")
+    desk.plane.gate.set()
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-stuck failed: {bug!r}"
+    assert desk.deaths.get(timeout=10) == f"relay-transfer-stuck died: {bug!r}"
+    assert desk.answer() == "the transfer worker for stuck has died"
+    assert [desk.answer(), desk.answer()] == ["the transfer worker for stuck has ended"] * 2
+    worker.join(10)
+    worker.submit(lambda link: link.write(ENTRIES), desk.answers.put)  # it saw it alive a moment ago
+    assert desk.answer() == "the transfer worker for stuck has ended"
+    desk.plane.broken = None
+    desk.write("stuck")
+    assert desk.answer() == ""
+
+
+def test_no_other_worker_vouches_for_the_writes_of_one_that_died(desk: Desk) -> None:
+    """S3: with the worker went its connections, and so the only proof of their end."""
+    desk.plane.failures, desk.plane.broken = 1, ZeroDivisionError("a bug")
+    desk.plane.gate = threading.Event()
+    desk.write("stuck")
+    worker = thread_named("relay-transfer-stuck")
+    desk.plane.gate.set()
+    desk.answer()
+    worker.join(10)
+    desk.plane.broken = None
+    desk.write("stuck")
+    assert desk.answer() == ""
+    desk.workers.watch("stuck")
+    with pytest.raises(queue.Empty):
+        desk.quiet.get(timeout=0.2)
+
+
+def test_a_worker_without_an_engine_answers_and_is_reported(desk: Desk) -> None:
+    desk.plane.link = None  # type: ignore[method-assign, assignment]
+    desk.write()
+    assert desk.answer() == "the transfer worker for peer has ended"
+    assert desk.deaths.get(timeout=10).startswith("relay-transfer-peer died: TypeError")
+
+
+def test_the_worker_of_a_session_that_is_gone_ends(desk: Desk) -> None:
+    desk.write("gone")
+    desk.write("kept")
+    desk.answer()
+    desk.answer()
+    desk.workers.keep_only({"kept"})
+    assert len(desk.workers) == 1
+    for thread in threading.enumerate():
+        if thread.name == "relay-transfer-gone":
+            thread.join(10)
+    assert desk.plane.calls.count("close") == 1
+
+
+def test_jobs_behind_the_end_are_answered_too(desk: Desk) -> None:
+    desk.plane.gate = threading.Event()
+    desk.write("stuck")
+    desk.write("stuck")
+    desk.workers.keep_only(())
+    desk.plane.gate.set()
+    assert {desk.answer(), desk.answer()} <= {"", "session stuck is gone"}
+
+
+def test_an_unused_worker_ends_and_a_busy_one_does_not(desk: Desk) -> None:
+    desk.plane.gate = threading.Event()
+    desk.write("stuck", now=0.0)
+    desk.write("idle", now=1.0)
+    desk.answer()
+    desk.workers.end_idle(2.0)
+    assert len(desk.workers) == 2
+    assert desk.workers.next_wakeup() == IDLE_SECONDS
+    desk.workers.end_idle(IDLE_SECONDS + 1.0)
+    assert len(desk.workers) == 1
+    assert desk.workers.next_wakeup() == 2 * IDLE_SECONDS + 1.0
+    desk.plane.gate.set()
+    desk.answer()
