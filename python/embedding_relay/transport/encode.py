@@ -131,7 +131,7 @@ class EncodeShell:
         for effect in effects:
             match effect:
                 case Send():
-                    self._loop.send(effect.to, codec.encode(effect.message), courtesy=effect.courtesy)
+                    self._loop.send(effect.to, codec.encode(effect.message), to_stranger=effect.courtesy)
                 case StatusChanged():
                     self._changed(effect, now)
                 case TransferEmbeddingChunk():

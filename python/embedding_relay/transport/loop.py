@@ -13,8 +13,8 @@ import zmq
 
 from embedding_relay.protocol.errors import LocalError, UndecodableFrames
 from embedding_relay.protocol.messages import Address
-from embedding_relay.transport.curve import Curve, Doorkeeper
-from embedding_relay.transport.sockets import MAX_SOCKETS, Inlet, Outlets
+from embedding_relay.transport.curve import Authenticator, Curve
+from embedding_relay.transport.sockets import MAX_SOCKETS, Listener, PeerSockets
 from embedding_relay.transport.wakeup import WakeUp
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class ControlLoop:
         self._stopping = False
         self._count_at: float | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._inlet: Inlet | None = None
-        self._outlets: Outlets | None = None
-        self._doorkeeper: Doorkeeper | None = None
+        self._listener: Listener | None = None
+        self._peers: PeerSockets | None = None
+        self._authenticator: Authenticator | None = None
         self._named_peers: set[str] = set()
         self.undecodable = 0
 
@@ -64,13 +64,13 @@ class ControlLoop:
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         try:
             curve = Curve(self._key) if self._key else None
-            self._doorkeeper = Doorkeeper(self._context, curve) if curve else None
-            self._inlet = Inlet(self._context, self._host, self._max_frame, curve)
+            self._authenticator = Authenticator.open(self._context, curve) if curve else None
+            self._listener = Listener.open(self._context, self._host, self._max_frame, curve)
         except BaseException:
             self.close()
             raise
-        self._outlets = Outlets(self._context, curve)
-        return self._inlet.address
+        self._peers = PeerSockets(self._context, curve)
+        return self._listener.address
 
     def post(self, call: Call) -> None:
         """Have `call(now)` run in the control thread, after what was posted before."""
@@ -89,12 +89,12 @@ class ControlLoop:
         """Close every socket: in the control thread when `run` ends, elsewhere only if it never began."""
         if self._context is None:
             return
-        if self._inlet:
-            self._inlet.close()
-        if self._outlets:
-            self._outlets.close()
-        if self._doorkeeper:
-            self._doorkeeper.close()
+        if self._listener:
+            self._listener.close()
+        if self._peers:
+            self._peers.close()
+        if self._authenticator:
+            self._authenticator.close()
         self._context.term()
         self._wakeup.close()
         self._context = None
@@ -103,34 +103,34 @@ class ControlLoop:
 
     def run(self, handler: Handler, count: Callable[[], None]) -> None:
         """Work until `stop`; `count` is called soon after something happened, and never while nothing does."""
-        inlet, outlets = self._inlet, self._outlets
-        if inlet is None or outlets is None:
+        listener, peers = self._listener, self._peers
+        if listener is None or peers is None:
             raise LocalError("a control loop is opened before it runs")
         poller = zmq.Poller()
-        poller.register(inlet.socket, zmq.POLLIN)
+        poller.register(listener.socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
-        if self._doorkeeper:
-            poller.register(self._doorkeeper.socket, zmq.POLLIN)
+        if self._authenticator:
+            poller.register(self._authenticator.socket, zmq.POLLIN)
         try:
             while not self._stopping:
-                poller.poll(_timeout_ms(handler.next_wakeup(), outlets.next_wakeup(), self._count_at))
-                self._turn(handler, inlet, outlets)
+                poller.poll(_timeout_ms(handler.next_wakeup(), peers.next_wakeup(), self._count_at))
+                self._turn(handler, listener, peers)
                 self._count_soon(count)
         finally:
             self.close()
 
-    def _turn(self, handler: Handler, inlet: Inlet, outlets: Outlets) -> None:
+    def _turn(self, handler: Handler, listener: Listener, peers: PeerSockets) -> None:
         self._wakeup.clear()
         self._run_calls()
-        if self._doorkeeper:
-            self._doorkeeper.answer()
-        for peer, frames in inlet.messages():
+        if self._authenticator:
+            self._authenticator.answer()
+        for peer, frames in listener.messages():
             self._receive(handler, peer, frames)
         now = time.monotonic()
         due = handler.next_wakeup()
         if due is not None and due <= now:
             handler.tick(now)
-        outlets.close_idle(now)
+        peers.close_idle(now)
 
     def _count_soon(self, count: Callable[[], None]) -> None:
         now = time.monotonic()
@@ -160,19 +160,19 @@ class ControlLoop:
                 self._named_peers.add(peer)
                 logger.warning("relay message from %s dropped, and so will be all like it: %s", peer, reason)
 
-    def send(self, to: Address, frames: Sequence[bytes], *, courtesy: bool = False) -> None:
-        if self._outlets is None:
+    def send(self, to: Address, frames: Sequence[bytes], *, to_stranger: bool = False) -> None:
+        if self._peers is None:
             raise LocalError("a control loop is opened before it sends")
-        self._outlets.send(to, frames, time.monotonic(), courtesy=courtesy)
+        self._peers.send(to, frames, time.monotonic(), to_stranger=to_stranger)
 
     @property
     def refused_clients(self) -> int:
         """Who came with a key of CURVE's that is not ours."""
-        return self._doorkeeper.refused if self._doorkeeper else 0
+        return self._authenticator.refused if self._authenticator else 0
 
     @property
     def connections(self) -> int:
-        return len(self._outlets) if self._outlets else 0
+        return len(self._peers) if self._peers else 0
 
 
 def _timeout_ms(*wakeups: float | None) -> int | None:

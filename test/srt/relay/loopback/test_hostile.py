@@ -22,7 +22,7 @@ from embedding_relay.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.sockets import MAX_COURTESIES
+from embedding_relay.transport.sockets import MAX_STRANGERS
 from support.corpus import CORPUS, read_corpus
 from support.loopback import (
     HOST,
@@ -220,5 +220,5 @@ def test_invented_addresses_cost_a_bounded_number_of_sockets(
     language.wait(receivers.values())
     language.check(receivers, [under_way])
     language.receive(encode, later)
-    settle(encode.metrics, lambda m: 0 < m["connections"] <= MAX_COURTESIES + 1)
+    settle(encode.metrics, lambda m: 0 < m["connections"] <= MAX_STRANGERS + 1)
     assert_all_given_back(encode, language)
