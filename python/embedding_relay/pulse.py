@@ -1,104 +1,194 @@
-"""Is the scheduler there? A datagram asks, and a thread of the scheduler's process answers how it is.
+"""Is the scheduler alive? Its process answers datagrams, and the HTTP process in front of it asks while requests wait.
 
-A frozen or dead process answers nothing, while the HTTP process in front of it goes on taking requests. The answer
-comes from a thread of its own, because the scheduler's may rightly be busy for seconds, and says for how long it has.
+SGLang ends a server whose scheduler died. One that is frozen, or stuck in its loop, would keep its clients waiting, and
+with them a router that waits for both halves of a request. The answer comes from a thread of its own, because the
+scheduler's may rightly be busy for seconds, and says for how long it has been.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
 
+from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import SettingError
 
 _LARGEST: Final = 4096
 _STOP: Final = b"stop"
+# How long one request waits for news of a scheduler that was in trouble.
+_LONGEST_WAIT: Final = 1.0
 
 
 class Condition(msgspec.Struct, frozen=True):
+    """What the scheduler's process says about itself."""
+
     busy_for: float
     """Seconds since the scheduler's loop last came round."""
-    illness: str | None = None
+    unhealthy_reason: str | None = None
 
 
-def name_of(host: str, port: int) -> str:
+def socket_name(host: str, port: int) -> str:
     """In Linux's abstract namespace, where nothing is left behind. One server of a machine has this address."""
     return f"\0sglang-embedding-relay/{host}/{port}"
 
 
 class Pulse:
-    """The scheduler's end. `illness` is asked in the answering thread."""
+    """In the scheduler's process: answers who asks. `unhealthy_reason` is called in the answering thread."""
 
-    def __init__(self, name: str, illness: Callable[[], str | None]) -> None:
+    def __init__(self, name: str, unhealthy_reason: Callable[[], str | None]) -> None:
         self._name = name
-        self._illness = illness
-        self._turned_at = time.monotonic()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._thread = threading.Thread(target=self._answer, name="relay-pulse", daemon=True)
+        self._unhealthy_reason = unhealthy_reason
+        self._came_round_at = time.monotonic()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            self._socket.bind(self._name)
+            bound.bind(self._name)
         except OSError as error:
-            self._socket.close()
+            bound.close()
             raise SettingError(f"another server of this machine has the same --host and --port: {error}") from None
+        self._thread = threading.Thread(target=self._answer, args=(bound,), name="relay-pulse", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
         """The scheduler's loop has come round."""
-        self._turned_at = time.monotonic()
+        self._came_round_at = time.monotonic()
 
     def close(self) -> None:
-        if not self._thread.is_alive():
+        if self._thread is None or not self._thread.is_alive():
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             last.sendto(_STOP, self._name)
         self._thread.join()
-        self._socket.close()
 
-    def _answer(self) -> None:
-        while True:
-            question, asker = self._socket.recvfrom(_LARGEST)
-            if question == _STOP:
-                return
-            condition = Condition(time.monotonic() - self._turned_at, self._illness())
-            with contextlib.suppress(OSError):  # the asker has gone, or does not read
-                self._socket.sendto(msgspec.json.encode(condition), socket.MSG_DONTWAIT, asker)
+    def _answer(self, bound: socket.socket) -> None:
+        with bound:
+            while True:
+                question, asker = bound.recvfrom(_LARGEST)
+                if question == _STOP:
+                    return
+                condition = Condition(time.monotonic() - self._came_round_at, self._unhealthy_reason())
+                with contextlib.suppress(OSError):  # the asker has gone, or does not read
+                    bound.sendto(msgspec.json.encode(condition), socket.MSG_DONTWAIT, asker)
 
 
-class Asker:
-    """The other end: never waits, so that an event loop can own it."""
+class SchedulerWatch:
+    """In the HTTP process: asks while a request waits, and costs nothing while none does.
 
-    def __init__(self, name: str) -> None:
+    Belongs to the event loop in which it is started, and never waits for its socket.
+    """
+
+    _loop: asyncio.AbstractEventLoop
+    _socket: socket.socket
+
+    def __init__(
+        self,
+        name: str,
+        config: RelayConfig,
+        *,
+        on_trouble: Callable[[str], None],
+        on_unhealthy: Callable[[str], None],
+    ) -> None:
+        """`on_trouble` is called again and again while requests wait; `on_unhealthy` once, because that is for good."""
         self._name = name
+        self._interval = config.heartbeat_interval
+        self._silence = config.timing.silence
+        self._longest_busy = config.waiting_timeout
+        self._on_trouble = on_trouble
+        self._on_unhealthy = on_unhealthy
+        self._is_connected = False
+        self._answered = asyncio.Event()
+        self._asked_at: float | None = None
+        """When the first question was asked that has no answer yet."""
+        self._waiting = 0
+        self._task: asyncio.Task[None] | None = None
+        self._trouble: str | None = None
+        self._is_unhealthy = False
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind("")  # Linux chooses a name, and the answer comes back to it
-        self._connected = False
+        self._loop.add_reader(self._socket.fileno(), self._hear)
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        if self._task is not None:
+            self._task.cancel()
 
-    def ask(self) -> None:
+    async def trouble_before_a_request(self) -> str | None:
+        """Why nothing should be sent there. A scheduler that was in trouble must say first that it is not any more."""
+        if self._trouble is None:
+            return None
+        self._answered.clear()
+        self._ask()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._answered.wait(), min(_LONGEST_WAIT, self._interval))
+        return self._trouble
+
+    @contextlib.contextmanager
+    def a_request_waits(self) -> Iterator[None]:
+        self._waiting += 1
+        if self._task is None:
+            self._task = self._loop.create_task(self._keep_asking())
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    async def _keep_asking(self) -> None:
+        while self._waiting:
+            if self._asked_at is None:
+                self._asked_at = self._loop.time()
+            self._ask()
+            await asyncio.sleep(self._interval)
+            self._hear()  # this loop may have been the busy one, and the answer be there
+            silence = 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
+            if silence >= self._silence:
+                self._trouble = f"the scheduler of this instance has not answered for {silence:.3g} s"
+            if self._trouble is not None and self._waiting:
+                self._on_trouble(self._trouble)
+        self._asked_at = None
+        self._task = None
+
+    def _ask(self) -> None:
         with contextlib.suppress(OSError):  # nobody is there, or its queue is full: no answer is one too
-            if not self._connected:
-                self._socket.connect(self._name)  # and nobody else's datagrams are taken
-                self._connected = True
+            if not self._is_connected:
+                self._socket.connect(self._name)  # from now on nobody else's datagrams are taken
+                self._is_connected = True
             self._socket.send(b"?")
 
-    def answer(self) -> Condition | None:
-        """The latest answer that has come in."""
+    def _hear(self) -> None:
+        condition = self._latest_answer()
+        if condition is None:
+            return
+        self._asked_at = None
+        self._trouble = self._trouble_in(condition)
+        self._answered.set()
+
+    def _latest_answer(self) -> Condition | None:
         latest = None
         with contextlib.suppress(OSError):  # nothing more is there, or nobody
             while True:
                 latest = msgspec.json.decode(self._socket.recv(_LARGEST), type=Condition)
         return latest
 
-    def close(self) -> None:
-        self._socket.close()
+    def _trouble_in(self, condition: Condition) -> str | None:
+        if condition.unhealthy_reason is not None:
+            if not self._is_unhealthy:
+                self._is_unhealthy = True
+                self._on_unhealthy(condition.unhealthy_reason)
+            return f"this instance is unhealthy: {condition.unhealthy_reason}"
+        if condition.busy_for > self._longest_busy:
+            return f"the scheduler of this instance has been stuck for {condition.busy_for:.3g} s"
+        return None

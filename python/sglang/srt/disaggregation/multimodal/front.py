@@ -11,8 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
-from embedding_relay.pulse import name_of
-from embedding_relay.scheduler_watch import SchedulerWatch
+from embedding_relay.pulse import SchedulerWatch, socket_name
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +149,12 @@ def _watch_of(manager: Any) -> SchedulerWatch:
 
         serving = get_serving()
         watch = SchedulerWatch(
-            name_of(serving.host, serving.port),
+            socket_name(serving.host, serving.port),
             RelayConfig.from_environment(),
             on_trouble=functools.partial(_answer_all, manager),
-            on_illness=functools.partial(_turn_red, manager),
+            on_unhealthy=functools.partial(_turn_red, manager),
         )
+        watch.start()
         manager.embedding_relay_watch = watch
     return watch
 
@@ -169,9 +169,9 @@ def _answer_all(manager: Any, trouble: str) -> None:
         manager._handle_abort_req(abort)
 
 
-def _turn_red(manager: Any, illness: str) -> None:
+def _turn_red(manager: Any, reason: str) -> None:
     """For good. SGLang's health endpoints all answer 503 at once for a server that has not started."""
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    logger.error("relay: this instance is ill and reports no health any more: %s", illness)
+    logger.error("relay: this instance is unhealthy, and its health endpoints say so from now on: %s", reason)
     manager.server_status = ServerStatus.Starting

@@ -10,7 +10,7 @@ import zmq
 
 from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
-from embedding_relay.pulse import Pulse, name_of
+from embedding_relay.pulse import Pulse, socket_name
 from sglang.srt.disaggregation.multimodal import modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
 from sglang.srt.runtime_context import get_serving
@@ -32,7 +32,7 @@ class Role(abc.ABC):
         self._tables: dict[str, int] = {}
         self._poller = zmq.Poller()
         serving = get_serving()
-        self.pulse = Pulse(name_of(serving.host, serving.port), lambda: manager.unhealthy_reason)
+        self.pulse = Pulse(socket_name(serving.host, serving.port), lambda: manager.unhealthy_reason)
 
     def start(self) -> None:
         self.manager.start()
@@ -107,7 +107,7 @@ class Role(abc.ABC):
     def reason_to_turn_away(self) -> Failure | None:
         """Why no further request that waits for rows is admitted, if so."""
         if not self.manager.healthy():
-            return Failure(UNAVAILABLE, f"this {self.mode} instance is ill: {self.manager.unhealthy_reason}")
+            return Failure(UNAVAILABLE, f"this {self.mode} instance is unhealthy: {self.manager.unhealthy_reason}")
         most, waiting = self.manager.config.max_waiting_requests, self.tables()["parked"]
         if waiting < most:
             return None

@@ -1,4 +1,4 @@
-"""A scheduler that answers, one that is slow, frozen, stuck or ill: what becomes of those who wait for it."""
+"""A scheduler that answers, one that is slow, frozen, stuck or unhealthy: what becomes of those who wait for it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import SettingError
-from embedding_relay.pulse import Pulse, name_of
-from embedding_relay.scheduler_watch import SchedulerWatch
+from embedding_relay.pulse import Pulse, SchedulerWatch, socket_name
 
 QUICK = RelayConfig(heartbeat_interval=0.1, heartbeat_max_failures=2, waiting_timeout=1)
 SILENCE = QUICK.timing.silence
@@ -27,8 +26,8 @@ class Scheduler:
     """The answering end, and what its instance says about itself."""
 
     def __init__(self) -> None:
-        self.name = name_of("127.0.0.1", next(_ports))
-        self.illness: str | None = None
+        self.name = socket_name("127.0.0.1", next(_ports))
+        self.unhealthy_reason: str | None = None
         self.held = threading.Event()
         self.held.set()
         self.pulse = Pulse(self.name, self._say)
@@ -36,7 +35,7 @@ class Scheduler:
 
     def _say(self) -> str | None:
         self.held.wait()  # a frozen process
-        return self.illness
+        return self.unhealthy_reason
 
 
 @pytest.fixture
@@ -50,8 +49,9 @@ def scheduler() -> Iterator[Scheduler]:
 class Front:
     def __init__(self, name: str) -> None:
         self.troubles: list[str] = []
-        self.illnesses: list[str] = []
-        self.watch = SchedulerWatch(name, QUICK, on_trouble=self.troubles.append, on_illness=self.illnesses.append)
+        self.unhealthy: list[str] = []
+        self.watch = SchedulerWatch(name, QUICK, on_trouble=self.troubles.append, on_unhealthy=self.unhealthy.append)
+        self.watch.start()
 
 
 async def until_trouble(front: Front) -> float:
@@ -103,7 +103,7 @@ def test_a_frozen_one_is_noticed_in_time_and_so_is_its_return(scheduler: Schedul
 
 def test_one_that_was_never_there_is_noticed() -> None:
     async def scenario() -> None:
-        front = Front(name_of("127.0.0.1", next(_ports)))
+        front = Front(socket_name("127.0.0.1", next(_ports)))
         with front.watch.a_request_waits():
             assert await until_trouble(front) < LATE
         front.watch.close()
@@ -124,14 +124,14 @@ def test_a_loop_that_does_not_come_round_is_stuck(scheduler: Scheduler) -> None:
     asyncio.run(scenario())
 
 
-def test_illness_is_told_once_and_stays(scheduler: Scheduler) -> None:
+def test_being_unhealthy_is_told_once_and_stays(scheduler: Scheduler) -> None:
     async def scenario() -> None:
         front = Front(scheduler.name)
-        scheduler.illness = "a thread died"
+        scheduler.unhealthy_reason = "a thread died"
         with front.watch.a_request_waits():
             await until_trouble(front)
-        assert await front.watch.trouble_before_a_request() == "this instance is ill: a thread died"
-        assert front.illnesses == ["a thread died"]
+        assert await front.watch.trouble_before_a_request() == "this instance is unhealthy: a thread died"
+        assert front.unhealthy == ["a thread died"]
         front.watch.close()
 
     asyncio.run(scenario())
@@ -160,7 +160,7 @@ def test_nobody_else_can_answer(scheduler: Scheduler) -> None:
         with front.watch.a_request_waits(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as forger:
             await asyncio.sleep(QUICK.heartbeat_interval)
             with pytest.raises(PermissionError):
-                forger.sendto(b'{"busy_for":0.0}', front.watch._asker._socket.getsockname())
+                forger.sendto(b'{"busy_for":0.0}', front.watch._socket.getsockname())
             await until_trouble(front)
         front.watch.close()
 
