@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from embedding_relay import __version__
 from embedding_relay.batch.arguments import add_batch_command
 
+# What only SGLang brings along.
+MISSING = "sglang-relay {}: {} is missing: pip install 'sglang-embedding-relay[sglang]'"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
@@ -16,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-relay", description="Tools of sglang-embedding-relay: encode/language disaggregation for SGLang."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     tiny = commands.add_parser(
@@ -83,7 +87,11 @@ def _positive(text: str) -> int:
 def _tiny_model(arguments: argparse.Namespace) -> int:
     from embedding_relay.tools import tiny_model
 
-    tiny_model.make(arguments.out, arguments.family, arguments.seed)
+    try:
+        tiny_model.make(arguments.out, arguments.family, arguments.seed)
+    except ModuleNotFoundError as error:
+        print(MISSING.format(arguments.command, error.name), file=sys.stderr)
+        return 1
     print(arguments.out)
     return 0
 

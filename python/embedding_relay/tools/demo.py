@@ -116,7 +116,12 @@ class DemoFailed(RuntimeError):
 
 
 def _missing_packages() -> str | None:
-    for module, extra in (("mooncake", "cpu (or cuda12, cuda13)"), ("sglang_router", "router")):
+    needed = (
+        ("torch", "sglang"),
+        ("mooncake", "cpu (or cuda12, cuda13)"),
+        ("sglang_router", "router"),
+    )
+    for module, extra in needed:
         if importlib.util.find_spec(module) is None:
             return f"the module {module} is missing: install the extra {extra} of sglang-embedding-relay"
     return None

@@ -135,7 +135,7 @@ def _qwen2_5_vl(ids: dict[str, int], vocab_size: int, size: Size) -> PreTrainedM
 
     vision = _vision_config(size) | {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1, 3]}
     config = Qwen2_5_VLConfig(text_config=_text_config(ids, vocab_size, size), vision_config=vision, **_top_config(ids))
-    return Qwen2_5_VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl(ids: dict[str, int], vocab_size: int, size: Size) -> PreTrainedModel:
@@ -147,7 +147,7 @@ def _qwen3_vl(ids: dict[str, int], vocab_size: int, size: Size) -> PreTrainedMod
         "deepstack_visual_indexes": [1, 2],
     }
     config = Qwen3VLConfig(text_config=_text_config(ids, vocab_size, size), vision_config=vision, **_top_config(ids))
-    return Qwen3VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+    return Qwen3VLForConditionalGeneration(config)
 
 
 FAMILIES = {
@@ -198,7 +198,7 @@ def _write_tokenizer(out: Path) -> tuple[dict[str, int], int]:
     from transformers import Qwen2Tokenizer
 
     vocab, merges = _vocabulary()
-    tokenizer: Any = Qwen2Tokenizer(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # it takes pairs
+    tokenizer: Any = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokens: list[str | AddedToken] = [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.add_special_tokens(

@@ -1,9 +1,11 @@
 """The `sglang-relay` command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+import embedding_relay
 from embedding_relay.tools import cli, tiny_model
 
 
@@ -36,3 +38,21 @@ def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.Captur
         cli.main(arguments)
     assert ended.value.code == 2
     assert "usage: sglang-relay" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sglang-relay {embedding_relay.__version__}\n"
+
+
+def test_what_comes_with_sglang_is_named_when_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["tiny-model", str(tmp_path / "model")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "is missing: pip install 'sglang-embedding-relay[sglang]'" in said[0]
