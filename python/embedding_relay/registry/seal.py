@@ -1,4 +1,4 @@
-"""Seals on what the bootstrap registry hears and says: made with the secret, for this registry, now, and only once."""
+"""Seals (HMAC) on requests to the bootstrap registry and on its answers: for this registry, now, and only once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import hmac
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from embedding_relay.config import SECRET_FILE
+from embedding_relay.protocol.messages import Address
 
 TIME: Final = "Relay-Time"
 NONCE: Final = "Relay-Nonce"
@@ -28,7 +29,12 @@ class Request:
     path: str
     body: bytes
     to: str = ""
-    """Where it was sent, or has arrived, as the socket says. An announcement is for one registry; else it is empty."""
+    """Where it was sent, or has arrived. An announcement is for one registry; a question may go to any: then empty."""
+
+
+def destination(socket_address: Sequence[Any] | None) -> str:
+    """The `to` of a request, from an address as sockets give it, with two parts or four."""
+    return str(Address(*socket_address[:2])) if socket_address else ""
 
 
 def seal_request(key: bytes, request: Request, now_ns: int) -> dict[str, str]:
@@ -46,8 +52,8 @@ def seal_answer(key: bytes, nonce: str, status: int, body: bytes) -> str:
     return _seal(key, b"answer", nonce.encode(), str(status).encode(), body)
 
 
-class Inspector:
-    """The registry's side: which requests are let in. It owns no clock."""
+class SealCheck:
+    """The registry's side: which requests are answered. It owns no clock."""
 
     def __init__(self, key: bytes, started_ns: int) -> None:
         self._key = key
@@ -55,13 +61,13 @@ class Inspector:
         self._seen: OrderedDict[str, int] = OrderedDict()
         """Nonces, oldest first, and until when a request with them could come again."""
 
-    def objection(self, request: Request, headers: Mapping[str, str], now_ns: int) -> str | None:
-        """Why the request is refused, in one sentence; None lets it in, once."""
+    def refusal(self, request: Request, headers: Mapping[str, str], now_ns: int) -> str | None:
+        """Why the request is refused, in one sentence that its sender reads; None lets it in, once."""
         time, nonce, to, seal = (headers.get(name, "") for name in (TIME, NONCE, TO, SEAL))
         if not seal:
-            return f"{SECRET_FILE} is set there, and is missing where the request came from"
+            return f"{SECRET_FILE} is set at the registry, and is missing where the request came from"
         if not _equal(seal, _request_seal(self._key, dataclasses.replace(request, to=to), time, nonce)):
-            return f"{SECRET_FILE} is another secret there than where the request came from"
+            return f"{SECRET_FILE} is another secret at the registry than where the request came from"
         # From here on it was made by somebody with the secret: what it says is true, if it is said now.
         made_ns = int(time)
         if abs(now_ns - made_ns) > WINDOW_NS:
@@ -70,14 +76,16 @@ class Inspector:
         if request.to and request.to != to:
             return f"the request was sent to {to or 'nobody'}, and has arrived at {request.to}"
         if request.to and made_ns < self._started_ns:
-            return "the request is older than the registry"  # a new process has forgotten the nonces of the old
+            return (
+                "the request was made before this registry started"  # a new process has forgotten the nonces of the old
+            )
         return self._used_before(nonce, made_ns, now_ns)
 
     def _used_before(self, nonce: str, made_ns: int, now_ns: int) -> str | None:
         while self._seen and next(iter(self._seen.values())) < now_ns:
             self._seen.popitem(last=False)
         if nonce in self._seen:
-            return "the request was heard before"
+            return "the same request was received before"
         if len(self._seen) >= _MAX_REMEMBERED:
             return "too many requests within two minutes"
         # The oldest comes first if all are kept equally long: as long as the latest clock could make use of one.

@@ -26,7 +26,7 @@ from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
-from embedding_relay.registry.lookup import PeerLookup
+from embedding_relay.registry.client import PeerLookup
 from embedding_relay.transport.board import Publish
 from embedding_relay.transport.loop import ControlLoop
 

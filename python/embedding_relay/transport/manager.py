@@ -20,8 +20,9 @@ from embedding_relay.protocol.errors import CONFLICT, UNAVAILABLE, Failure, Loca
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
-from embedding_relay.registry.announce import Announcer
-from embedding_relay.registry.server import EncodeRank, MooncakeEmbeddingBootstrapServer
+from embedding_relay.registry.client import Announcer
+from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.threads import WatchedThread
 from embedding_relay.transport.board import Board, Notice
 from embedding_relay.transport.encode import EncodeShell

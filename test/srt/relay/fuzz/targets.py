@@ -23,7 +23,8 @@ with atheris.instrument_imports(include=["embedding_relay"]):
     from embedding_relay.protocol import codec
     from embedding_relay.protocol.errors import RemoteError, UndecodableFrames
     from embedding_relay.protocol.messages import Address
-    from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer, look_up
+    from embedding_relay.registry.client import look_up
+    from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
     from embedding_relay.testing.world import World
     from support.hostile import Seeded, Stranger, run_chaotic_siege, run_forgeries, run_siege
 

@@ -8,14 +8,9 @@ import pytest
 
 from embedding_relay.protocol.errors import SettingError
 from embedding_relay.protocol.messages import Address
-from embedding_relay.registry.server import (
-    EncodeRank,
-    MooncakeEmbeddingBootstrapServer,
-    RegistryError,
-    announce,
-    look_up,
-    parse_address,
-)
+from embedding_relay.registry.client import RegistryError, announce, look_up, parse_address
+from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from support.loopback import HOST, small_layout
 
 RANK = EncodeRank(0, HOST, 1234, "abc", small_layout().handshake())

@@ -28,15 +28,11 @@ from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.plane import Region
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
-from embedding_relay.registry import lookup
+from embedding_relay.registry import client as registry_client
 from embedding_relay.registry import seal as seals
-from embedding_relay.registry.server import (
-    EncodeRank,
-    MooncakeEmbeddingBootstrapServer,
-    RegistryError,
-    announce,
-    look_up,
-)
+from embedding_relay.registry.client import RegistryError, announce, look_up
+from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.loopback import (
     HOST,
@@ -103,8 +99,8 @@ def test_rows_cross_over_when_both_sides_have_the_secret(encode: EncodeInstance,
 @pytest.mark.parametrize(
     ("theirs", "ours", "said"),
     [
-        (OURS, None, f"{SECRET_FILE} is set there, and is missing where the request came from"),
-        (OURS, OTHER, f"{SECRET_FILE} is another secret there than where the request came from"),
+        (OURS, None, f"{SECRET_FILE} is set at the registry, and is missing where the request came from"),
+        (OURS, OTHER, f"{SECRET_FILE} is another secret at the registry than where the request came from"),
         (None, OURS, f"does not prove that it has our secret: {SECRET_FILE} differs or is missing there"),
     ],
     ids=["none here", "another here", "none there"],
@@ -118,7 +114,7 @@ def test_a_request_between_instances_without_a_common_secret_fails_in_time_and_s
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lookup, "_PATIENCE", 0.0)
+    monkeypatch.setattr(registry_client, "_LOOKUP_PATIENCE", 0.0)
     instance, started = encode if theirs else open_encode, time.monotonic()
     known = instance.metrics()["sessions"]
     with language_rank(LAYOUT, dataclasses.replace(OPEN, keys=ours)) as language:
@@ -277,7 +273,7 @@ def test_what_was_said_to_the_registry_cannot_be_said_again() -> None:
         headers = seals.seal_request(KEY, request, time.time_ns())
         assert raw(ours, "PUT", request.path, older, headers)[0] == 200
         announce(ours, msgspec.json.decode(newer, type=EncodeRank), KEY)
-        assert raw(ours, "PUT", request.path, older, headers) == (401, "the request was heard before")
+        assert raw(ours, "PUT", request.path, older, headers) == (401, "the same request was received before")
         assert look_up(ours, 0, KEY).instance == "newer"
         said = f"the request was sent to {ours}, and has arrived at {another}"
         assert raw(another, "PUT", request.path, older, headers) == (401, said)

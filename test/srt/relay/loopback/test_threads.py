@@ -13,7 +13,7 @@ import pytest
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
-from embedding_relay.registry import announce, lookup
+from embedding_relay.registry import client
 from embedding_relay.transport.manager import (
     MooncakeEmbeddingBootstrapServer,
     MooncakeEmbeddingManager,
@@ -134,7 +134,7 @@ def test_lookup(encode: EncodeInstance, room: int, death: BaseException, monkeyp
     """Nobody's thread ends: who waits is answered, and the next lookup works."""
     with language_rank(LAYOUT, PATIENT) as language:
         with monkeypatch.context() as patch:
-            patch.setattr(lookup, "look_up", dies(death))
+            patch.setattr(client, "look_up", dies(death))
             receivers = language.start(encode.peer, room)
             language.wait(receivers.values())
             failure = receivers[room].failure()
@@ -146,7 +146,7 @@ def test_lookup(encode: EncodeInstance, room: int, death: BaseException, monkeyp
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_announce(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announce, "announce", dies(death))
+    monkeypatch.setattr(client, "announce", dies(death))
     with encode_here() as (manager, _):
         assert becomes_ill(manager) == f"relay-announce died: {death!r}"
 
@@ -154,7 +154,7 @@ def test_announce(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("death", [SystemExit("leave"), KeyboardInterrupt("stop"), None])
 def test_bootstrap(death: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lives in another process than the scheduler, which misses it from afar, whatever its end was."""
-    monkeypatch.setattr(announce, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(client, "_CHECK_EVERY", 0.05)
     with encode_here() as (manager, registry):
         deadline = time.monotonic() + 20
         while not manager.reachable():

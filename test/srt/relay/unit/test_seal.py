@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from embedding_relay.registry import seal as seals
-from embedding_relay.registry.seal import WINDOW_NS, Inspector, Request
+from embedding_relay.registry.seal import WINDOW_NS, Request, SealCheck
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 STARTED = 10**18
@@ -15,16 +15,16 @@ GET = Request("GET", "/relay/ranks/0", b"")
 
 
 @pytest.fixture
-def inspector() -> Inspector:
-    return Inspector(KEY, STARTED)
+def check() -> SealCheck:
+    return SealCheck(KEY, STARTED)
 
 
 @pytest.mark.parametrize("request_", [PUT, GET])
-def test_a_sealed_request_is_let_in_once(inspector: Inspector, request_: Request) -> None:
+def test_a_sealed_request_is_let_in_once(check: SealCheck, request_: Request) -> None:
     headers = seals.seal_request(KEY, request_, NOW)
-    assert inspector.objection(request_, headers, NOW + 1) is None
-    assert inspector.objection(request_, headers, NOW + 2) == "the request was heard before"
-    assert inspector.objection(request_, seals.seal_request(KEY, request_, NOW), NOW + 3) is None
+    assert check.refusal(request_, headers, NOW + 1) is None
+    assert check.refusal(request_, headers, NOW + 2) == "the same request was received before"
+    assert check.refusal(request_, seals.seal_request(KEY, request_, NOW), NOW + 3) is None
 
 
 @pytest.mark.parametrize(
@@ -36,71 +36,71 @@ def test_a_sealed_request_is_let_in_once(inspector: Inspector, request_: Request
         {"method": "PU", "path": "T/relay/ranks"},
     ],
 )
-def test_nothing_of_a_request_can_be_changed(inspector: Inspector, changed: dict[str, str]) -> None:
+def test_nothing_of_a_request_can_be_changed(check: SealCheck, changed: dict[str, str]) -> None:
     headers = seals.seal_request(KEY, PUT, NOW)
-    assert "another secret" in str(inspector.objection(dataclasses.replace(PUT, **changed), headers, NOW))
-    assert inspector.objection(PUT, headers, NOW) is None
+    assert "another secret" in str(check.refusal(dataclasses.replace(PUT, **changed), headers, NOW))
+    assert check.refusal(PUT, headers, NOW) is None
 
 
-def test_an_announcement_is_for_one_registry(inspector: Inspector) -> None:
+def test_an_announcement_is_for_one_registry(check: SealCheck) -> None:
     elsewhere = dataclasses.replace(PUT, to="10.0.0.2:8998")
-    said = inspector.objection(elsewhere, seals.seal_request(KEY, PUT, NOW), NOW)
+    said = check.refusal(elsewhere, seals.seal_request(KEY, PUT, NOW), NOW)
     assert said == "the request was sent to 10.0.0.1:8998, and has arrived at 10.0.0.2:8998"
     to_anyone = seals.seal_request(KEY, dataclasses.replace(PUT, to=""), NOW)
-    assert "sent to nobody" in str(inspector.objection(PUT, to_anyone, NOW))
+    assert "sent to nobody" in str(check.refusal(PUT, to_anyone, NOW))
 
 
 @pytest.mark.parametrize("name", [seals.TIME, seals.NONCE, seals.TO, seals.SEAL])
 @pytest.mark.parametrize("value", ["1", "é", "\udcff", "x" * 10_000])
-def test_nothing_of_a_seal_can_be_changed(inspector: Inspector, name: str, value: str) -> None:
+def test_nothing_of_a_seal_can_be_changed(check: SealCheck, name: str, value: str) -> None:
     headers = seals.seal_request(KEY, PUT, NOW) | {name: value}
-    assert "another secret" in str(inspector.objection(PUT, headers, NOW))
+    assert "another secret" in str(check.refusal(PUT, headers, NOW))
 
 
-def test_without_a_seal_or_with_another_secret(inspector: Inspector) -> None:
+def test_without_a_seal_or_with_another_secret(check: SealCheck) -> None:
     headers = seals.seal_request(KEY, PUT, NOW)
     del headers[seals.SEAL]
     for missing in ({}, headers):
-        assert "is missing where the request came from" in str(inspector.objection(PUT, missing, NOW))
-    assert "is another secret" in str(inspector.objection(PUT, seals.seal_request(OTHER, PUT, NOW), NOW))
+        assert "is missing where the request came from" in str(check.refusal(PUT, missing, NOW))
+    assert "is another secret" in str(check.refusal(PUT, seals.seal_request(OTHER, PUT, NOW), NOW))
 
 
 @pytest.mark.parametrize("off", [-WINDOW_NS, WINDOW_NS])
 def test_clocks_may_be_a_minute_apart(off: int) -> None:
-    inspector = Inspector(KEY, STARTED)
+    check = SealCheck(KEY, STARTED)
     now = NOW + 10 * WINDOW_NS
-    assert inspector.objection(GET, seals.seal_request(KEY, GET, now + off), now) is None
+    assert check.refusal(GET, seals.seal_request(KEY, GET, now + off), now) is None
     too_far = now + off + (10**9 if off > 0 else -(10**9))
-    refused = str(inspector.objection(GET, seals.seal_request(KEY, GET, too_far), now))
+    refused = str(check.refusal(GET, seals.seal_request(KEY, GET, too_far), now))
     assert refused == "the clocks of the two machines are 61 s apart, more than 60 s"
 
 
-def test_a_new_registry_does_not_hear_what_was_said_to_the_old_one(inspector: Inspector) -> None:
+def test_a_new_registry_does_not_hear_what_was_said_to_the_old_one(check: SealCheck) -> None:
     """It has forgotten the nonces. A question may be asked again: its answer is of use only to who asked."""
     said, asked = seals.seal_request(KEY, PUT, STARTED - 1), seals.seal_request(KEY, GET, STARTED - 1)
-    assert inspector.objection(PUT, said, NOW) == "the request is older than the registry"
-    assert inspector.objection(GET, asked, NOW) is None
+    assert check.refusal(PUT, said, NOW) == "the request was made before this registry started"
+    assert check.refusal(GET, asked, NOW) is None
 
 
 @pytest.mark.parametrize("ahead", [-WINDOW_NS, 0, WINDOW_NS])
-def test_a_nonce_is_remembered_for_as_long_as_it_could_be_used(inspector: Inspector, ahead: int) -> None:
+def test_a_nonce_is_remembered_for_as_long_as_it_could_be_used(check: SealCheck, ahead: int) -> None:
     now = NOW + 10 * WINDOW_NS
     headers = seals.seal_request(KEY, GET, now + ahead)
-    assert inspector.objection(GET, headers, now) is None
+    assert check.refusal(GET, headers, now) is None
     for later in range(0, 4 * WINDOW_NS, WINDOW_NS // 7):
-        assert inspector.objection(GET, headers, now + later) is not None
+        assert check.refusal(GET, headers, now + later) is not None
 
 
 def test_what_is_remembered_is_bounded_and_only_good_requests_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seals, "_MAX_REMEMBERED", 10)
-    inspector = Inspector(KEY, STARTED)
+    check = SealCheck(KEY, STARTED)
     for _ in range(50):
-        assert inspector.objection(GET, seals.seal_request(OTHER, GET, NOW), NOW) is not None
+        assert check.refusal(GET, seals.seal_request(OTHER, GET, NOW), NOW) is not None
     for _ in range(10):
-        assert inspector.objection(GET, seals.seal_request(KEY, GET, NOW), NOW) is None
-    assert "too many" in str(inspector.objection(GET, seals.seal_request(KEY, GET, NOW), NOW))
+        assert check.refusal(GET, seals.seal_request(KEY, GET, NOW), NOW) is None
+    assert "too many" in str(check.refusal(GET, seals.seal_request(KEY, GET, NOW), NOW))
     later = NOW + 2 * WINDOW_NS + 1
-    assert inspector.objection(GET, seals.seal_request(KEY, GET, later), later) is None
+    assert check.refusal(GET, seals.seal_request(KEY, GET, later), later) is None
 
 
 def test_an_answer_belongs_to_one_question_and_comes_from_who_has_the_secret() -> None:
