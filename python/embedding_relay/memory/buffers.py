@@ -1,4 +1,4 @@
-"""The registered, token-indexed buffers of one rank, and the way of rows into and out of them."""
+"""The registered buffers of one rank: a row per token, in blocks; and how requests are copied into and out of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from embedding_relay.memory import layout as columns
-from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region
 from embedding_relay.protocol.errors import LocalError
 
@@ -52,6 +52,10 @@ class SourceRows:
         if not torch.equal(media, self.items[:, 0] >= 0):
             raise LocalError("the rows with an item index are not the rows of the segments")
 
+    @property
+    def aux(self) -> Aux:
+        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items)
+
     @functools.cached_property
     def media_runs(self) -> tuple[tuple[int, int], ...]:
         """`[start, stop)` of the media rows, neighbours merged."""
@@ -78,16 +82,6 @@ class ReceivedRows:
     mrope_delta: int = 0
     has_mrope: bool = False
     media_items: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Aux:
-    """What travels once per request, in the aux row of its first block."""
-
-    total: int
-    mrope_delta: int
-    has_mrope: bool
-    media_items: int
 
 
 class EmbeddingBuffers:
@@ -121,7 +115,7 @@ class EmbeddingBuffers:
 
     def stage(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
         """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first."""
-        self._write_aux(source, blocks[0])
+        self._rows[columns.AUX][blocks[0]].copy_(torch.tensor(source.aux.values(), dtype=torch.int32))
         for at, row, count in self._spans(blocks, first_row, rows):
             here, there = slice(at, at + count), slice(row, row + count)
             self._rows[columns.FILL_IDS][here, 0].copy_(source.fill_ids[there])
@@ -132,14 +126,6 @@ class EmbeddingBuffers:
                 if low < high:
                     self._write_media(at + low - row, values[low - start : high - start])
 
-    def _write_aux(self, source: SourceRows, block: int) -> None:
-        values = [0] * columns.AUX_VALUES
-        values[columns.AUX_TOTAL] = source.total
-        values[columns.AUX_MROPE_DELTA] = source.mrope_delta
-        values[columns.AUX_FLAGS] = columns.FLAG_HAS_MROPE if source.has_mrope else 0
-        values[columns.AUX_MEDIA_ITEMS] = source.media_items
-        self._rows[columns.AUX][block].copy_(torch.tensor(values, dtype=torch.int32))
-
     def _write_media(self, at: int, values: torch.Tensor) -> None:
         hidden, stop = self.layout.hidden_size, at + values.shape[0]
         self._rows[columns.EMBEDDINGS][at:stop].copy_(values[:, :hidden])
@@ -147,13 +133,7 @@ class EmbeddingBuffers:
             self._rows[columns.DEEPSTACK][at:stop].copy_(values[:, hidden:])
 
     def read_aux(self, block: int) -> Aux:
-        values = self._rows[columns.AUX][block].tolist()
-        return Aux(
-            total=values[columns.AUX_TOTAL],
-            mrope_delta=values[columns.AUX_MROPE_DELTA],
-            has_mrope=bool(values[columns.AUX_FLAGS] & columns.FLAG_HAS_MROPE),
-            media_items=values[columns.AUX_MEDIA_ITEMS],
-        )
+        return Aux.of(self._rows[columns.AUX][block].tolist())
 
     def make_target(self, aux: Aux) -> ReceivedRows:
         """Tensors of the final length: no later copy has to make room."""
@@ -168,7 +148,7 @@ class EmbeddingBuffers:
             media_items=aux.media_items,
         )
 
-    def take(self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int) -> int:
+    def copy_out(self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int) -> int:
         """Copy the rows in `blocks` to their place in the target; return how many bytes had to travel for them."""
         media = 0
         for at, row, count in self._spans(blocks, first_row, rows):

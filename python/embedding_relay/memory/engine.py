@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from embedding_relay.memory.plane import Entry, Region, TransferError
-from embedding_relay.memory.quiet import HeldConnections, hurry_listener, is_gone, own_sockets
+from embedding_relay.memory.quiet import HeldConnections, is_gone, own_sockets, shorten_accept
 from embedding_relay.protocol.errors import LocalError, SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.plan import BATCH_LIMIT
@@ -25,7 +25,10 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 
 
 class MooncakeDataPlane:
+    """What `plane.DataPlane` promises, by Mooncake over RDMA or TCP."""
+
     def __init__(self, host: str, transport: str | None = None, device: str = "", *, receives: bool = True) -> None:
+        """Unless `transport` says which: RDMA if the machine has it. Whoever only sends has no session of its own."""
         self._host = host
         self._transport = transport or ("rdma" if os.path.isdir(_INFINIBAND) and os.listdir(_INFINIBAND) else "tcp")
         self._device = device
@@ -53,7 +56,7 @@ class MooncakeDataPlane:
             os.environ.setdefault("MC_USE_IPV6", "1")
 
     def make_engine(self) -> Any:
-        """A new engine that knows our memory."""
+        """A new engine, with our memory registered."""
         engine = _engine_class()()
         if engine.initialize(self._host, "P2PHANDSHAKE", self._transport, self._device):
             raise SettingError(f"Mooncake's transfer engine does not start on {self._host} over {self._transport}")
@@ -91,21 +94,23 @@ class MooncakeDataPlane:
     def close(self) -> None:
         for link in list(self._links):
             link.close()
-        _hasten_end(self._engine)
+        _end_quickly(self._engine)
         self._engine = None  # the destructor closes its sockets and joins its threads
 
 
 class MooncakeLink:
-    """The engine that writes to one peer. Every method runs in the one thread that owns the link."""
+    """The engine that writes to one peer, made when it is first needed. One thread owns it and calls every method."""
 
     def __init__(self, plane: MooncakeDataPlane, session_id: str) -> None:
         self._plane = plane
         self._session_id = session_id
         self._engine: Any = None
-        self._baseline: frozenset[str] = frozenset()
+        self._before: frozenset[str] = frozenset()
+        """The sockets that this process had before the engine: what was opened since may be the engine's."""
         self._connections = HeldConnections()
         self._holds = False
-        self._closed: list[HeldConnections] = []
+        self._undrained: list[HeldConnections] = []
+        """Connections of earlier engines that the peer has not read to their end yet."""
 
     def write(self, entries: Sequence[Entry]) -> None:
         if not entries:
@@ -120,11 +125,11 @@ class MooncakeLink:
             raise TransferError(f"Mooncake could not write {sum(lengths)} bytes to {self._session_id} (code {code})")
         if self._plane.is_tcp and not self._holds:
             # Before anything goes wrong: an engine that gives up on a connection closes it.
-            self._connections.hold_new(self._baseline)
+            self._connections.hold_new(self._before)
             self._holds = True
 
     def _make_engine(self) -> None:
-        self._baseline, self._holds = frozenset(own_sockets()), False
+        self._before, self._holds = frozenset(own_sockets()), False
         try:
             self._engine = self._plane.make_engine()
         except SettingError as error:
@@ -134,38 +139,42 @@ class MooncakeLink:
         """The new engine is made by the next write; dropping the old one ends its sending."""
         ended, self._connections = self._connections, HeldConnections()
         if self._plane.is_tcp:
-            self._closed.append(ended)
-            ended.hold_new(self._baseline)
-        _hasten_end(self._engine)
+            self._undrained.append(ended)
+            ended.hold_new(self._before)
+        _end_quickly(self._engine)
         self._engine = None
         self._plane.note_renewal()
         ended.end_those_of_the_engine()
-        logger.warning("relay engine for %s renewed, %d connections to be drained", self._session_id, len(ended))
+        logger.warning(
+            "relay: a new engine will write to %s; it has to read %d connections of the old one to their end",
+            self._session_id,
+            len(ended),
+        )
         if is_gone(self._session_id):
-            self._forget_closed()
+            self._forget_undrained()
 
     def is_quiet(self) -> bool:
         """Over RDMA a destroyed queue pair sends nothing; over TCP the peer has to have read to the end."""
-        self._closed = [closed for closed in self._closed if not closed.are_drained()]
-        return not self._closed
+        self._undrained = [ended for ended in self._undrained if not ended.are_drained()]
+        return not self._undrained
 
-    def _forget_closed(self) -> None:
-        for closed in self._closed:
-            closed.close()
-        self._closed.clear()
+    def _forget_undrained(self) -> None:
+        for connections in self._undrained:
+            connections.close()
+        self._undrained.clear()
 
     def close(self) -> None:
-        _hasten_end(self._engine)
+        _end_quickly(self._engine)
         self._engine = None
         self._connections.close()
-        self._forget_closed()
+        self._forget_undrained()
         self._plane.forget(self)
 
 
-def _hasten_end(engine: Any) -> None:
-    """The destructor waits a second for its listening thread, and no other thread of Python runs meanwhile."""
+def _end_quickly(engine: Any) -> None:
+    """Else its destructor waits a second for its listening thread, and no other thread of Python runs meanwhile."""
     if engine is not None:
-        hurry_listener(engine.get_rpc_port())
+        shorten_accept(engine.get_rpc_port())
 
 
 def _engine_class() -> Any:

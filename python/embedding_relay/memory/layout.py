@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final
 
 from embedding_relay.protocol.errors import SettingError
@@ -12,7 +13,6 @@ from embedding_relay.protocol.plan import Column
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 INT32: Final = 4
-AUX_VALUES: Final = 16
 ITEM_VALUES: Final = 4
 MROPE_AXES: Final = 3
 
@@ -23,12 +23,29 @@ AUX: Final = "aux_datas"
 DEEPSTACK: Final = "deepstack_embeddings"
 ITEMS: Final = "media_items"
 
-# Places in the aux row.
-AUX_TOTAL: Final = 0
-AUX_MROPE_DELTA: Final = 1
-AUX_FLAGS: Final = 2
-AUX_MEDIA_ITEMS: Final = 3
-FLAG_HAS_MROPE: Final = 1
+_AUX_VALUES: Final = 16
+_FLAG_HAS_MROPE: Final = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What travels once per request, in the aux row of its first block."""
+
+    total: int
+    mrope_delta: int
+    has_mrope: bool
+    media_items: int
+
+    def values(self) -> list[int]:
+        """The row: 32-bit numbers, those that have no meaning yet are zero."""
+        flags = _FLAG_HAS_MROPE if self.has_mrope else 0
+        used = [self.total, self.mrope_delta, flags, self.media_items]
+        return used + [0] * (_AUX_VALUES - len(used))
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Aux:
+        total, mrope_delta, flags, media_items = values[:4]
+        return cls(total, mrope_delta, bool(flags & _FLAG_HAS_MROPE), media_items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +74,7 @@ class BufferLayout:
             Column(name=EMBEDDINGS, bytes_per_row=row, per_block=False, media_only=True),
             Column(name=FILL_IDS, bytes_per_row=INT32, per_block=False, media_only=False),
             Column(name=MROPE, bytes_per_row=MROPE_AXES * INT32, per_block=False, media_only=False),
-            Column(name=AUX, bytes_per_row=AUX_VALUES * INT32, per_block=True, media_only=False),
+            Column(name=AUX, bytes_per_row=_AUX_VALUES * INT32, per_block=True, media_only=False),
         ]
         if self.deepstack_rows:
             columns.append(

@@ -9,22 +9,30 @@ end-of-file ourselves, and wait for the peer's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from embedding_relay.protocol.effects import ProveGone
 from embedding_relay.protocol.messages import Address
 
+logger = logging.getLogger(__name__)
+
 _PROBE_TIMEOUT: Final = 2.0
+_PROBE_THREADS: Final = 4
 _TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _LOOPBACK: Final = {socket.AF_INET: ("0.0.0.0", "127.0.0.1"), socket.AF_INET6: ("::", "::1")}
 _FIVE_MILLISECONDS: Final = struct.pack("ll", 0, 5000)
 
+# ---- its process is gone
+
 
 def is_refused(address: Address) -> bool:
-    """Whether its machine says that nobody listens there: the process that did is gone."""
+    """Whether its machine refuses a connection to it: the process that listened there is gone."""
     try:
         socket.create_connection((address.host, address.port), timeout=_PROBE_TIMEOUT).close()
     except ConnectionRefusedError:
@@ -42,6 +50,35 @@ def is_gone(session_id: str) -> bool:
     return is_refused(Address(host.removeprefix("[").removesuffix("]"), int(port)))
 
 
+class Prover:
+    """Finds out whether processes of other machines are gone, in threads of its own: the control thread never waits.
+
+    How many questions wait is bounded by the protocol core, which asks them.
+    """
+
+    def __init__(self, answer: Callable[[ProveGone, bool], None]) -> None:
+        """`answer` is called in one of these threads, and is told whether the process is known to be gone."""
+        self._answer = answer
+        self._pool = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="relay-proof")
+
+    def ask(self, question: ProveGone) -> None:
+        self._pool.submit(self._find_out, question)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _find_out(self, question: ProveGone) -> None:
+        proven = False
+        try:
+            proven = is_refused(question.address)
+        except BaseException:  # whatever it was: who waits for this answer must get one
+            logger.exception("relay: whether the process at %s is gone could not be found out", question.address)
+        self._answer(question, proven)
+
+
+# ---- it has read our connections to their end
+
+
 def own_sockets() -> dict[str, int]:
     """The sockets of this process: what the kernel calls them, and a descriptor of each."""
     sockets = {}
@@ -53,29 +90,29 @@ def own_sockets() -> dict[str, int]:
     return sockets
 
 
-def hurry_listener(port: int) -> None:
-    """Have the thread that waits for connections at this port of all addresses look up every few milliseconds."""
+def shorten_accept(port: int) -> None:
+    """Have our thread that accepts connections at this port, on all addresses, look up every few milliseconds."""
     for descriptor in own_sockets().values():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
             if listener.family in _LOOPBACK and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 every, loopback = _LOOPBACK[listener.family]
                 if listener.getsockname()[:2] == (every, port):
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _FIVE_MILLISECONDS)
-                    # This wait began with the old patience, so give it a reason to end.
+                    # The timeout holds from the next wait on; a connection ends this one.
                     socket.create_connection((loopback, port), timeout=_PROBE_TIMEOUT).close()
 
 
 class HeldConnections:
-    """TCP connections of an engine, held by descriptors of our own."""
+    """TCP connections of an engine, kept open by descriptors of our own for longer than the engine lives."""
 
     def __init__(self) -> None:
         self._held: dict[str, socket.socket] = {}
-        self._proven_any = False
+        self._any_has_ended = False
 
-    def hold_new(self, baseline: frozenset[str]) -> None:
-        """Hold what was opened since `baseline`; it may be more than the engine's."""
+    def hold_new(self, before: frozenset[str]) -> None:
+        """Hold what was opened since `before`; it may be more than the engine's."""
         for name, descriptor in own_sockets().items():
-            if name not in baseline and name not in self._held:
+            if name not in before and name not in self._held:
                 with contextlib.suppress(OSError):
                     connection = socket.socket(fileno=os.dup(descriptor))
                     if _is_tcp_connection(connection):
@@ -85,9 +122,9 @@ class HeldConnections:
 
     def end_those_of_the_engine(self) -> None:
         """After the engine is gone: what only we hold now was the engine's; what others hold too is theirs."""
-        mine = {connection.fileno() for connection in self._held.values()}
-        others = {name for name, descriptor in _all_descriptors() if descriptor not in mine}
-        for name in [name for name in self._held if name in others]:
+        ours = {connection.fileno() for connection in self._held.values()}
+        in_use = {name for name, descriptor in _all_descriptors() if descriptor not in ours}
+        for name in [name for name in self._held if name in in_use]:
             self._held.pop(name).close()
         for connection in self._held.values():
             connection.setblocking(False)
@@ -99,8 +136,8 @@ class HeldConnections:
         for name, connection in list(self._held.items()):
             if _has_ended(connection):
                 self._held.pop(name).close()
-                self._proven_any = True
-        return self._proven_any and not self._held
+                self._any_has_ended = True
+        return self._any_has_ended and not self._held
 
     def __len__(self) -> int:
         return len(self._held)

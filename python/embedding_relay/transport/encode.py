@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
-from embedding_relay.memory.proof import Prover
+from embedding_relay.memory.quiet import Prover
 from embedding_relay.observer import Observer, Summary
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (

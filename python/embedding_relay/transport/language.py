@@ -178,7 +178,7 @@ class LanguageShell:
                     return self._core.copied(effect.room, 0, aux.total, now)
                 arrival.rows = self._buffers.make_target(aux)
             rows = min(effect.capacity, arrival.rows.total - effect.first_row)
-            copied = self._buffers.take(arrival.rows, effect.blocks, effect.first_row, rows)
+            copied = self._buffers.copy_out(arrival.rows, effect.blocks, effect.first_row, rows)
         except RuntimeError as error:  # torch has no memory left for a prompt of this length
             return self._core.copy_failed(effect.room, str(error), now)
         arrival.rounds += 1

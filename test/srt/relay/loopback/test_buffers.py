@@ -39,7 +39,7 @@ def test_stage_then_take_is_the_identity(
         buffers.stage(source, row, rows, blocks)
         if target is None:
             target = buffers.make_target(buffers.read_aux(blocks[0]))
-        buffers.take(target, blocks, row, rows)
+        buffers.copy_out(target, blocks, row, rows)
         row += rows
     assert target is not None
     assert difference(layout, source, target) is None
@@ -56,7 +56,7 @@ def test_what_an_earlier_request_left_in_a_block_does_not_come_out() -> None:
     empty.check(layout)
     buffers.stage(empty, 0, 128, [0])
     target = buffers.make_target(buffers.read_aux(0))
-    buffers.take(target, [0], 0, 128)
+    buffers.copy_out(target, [0], 0, 128)
     assert not target.embeddings.any()
 
 
@@ -70,7 +70,7 @@ def test_a_planted_swap_is_seen_by_the_comparison() -> None:
     buffers.allocate()
     buffers.stage(bad, 0, 400, [0, 1, 2, 3])
     target = buffers.make_target(buffers.read_aux(0))
-    buffers.take(target, [0, 1, 2, 3], 0, 400)
+    buffers.copy_out(target, [0, 1, 2, 3], 0, 400)
     assert difference(layout, good, target) == f"embeddings: 2 rows differ, the first is {start}"
 
 
