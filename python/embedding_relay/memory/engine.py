@@ -146,7 +146,7 @@ class MooncakeLink:
         self._plane.note_renewal()
         ended.end_those_of_the_engine()
         logger.warning(
-            "relay: a new engine will write to %s; it has to read %d connections of the old one to their end",
+            "relay engine for %s renewed; the peer has yet to read %d connections of the old one to their end",
             self._session_id,
             len(ended),
         )
