@@ -25,9 +25,8 @@ from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.transport.board import Publish
-from embedding_relay.transport.chunk import ChunkJob
 from embedding_relay.transport.loop import ControlLoop
-from embedding_relay.transport.workers import TransferWorker, TransferWorkers
+from embedding_relay.transport.workers import ChunkJob, TransferWorker, TransferWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ class EncodeShell:
         self._run(self._core.transferred(job.chunk.room, job.chunk.transfer_id, job.errors, now), now)
         # Only now is the core ready to hear that nothing of a failed write can land any more.
         for session_id in job.errors:
-            self._workers.watch(session_id)
+            self._workers.report_when_quiet(session_id)
 
     def _changed(self, effect: StatusChanged, now: float) -> None:
         if is_final(effect.status):

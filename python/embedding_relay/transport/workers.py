@@ -1,16 +1,25 @@
-"""Transfer workers: one thread and one link per destination session, so that a stuck peer holds up nobody else."""
+"""Writes rows to language ranks: a chunk is staged once, and written to each destination by a thread of its own.
+
+A thread and a link per destination session, so that a peer that is stuck holds up nobody else.
+"""
 
 from __future__ import annotations
 
 import enum
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from embedding_relay.memory.plane import DataPlane, Link, TransferError
+from embedding_relay.memory.plane import DataPlane, Entry, Link, TransferError
+from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk
+from embedding_relay.protocol.plan import batches, plan_chunk
 from embedding_relay.threads import WatchedThread
+
+if TYPE_CHECKING:
+    from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +27,11 @@ logger = logging.getLogger(__name__)
 _RETRY_PATIENCE: Final = 2.0
 # A peer that is stopped or cut off for longer keeps its blocks in quarantine: its operator will restart it anyway.
 _PROOF_EXPIRES: Final = 3600.0
+# How often to look for that proof: at first, and when it has been missing for long.
 _LOOK_EVERY: Final = 0.1
+_LOOK_SELDOM: Final = 5.0
 # Longer than a write can take, so that an unused worker is rarely a busy one.
 IDLE_SECONDS: Final = 90.0
-_LOOK_SELDOM: Final = 5.0
 
 Write = Callable[[Link], None]
 Done = Callable[[str], None]
@@ -29,9 +39,68 @@ Done = Callable[[str], None]
 _Job = tuple[Write, Done]
 
 
-class _Order(enum.Enum):
-    WATCH = enum.auto()
+class _Command(enum.Enum):
+    """What else than a job a worker finds in its queue."""
+
+    REPORT_WHEN_QUIET = enum.auto()
     STOP = enum.auto()
+
+
+class ChunkJob:
+    """One chunk on its way, shared by the workers of its destinations; the last one to finish reports."""
+
+    def __init__(
+        self,
+        chunk: TransferEmbeddingChunk,
+        source: SourceRows,
+        buffers: EmbeddingBuffers,
+        finished: Callable[[ChunkJob], None],
+    ) -> None:
+        self.chunk = chunk
+        self.errors: dict[str, str] = {}
+        self.bytes = 0
+        self._source = source
+        self._buffers = buffers
+        self._finished = finished
+        self._pending = len(chunk.destinations)
+        self._staged = not chunk.window.stage
+        self._staging = threading.Lock()
+        self._counting = threading.Lock()
+
+    @property
+    def rows(self) -> int:
+        """How many were written, to all destinations together."""
+        return sum(one.stop_row - one.start_row for one in self.chunk.destinations if one.session_id not in self.errors)
+
+    def write(self, destination: ChunkDestination, pointers: Sequence[int], link: Link) -> None:
+        """Raise TransferError if some of it may be missing at the peer; may then be called again."""
+        with self._staging:
+            self._stage()
+        layout = self._buffers.layout
+        ranges = plan_chunk(layout.columns, layout.block_size, self.chunk.window, destination, self._source.media_runs)
+        here = self._buffers.pointers
+        for batch in batches(ranges):
+            link.write([Entry(here[r.column] + r.source, pointers[r.column] + r.destination, r.length) for r in batch])
+        with self._counting:
+            self.bytes += sum(part.length for part in ranges)
+
+    def done(self, session_id: str, problem: str) -> None:
+        with self._counting:
+            if problem:
+                self.errors[session_id] = problem
+            self._pending -= 1
+            is_last = self._pending == 0
+        if is_last:
+            self._finished(self)
+
+    def _stage(self) -> None:
+        if self._staged:
+            return
+        if self._source.ready is not None:
+            self._source.ready.synchronize()
+        window = self.chunk.window
+        self._buffers.stage(self._source, window.first_row, window.rows, window.blocks)
+        self._staged = True
 
 
 class TransferWorkers:
@@ -58,11 +127,11 @@ class TransferWorkers:
         self._last_used[session_id] = now
         worker.submit(write, done)
 
-    def watch(self, session_id: str) -> None:
-        """Report as soon as it is proven that no failed write to the session can land any more."""
+    def report_when_quiet(self, session_id: str) -> None:
+        """As soon as it is proven that no failed write to the session can land any more."""
         worker = self._workers.get(session_id)
         if worker is not None and session_id not in self._unproven:
-            worker.watch()
+            worker.report_when_quiet()
 
     def keep_only(self, sessions: Collection[str]) -> None:
         """End the workers of sessions that are gone."""
@@ -103,6 +172,8 @@ class TransferWorkers:
 
 
 class TransferWorker(WatchedThread):
+    """The thread that writes to one session."""
+
     def __init__(
         self, session_id: str, plane: DataPlane, on_quiet: Callable[[str], None], on_death: Callable[[str], None]
     ) -> None:
@@ -110,11 +181,11 @@ class TransferWorker(WatchedThread):
         self._session_id = session_id
         self._plane = plane
         self._on_quiet = on_quiet
-        self._jobs: SimpleQueue[_Job | _Order] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | _Command] = SimpleQueue()
         self._stopped = False
-        self._is_over = False
+        self._has_ended = False
         self._is_working = False
-        self._watch_until: float | None = None
+        self._look_until: float | None = None
         self.owes_proof = False
         """A write has failed, and may still land."""
 
@@ -122,19 +193,19 @@ class TransferWorker(WatchedThread):
 
     def submit(self, write: Write, done: Done) -> None:
         self._jobs.put((write, done))
-        if self._is_over:
+        if self._has_ended:
             self._answer_the_rest()
 
     @property
     def is_busy(self) -> bool:
-        return self._is_working or self._watch_until is not None or not self._jobs.empty()
+        return self._is_working or self._look_until is not None or not self._jobs.empty()
 
-    def watch(self) -> None:
-        self._jobs.put(_Order.WATCH)
+    def report_when_quiet(self) -> None:
+        self._jobs.put(_Command.REPORT_WHEN_QUIET)
 
     def stop(self) -> None:
         self._stopped = True
-        self._jobs.put(_Order.STOP)
+        self._jobs.put(_Command.STOP)
 
     def _answer_the_rest(self) -> None:
         """Nobody works on these jobs any more. Several threads may be here at a time: each job is taken once."""
@@ -143,7 +214,7 @@ class TransferWorker(WatchedThread):
                 job = self._jobs.get_nowait()
             except Empty:
                 return
-            if not isinstance(job, _Order):
+            if not isinstance(job, _Command):
                 job[1](f"the transfer worker for {self._session_id} has ended")
 
     # ---- its own thread
@@ -156,20 +227,20 @@ class TransferWorker(WatchedThread):
             finally:
                 link.close()
         finally:
-            self._is_over = True
+            self._has_ended = True
             self._answer_the_rest()
 
     def _work_on(self, link: Link) -> None:
         while True:
             try:
-                job = self._jobs.get(timeout=self._patience())
+                job = self._jobs.get(timeout=self._until_next_look())
             except Empty:
                 self._look_for_proof(link)
                 continue
-            if job is _Order.STOP:
+            if job is _Command.STOP:
                 return
-            if job is _Order.WATCH:
-                self._watch_until = time.monotonic() + _PROOF_EXPIRES
+            if job is _Command.REPORT_WHEN_QUIET:
+                self._look_until = time.monotonic() + _PROOF_EXPIRES
                 self._look_for_proof(link)
                 continue
             write, done = job
@@ -181,12 +252,12 @@ class TransferWorker(WatchedThread):
                 self._is_working = False
                 done(problem)
 
-    def _patience(self) -> float | None:
+    def _until_next_look(self) -> float | None:
         """How long to wait for a job: proof comes within moments, or when somebody has done something about it."""
-        if self._watch_until is None:
+        if self._look_until is None:
             return None
-        watched = time.monotonic() - (self._watch_until - _PROOF_EXPIRES)
-        return min(_LOOK_SELDOM, _LOOK_EVERY + watched / 10)
+        looked_for = time.monotonic() - (self._look_until - _PROOF_EXPIRES)
+        return min(_LOOK_SELDOM, _LOOK_EVERY + looked_for / 10)
 
     def _attempt(self, link: Link, write: Write) -> str:
         if self._stopped:
@@ -194,8 +265,8 @@ class TransferWorker(WatchedThread):
         try:
             return self._write_or_retry(link, write)
         except BaseException as error:
-            # A bug, and nobody knows how far the write got. The instance is ill, but its peer will want the proof that
-            # nothing more can land, so this thread goes on.
+            # A bug, and nobody knows how far the write got. The instance is unhealthy from here on, but its peer will
+            # want the proof that nothing more can land, so this thread goes on.
             logger.exception("%s failed", self.name)
             self._report(f"{self.name} failed: {error!r}")
             self._give_up(link)
@@ -233,12 +304,12 @@ class TransferWorker(WatchedThread):
         return False
 
     def _look_for_proof(self, link: Link) -> None:
-        if self._watch_until is None:
+        if self._look_until is None:
             return
         if link.is_quiet():
-            self._watch_until = None
+            self._look_until = None
             self.owes_proof = False
             self._on_quiet(self._session_id)
-        elif time.monotonic() > self._watch_until:
-            self._watch_until = None
+        elif time.monotonic() > self._look_until:
+            self._look_until = None
             logger.error("relay: no proof that %s is quiet; blocks stay in quarantine there", self._session_id)

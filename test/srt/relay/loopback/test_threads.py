@@ -109,7 +109,7 @@ def test_transfer(room: int, what: str, death: BaseException, monkeypatch: pytes
     with encode_here() as (manager, registry), language_rank(LAYOUT, PATIENT) as language:
         monkeypatch.setattr(manager.plane, what, dies(death))
         if what == "note_renewal":
-            monkeypatch.setattr("embedding_relay.transport.chunk.plan_chunk", dies(death))
+            monkeypatch.setattr("embedding_relay.transport.workers.plan_chunk", dies(death))
         rooms = [room, next(_rooms), next(_rooms)]
         senders = [MooncakeEmbeddingSender(manager, room) for room in rooms]
         receivers = language.start(f"{HOST}:{registry.port}", *rooms, hint_rows=128)

@@ -128,8 +128,8 @@ def test_quiet_is_reported_when_asked_for_and_proven(desk: Desk) -> None:
     desk.plane.failures, desk.plane.quiet = 1, False
     desk.write()
     desk.answer()
-    desk.workers.watch("peer")
-    desk.workers.watch("unknown")
+    desk.workers.report_when_quiet("peer")
+    desk.workers.report_when_quiet("unknown")
     with pytest.raises(queue.Empty):
         desk.quiet.get(timeout=0.05)
     desk.plane.quiet = True
@@ -138,12 +138,12 @@ def test_quiet_is_reported_when_asked_for_and_proven(desk: Desk) -> None:
         desk.quiet.get(timeout=0.05)
 
 
-def test_a_watch_without_proof_ends(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_for_proof_ends_without_any(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_PROOF_EXPIRES", 0.05)
     desk.plane.failures, desk.plane.quiet = 1, False
     desk.write()
     desk.answer()
-    desk.workers.watch("peer")
+    desk.workers.report_when_quiet("peer")
     with pytest.raises(queue.Empty):
         desk.quiet.get(timeout=0.2)
     desk.plane.quiet = True
@@ -176,7 +176,7 @@ def test_a_job_that_breaks_its_worker_is_answered_and_reported_and_the_next_one_
     # How far the broken write got, nobody knows: its engine was thrown away, and the proof is about that one.
     assert desk.plane.calls == ["renew", "write"]
     desk.plane.quiet = False
-    desk.workers.watch("peer")
+    desk.workers.report_when_quiet("peer")
     with pytest.raises(queue.Empty):
         desk.quiet.get(timeout=0.05)
     desk.plane.quiet = True
@@ -215,7 +215,7 @@ def test_no_other_worker_vouches_for_the_writes_of_one_that_died(desk: Desk) -> 
     desk.plane.broken = None
     desk.write("stuck")
     assert desk.answer() == ""
-    desk.workers.watch("stuck")
+    desk.workers.report_when_quiet("stuck")
     with pytest.raises(queue.Empty):
         desk.quiet.get(timeout=0.2)
 
