@@ -136,7 +136,7 @@ class EmbeddingBuffers:
         return Aux.of(self._rows[columns.AUX][block].tolist())
 
     def make_target(self, aux: Aux) -> ReceivedRows:
-        """Tensors of the final length: no later copy has to make room."""
+        """Tensors of the final length: nothing is copied again when more rows arrive."""
         return ReceivedRows(
             total=aux.total,
             fill_ids=torch.empty(aux.total, dtype=torch.int32),

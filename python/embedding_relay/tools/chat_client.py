@@ -1,4 +1,4 @@
-"""A minimal chat client: one question about some images, and what came back. For the demo, tests and benchmark."""
+"""A minimal client of /v1/chat/completions: one question about some images, and what came back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `sglang-relay` command. Each subcommand imports what it needs when it runs, so that --help is quick."""
+"""The `sglang-relay` command line. A subcommand imports what it needs when it runs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from embedding_relay import __version__
 from embedding_relay.batch.arguments import add_batch_command
+from embedding_relay.tools import tiny_model
 
 # What only SGLang brings along.
 MISSING = "sglang-relay {}: {} is missing: pip install 'sglang-embedding-relay[sglang]'"
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "weights, meaningless text. Needs no download and no accelerator. Equal arguments give equal files.",
     )
     tiny.add_argument("out", type=Path, metavar="OUT", help="directory to write the model to")
-    tiny.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="architecture (default: %(default)s)")
+    _add_family(tiny, "architecture")
     tiny.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
     tiny.set_defaults(run=_tiny_model)
 
@@ -48,16 +48,23 @@ def build_parser() -> argparse.ArgumentParser:
         description="Start an encode instance, a language instance and the router on this machine, ask one question "
         "about a picture too long for one transfer, say what crossed over, and stop everything again.",
     )
-    add_demo_arguments(demo)
+    _add_demo_arguments(demo)
     demo.set_defaults(run=_demo)
     add_batch_command(commands)
     return parser
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_family(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--family", choices=FAMILIES, default=FAMILIES[0], help="tiny model to use (default: %(default)s)"
+        "--family",
+        choices=list(tiny_model.FAMILIES),
+        default=tiny_model.DEFAULT_FAMILY,
+        help=f"{what} (default: %(default)s)",
     )
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_family(parser, "tiny model to use")
     parser.add_argument("--model", type=Path, metavar="PATH", help="a model of yours instead of a tiny one")
     parser.add_argument("--image", type=Path, metavar="PATH", help="a picture of yours instead of coloured squares")
     parser.add_argument("--prompt", default="What is in this picture?", help="the question (default: %(default)s)")
@@ -66,7 +73,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=128,
         metavar="N",
-        help="token rows the language instance has room for: the fewer, the more rounds (default: %(default)s)",
+        help="token rows the language instance has space for: the fewer, the more rounds (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens", type=_positive, default=16, metavar="N", help="length of the answer (default: %(default)s)"
@@ -85,8 +92,6 @@ def _positive(text: str) -> int:
 
 
 def _tiny_model(arguments: argparse.Namespace) -> int:
-    from embedding_relay.tools import tiny_model
-
     try:
         tiny_model.make(arguments.out, arguments.family, arguments.seed)
     except ModuleNotFoundError as error:

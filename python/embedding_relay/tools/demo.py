@@ -1,4 +1,4 @@
-"""`sglang-relay demo`: encode instance, language instance and router on this machine, and one long picture."""
+"""`sglang-relay demo`: starts both instances and the router on this machine and sends one large picture through."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def last_report(log: str) -> TransferReport | None:
 
 
 class Reporter:
-    """Progress on the terminal: one line that counts the seconds, or a line per change where nobody watches."""
+    """Progress: on a terminal one line that counts the seconds, in a file or a pipe a line per change."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class DemoFailed(RuntimeError):
-    """The servers run, but what they did is not what the demo is to show."""
+    """The servers run, but they did not do what the demo is to show."""
 
 
 def _missing_packages() -> str | None:
@@ -138,12 +138,12 @@ def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) 
         model = tiny_model.cached(arguments.family)
     reporter.say(f"model: {model}")
     blocks = max(1, -(-arguments.default_tokens // BLOCK_SIZE))
-    room = {
+    buffers = {
         "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": str(BLOCK_SIZE),
         "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": str(arguments.default_tokens),
     }
     cluster = local_cluster.relay(
-        Options(model=model, logs=logs, device=arguments.device, environ=room),
+        Options(model=model, logs=logs, device=arguments.device, environ=buffers),
         # No more blocks than the first offer: otherwise the second round would already take all the rest.
         language_environ={"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(blocks)},
         progress=reporter.progress,
@@ -188,7 +188,7 @@ def summary(answer: Answer, language: TransferReport, encode: TransferReport, de
     return [
         f"answer: {answer.text!r}",
         f"{language.rows} token rows came over in {language.rounds} rounds ({language.bytes:,} bytes): "
-        f"there was room for {default_tokens} at a time",
+        f"there was space for {default_tokens} at a time",
         f"{total:.0f} ms in all: {language.wait_ms:.0f} ms for receive blocks, {encode.wait_ms:.0f} ms for the vision "
         f"tower, {encode.transfer_ms:.0f} ms for the rounds, {rest:.0f} ms for the rest (router, picture, text)",
     ]

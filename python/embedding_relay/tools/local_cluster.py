@@ -1,4 +1,4 @@
-"""Servers of this machine as child processes: the recipes that the demo, the tests and the benchmark share."""
+"""How to start SGLang servers and the router on this machine, as the demo, the tests and the benchmarks do."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CPU_ARGUMENTS = (
     *("--max-total-tokens", "40000"),
     "--disable-overlap-schedule",
 )
-# An idle scheduler would otherwise spin on one core, and the others of this machine need it.
+# An idle scheduler would otherwise spin on one core, which the other processes of this machine need.
 COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
 # The router's breaker counts an error against both servers of a pair, so a dead encode instance would shut out the
 # language instance as well. Health checks tell them apart; by default they take minutes. An instance that takes in a
-# burst of pictures is slow to answer them, and must not count as ill for that.
+# burst of pictures is slow to answer them, and must not count as unhealthy for that.
 ROUTER_ARGUMENTS = (
     "--disable-circuit-breaker",
     *("--health-check-interval-secs", "5"),
@@ -91,7 +91,7 @@ def router(
     # Its default waits three minutes for connections in flight before it ends.
     command += ["--policy", "round_robin", "--shutdown-grace-period-secs", "3", "--worker-startup-check-interval", "1"]
     command += [*ROUTER_ARGUMENTS, *arguments]
-    # Its /health is content before it knows a single server.
+    # Its /health answers 200 before it knows a single server.
     ready_path = "/readiness"
     return LocalProcess("router", command, f"http://{HOST}:{port}", options.logs / "router.log", ready_path=ready_path)
 
@@ -172,7 +172,7 @@ def sglang_split(
     language_arguments: Sequence[str] = (),
     progress: Progress = silent,
 ) -> LocalCluster:
-    """SGLang's own encoder split over ZMQ: the other design to compare with, on the same machine in the same run."""
+    """SGLang's own split of the encoder, over ZMQ: what to compare with, on the same machine in the same run."""
     encoder_port, language_port, bootstrap_port = free_ports(3)
     transfer = ("--encoder-transfer-backend", "zmq_to_scheduler")
     encoder = sglang_server("encoder", options, encoder_port, "--encoder-only", *transfer, *encoder_arguments)

@@ -1,4 +1,4 @@
-"""One child server: started in its own process group, watched until it is ready, stopped without a trace."""
+"""Child processes that serve HTTP: started in a process group each, watched until ready, stopped with all children."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[str, str, float], None]
 
 
 def silent(name: str, stage: str, seconds: float) -> None:
-    """The progress callback of those who do not want one."""
+    """For a caller who wants no progress."""
 
 
 class ProcessFailed(RuntimeError):
@@ -149,9 +149,9 @@ class LocalProcess:
 
 @contextlib.contextmanager
 def _signals_later() -> Iterator[None]:
-    """An interrupt between a fork and the note of its pid would leave a process behind that nobody stops.
+    """Hold back Ctrl-C and SIGTERM while a child is forked: one that came before its pid is known would orphan it.
 
-    A blocked signal would stay blocked in the child; a handler of ours does not outlive its exec.
+    Handlers, because a blocked signal would stay blocked in the child; a handler of ours does not outlive its exec.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers run in the main thread only

@@ -1,4 +1,4 @@
-"""A vision-language model of a few megabytes with random weights: real architecture, real processor, meaningless text.
+"""Makes a vision-language model of a few megabytes: real architecture and processor, random weights, meaningless text.
 
 Made with `transformers` alone, so it needs no download. The same family and seed give the same bytes.
 """
@@ -66,9 +66,6 @@ class Size:
     layers: int = 2
     vision_hidden: int = 128
     vision_layers: int = 4
-
-
-TINY = Size()
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,10 @@ FAMILIES = {
 }
 
 
-def make(out: Path, family: str = "qwen2_5_vl", seed: int = 0, size: Size = TINY) -> Path:
+DEFAULT_FAMILY = "qwen2_5_vl"
+
+
+def make(out: Path, family: str = DEFAULT_FAMILY, seed: int = 0, size: Size = Size()) -> Path:
     """Write the model into `out` and return it."""
     recipe = FAMILIES[family]
     out.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def make(out: Path, family: str = "qwen2_5_vl", seed: int = 0, size: Size = TINY
     return out
 
 
-def cached(family: str = "qwen2_5_vl", seed: int = 0) -> Path:
+def cached(family: str = DEFAULT_FAMILY, seed: int = 0) -> Path:
     """The same, made once per machine and per version of this file."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-embedding-relay"

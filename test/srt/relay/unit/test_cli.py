@@ -18,8 +18,12 @@ def test_tiny_model_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == "some/where\nelse/where\n"
 
 
-def test_the_families_offered_are_the_families_there_are() -> None:
-    assert set(cli.FAMILIES) == set(tiny_model.FAMILIES)
+@pytest.mark.parametrize("command", [["tiny-model", "out"], ["demo"]])
+def test_the_families_offered_are_the_families_there_are(command: list[str]) -> None:
+    parser = cli.build_parser()
+    assert parser.parse_args(command).family in tiny_model.FAMILIES
+    for family in tiny_model.FAMILIES:
+        assert parser.parse_args([*command, "--family", family]).family == family
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tiny-model", "--help"]])
