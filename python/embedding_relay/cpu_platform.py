@@ -1,11 +1,11 @@
-"""SGLang's real scheduler and model code on any CPU: an out-of-tree platform, chosen or alone.
+"""Runs SGLang on any CPU: a platform plugin that takes a machine when asked to, or when nothing else could serve it.
 
 Stock SGLang has a CPU engine (`SGLANG_USE_CPU_ENGINE=1`), but it needs its own build of `sgl_kernel` (AMX).
 Where that build is absent, SGLang stops at the rotary embedding or at the attention backend. This platform names the
 torch-native implementations instead: slow, but the same scheduler, models and HTTP server, which is what tests, the
 demo and a first look on a laptop need.
 
-It stays out of the way. Unless it was named (`SGLANG_PLATFORM=relay_cpu`), `activate` answers None when
+Otherwise it stays out of the way. Unless it was named (`SGLANG_PLATFORM=relay_cpu`), `activate` answers None when
   - the stock CPU engine was asked for,
   - another platform plugin is installed (two active ones stop SGLang), or
   - there is, or may be, an accelerator: any torch backend, any device node, any vendor's torch extension.

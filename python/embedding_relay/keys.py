@@ -13,7 +13,7 @@ from typing import Final
 
 # Hexadecimal, so that a length is an amount of randomness: 32 bytes.
 _DIGITS: Final = 64
-# Half of what is possible: a placeholder has fewer different bytes, chance alone never.
+# Different bytes, of 32: a placeholder has fewer, and chance alone never gives as few.
 _FEWEST_VALUES: Final = 16
 _LARGEST_FILE: Final = 4096
 
@@ -47,7 +47,7 @@ def hkdf(secret: bytes, *, info: bytes, salt: bytes = b"") -> bytes:
 
 
 def read_keys(path: str) -> Keys:
-    """Raise BadSecret for a file that does not keep the secret, or has none."""
+    """Raise BadSecret for a file that others may open, or that holds no secret."""
     try:
         # Without waiting: what somebody has put there may be a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

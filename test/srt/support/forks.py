@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported everything and opened nothing: a new instance costs milliseconds."""
+"""A fork server that has imported everything and opened nothing: a new process for a test costs milliseconds."""
 
 import gc
 import multiprocessing

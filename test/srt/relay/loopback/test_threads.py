@@ -1,4 +1,4 @@
-"""No thread of ours ends unnoticed: whatever kills one, its instance says that it is ill, and everybody is answered."""
+"""No thread of ours ends unnoticed: whatever kills one, its instance reports itself unhealthy, and all are answered."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def encode_here() -> Iterator[tuple[MooncakeEmbeddingManager, MooncakeEmbeddingB
         registry.close()
 
 
-def becomes_ill(manager: MooncakeEmbeddingManager) -> str:
+def becomes_unhealthy(manager: MooncakeEmbeddingManager) -> str:
     deadline = time.monotonic() + 20
     while manager.healthy():
-        assert time.monotonic() < deadline, "it never said that it is ill"
+        assert time.monotonic() < deadline, "it never said that it is unhealthy"
         time.sleep(0.01)
     return str(manager.unhealthy_reason)
 
@@ -125,8 +125,8 @@ def test_transfer(room: int, what: str, death: BaseException, monkeypatch: pytes
             failure = end.failure()
             assert failure is not None
             assert failure.code == 502, failure
-        assert becomes_ill(manager).startswith("relay-transfer-")
-        assert repr(death) in becomes_ill(manager)
+        assert becomes_unhealthy(manager).startswith("relay-transfer-")
+        assert repr(death) in becomes_unhealthy(manager)
 
 
 @pytest.mark.parametrize("death", DEATHS)
@@ -148,7 +148,7 @@ def test_lookup(encode: EncodeInstance, room: int, death: BaseException, monkeyp
 def test_announce(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "announce", dies(death))
     with encode_here() as (manager, _):
-        assert becomes_ill(manager) == f"relay-announce died: {death!r}"
+        assert becomes_unhealthy(manager) == f"relay-announce died: {death!r}"
 
 
 @pytest.mark.parametrize("death", [SystemExit("leave"), KeyboardInterrupt("stop"), None])
@@ -166,7 +166,7 @@ def test_bootstrap(death: BaseException | None, monkeypatch: pytest.MonkeyPatch)
         else:
             assert registry._loop is not None
             registry._loop.call_soon_threadsafe(dies(death))
-        assert becomes_ill(manager).startswith("the bootstrap registry is gone: ")
+        assert becomes_unhealthy(manager).startswith("the bootstrap registry is gone: ")
 
 
 def test_bootstrap_that_cannot_begin_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ if "parent" in wishes:
     subprocess.Popen([sys.executable, "-c", ignore])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" and "ill" not in wishes else 503)
+        self.send_response(200 if self.path == "/health" and "unhealthy" not in wishes else 503)
         self.end_headers()
 print("listening", flush=True)
 http.server.HTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
@@ -93,7 +93,7 @@ def test_a_process_that_dies_early_is_reported_at_once_with_its_log(server: Star
 
 
 def test_a_process_that_is_not_ready_in_time(server: Start) -> None:
-    process = server("ill")
+    process = server("unhealthy")
     process.start()
     with pytest.raises(ProcessFailed, match="was not ready after"):
         wait_all_ready([process], 1)
