@@ -1,0 +1,357 @@
+"""What is installed: the sdist and the wheel, the same in an empty environment, and the links of a checkout."""
+
+import ast
+import configparser
+import csv
+import email
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from pathlib import Path
+
+import httpx
+import pytest
+
+import embedding_relay
+from embedding_relay.tools.local_process import LocalProcess, free_ports, stop_all, wait_all_ready
+from support.repo import DISTRIBUTION, REPO, SOURCE, doors, our_modules
+from support.stub_endpoint import answer_to, stub_endpoint
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+NEEDED_TO_BUILD = ("pyproject.toml", "README.md", "LICENSE")
+UPSTREAM = {
+    "sglang/__init__.py": "",
+    "sglang/srt/server_args.py": "",
+    "sglang/srt/disaggregation/utils.py": "",
+    "sglang/srt/disaggregation/mooncake/__init__.py": "from .conn import *\n",
+    "sglang/srt/disaggregation/mooncake/conn.py": "",
+}
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    # Nothing of this checkout may be found by accident.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=cwd)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def copy_checkout(to: Path) -> Path:
+    """What packaging needs of this checkout; links and uninstalls are tried on the copy."""
+    shutil.copytree(SOURCE, to / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (to / "scripts").mkdir()
+    for name in (*NEEDED_TO_BUILD, "scripts/link"):
+        shutil.copy(REPO / name, to / name)
+    return to
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture(scope="module")
+def modules(clean: Path) -> set[str]:
+    return set(our_modules(clean / "python"))
+
+
+@pytest.fixture(scope="module")
+def built(clean: Path, modules: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the sdist, made of a clean copy, and the wheel, made of that sdist."""
+    out = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, clean)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(archive.read(name))
+
+
+def make_venv(at: Path) -> Path:
+    """An environment with this one's pip and setuptools and nothing else."""
+    run(sys.executable, "-m", "venv", "--without-pip", at)
+    for name in ("pip", "setuptools", "_distutils_hack"):
+        for path in Path(sysconfig.get_path("purelib")).glob(f"{name}*"):
+            (site_of(at) / path.name).symlink_to(path)
+    return at
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """Such an environment, with files where SGLang's would be."""
+    venv = make_venv(tmp_path / "venv")
+    for name, text in UPSTREAM.items():
+        (site_of(venv) / name).parent.mkdir(parents=True, exist_ok=True)
+        (site_of(venv) / name).write_text(text)
+    return venv
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "checkout").mkdir()
+    return copy_checkout(tmp_path / "checkout")
+
+
+def site_of(venv: Path) -> Path:
+    (site,) = venv.glob("lib/python3.*/site-packages")
+    return site
+
+
+def pip(venv: Path, *arguments: str | Path) -> None:
+    run(venv / "bin/python", "-m", "pip", "--disable-pip-version-check", *arguments)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Every file under `root` by the hash of what it says; links to directories are left alone."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def directories(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_dir()}
+
+
+def modules_in(site: Path) -> set[str]:
+    """Our files in an environment, inside SGLang's directories and outside, as the wheel names them."""
+    found = [path for top in ("embedding_relay", "sglang") for path in (site / top).rglob("*.*")]
+    found = [path for path in found if path.suffix in (".py", ".html")]
+    return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
+
+
+class TestWheel:
+    def test_it_has_our_modules_and_nothing_of_sglangs(self, wheel: Path, modules: set[str]) -> None:
+        names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+        assert names == modules
+        assert "embedding_relay/batch/page.html" in names
+        for name in names:
+            if name.startswith("embedding_relay/"):
+                continue
+            directory, _, file = name.removeprefix("sglang/srt/disaggregation/").partition("/")
+            assert directory == "multimodal" or (directory == "mooncake" and file.endswith("_multimodal.py")), name
+
+    def test_it_makes_no_package_of_a_directory_that_is_sglangs(self, wheel: Path) -> None:
+        names = zipfile.ZipFile(wheel).namelist()
+        packages = {name for name in names if name.startswith("sglang/") and name.endswith("/__init__.py")}
+        assert packages == {"sglang/srt/disaggregation/multimodal/__init__.py"}
+
+    def test_the_sdist_has_all_that_the_wheel_is_made_of(self, built: Path, modules: set[str]) -> None:
+        (sdist,) = built.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        assert {f"python/{name}" for name in modules} | set(NEEDED_TO_BUILD) <= names
+
+    def test_every_entry_point_names_a_function_in_it(self, wheel: Path) -> None:
+        archive = zipfile.ZipFile(wheel)
+        (entry_points,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        groups = configparser.ConfigParser(delimiters=("=",))
+        groups.read_string(archive.read(entry_points).decode())
+        assert {group: set(groups[group]) for group in groups.sections()} == {
+            "sglang.srt.plugins": {"embedding_relay"},
+            "sglang.srt.platforms": {"relay_cpu"},
+            "console_scripts": {"sglang-relay"},
+        }
+        for group in groups.sections():
+            for target in groups[group].values():
+                module, _, function = target.partition(":")
+                source = archive.read(module.replace(".", "/") + ".py")
+                assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+    def test_its_version_is_the_package_s(self, metadata: Message) -> None:
+        assert metadata["Version"] == embedding_relay.__version__
+
+    def test_sglang_mooncake_and_the_router_are_extras(self, metadata: Message) -> None:
+        required = metadata.get_all("Requires-Dist") or []
+        always = [line for line in required if "extra ==" not in line]
+        assert len(always) == len(PROJECT["dependencies"])
+        assert not [line for line in always if line.startswith(("sglang", "torch", "mooncake"))]
+        extras = set(metadata.get_all("Provides-Extra") or [])
+        assert extras == {"sglang", "cpu", "cuda12", "cuda13", "router", "batch", "dev"}
+
+    def test_the_sglang_that_is_installed_is_the_one_that_the_hooks_accept(self) -> None:
+        hooks = ast.parse((SOURCE / "sglang/srt/disaggregation/multimodal/hooks.py").read_text())
+        (accepted,) = (
+            node.value
+            for node in hooks.body
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "SUPPORTED_SGLANG"
+        )
+        assert isinstance(accepted, ast.Call)
+        assert [f"sglang{ast.literal_eval(accepted.args[0])}"] == PROJECT["optional-dependencies"]["sglang"]
+
+    def test_it_goes_without_a_trace(self, wheel: Path, modules: set[str], venv: Path) -> None:
+        before, directories_before = contents(venv), directories(venv)
+        pip(venv, "install", "--no-deps", "--no-index", wheel)
+        assert modules_in(site_of(venv)) == modules
+        assert (venv / "bin/sglang-relay").exists()
+        pip(venv, "uninstall", "--yes", DISTRIBUTION)
+        assert contents(venv) == before
+        assert directories(venv) - directories_before == set()
+
+
+@pytest.fixture(scope="module")
+def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    venv = make_venv(tmp_path_factory.mktemp("empty") / "venv")
+    pip(venv, "install", "--constraint", REPO / "constraints.txt", f"{wheel}[batch]")
+    return venv
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with stub_endpoint(tmp_path_factory.mktemp("stub")) as stub:
+        yield stub.url
+
+
+class TestEmptyEnvironment:
+    """`pip install 'sglang-embedding-relay[batch]'` where there was nothing: a table is answered without SGLang."""
+
+    def test_neither_sglang_nor_torch_is_installed(self, empty: Path) -> None:
+        installed = {found.name.lower() for found in importlib.metadata.distributions(path=[str(site_of(empty))])}
+        assert DISTRIBUTION in installed
+        assert not [name for name in installed if name.startswith(("torch", "mooncake", "nvidia", "transformers"))]
+        assert [name for name in installed if name.startswith("sglang")] == [DISTRIBUTION]
+
+    def test_the_command_says_what_it_can_do_and_its_version(self, empty: Path) -> None:
+        relay = empty / "bin/sglang-relay"
+        assert "usage: sglang-relay" in run(relay, "--help")
+        assert "usage: sglang-relay batch" in run(relay, "batch", "--help")
+        assert run(relay, "--version") == f"sglang-relay {embedding_relay.__version__}\n"
+
+    def test_what_needs_sglang_says_so_in_one_line(self, empty: Path, tmp_path: Path) -> None:
+        for command in (["demo"], ["tiny-model", tmp_path / "model"]):
+            done = subprocess.run([empty / "bin/sglang-relay", *command], capture_output=True, text=True)
+            assert done.returncode != 0
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert "missing" in done.stderr
+            assert "sglang" in done.stderr
+
+    @pytest.mark.parametrize("folder", ["protocol", "registry", "batch"])
+    def test_modules_can_be_imported(self, empty: Path, modules: set[str], folder: str) -> None:
+        names = [name for name in modules if name.startswith(f"embedding_relay/{folder}/") and name.endswith(".py")]
+        assert names
+        dotted = (name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names)
+        run(empty / "bin/python", "-I", "-c", f"import {', '.join(dotted)}")
+
+    def test_a_table_is_answered_from_the_terminal(self, empty: Path, endpoint: str, tmp_path: Path) -> None:
+        prompts = ["What is a relay?", "And who runs it?"]
+        (tmp_path / "prompts.csv").write_text("\n".join(["prompt", *prompts, ""]))
+        options = ["--endpoint", endpoint, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "answers.csv"]
+        run(empty / "bin/sglang-relay", "batch", "run", tmp_path / "prompts.csv", *options, cwd=tmp_path)
+        with (tmp_path / "answers.csv").open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["prompt"] for row in rows] == prompts
+        assert all(answer_to(row["prompt"]) in row.values() for row in rows)
+
+    def test_the_service_shows_its_page(self, empty: Path, endpoint: str, tmp_path: Path) -> None:
+        (port,) = free_ports(1)
+        command = [str(empty / "bin/sglang-relay"), "batch", "serve", "--endpoint", endpoint, "--port", str(port)]
+        command += ["--workers", "1", "--cache-dir", str(tmp_path / "cache")]
+        service = LocalProcess("service", command, f"http://127.0.0.1:{port}", tmp_path / "service.log")
+        service.start()
+        try:
+            wait_all_ready([service], 60)
+            assert "<html" in httpx.get(service.url, trust_env=False).text
+        finally:
+            stop_all([service])
+
+
+class TestLinks:
+    def link(self, checkout: Path, venv: Path) -> str:
+        return run(sys.executable, checkout / "scripts/link", venv)
+
+    def doors_of(self, checkout: Path) -> set[str]:
+        return set(doors(checkout / "python"))
+
+    def test_the_package_is_the_checkout_and_each_door_a_link_to_it(self, checkout: Path, venv: Path) -> None:
+        self.link(checkout, venv)
+        site = site_of(venv)
+        assert modules_in(site) == self.doors_of(checkout)
+        for name in self.doors_of(checkout):
+            assert os.readlink(site / name) == str(checkout / "python" / name)
+            assert not (site / name).parent.is_symlink()
+        assert (site / "sglang/srt/disaggregation/mooncake/conn.py").exists()
+        where = run(venv / "bin/python", "-c", "import embedding_relay; print(embedding_relay.__file__)")
+        assert where == f"{checkout}/python/embedding_relay/__init__.py\n"
+        assert self.link(checkout, venv) == "", "the second time there is nothing to do"
+
+    def test_added_and_removed_modules_are_followed(self, checkout: Path, venv: Path) -> None:
+        self.link(checkout, venv)
+        ours, site = checkout / "python/sglang/srt/disaggregation", site_of(venv)
+        (ours / "multimodal/modes.py").unlink()
+        (ours / "multimodal/added").mkdir()
+        (ours / "multimodal/added/__init__.py").write_text("")
+        (ours / "mooncake/added_multimodal.py").write_text("")
+        self.link(checkout, venv)
+        there = site / "sglang/srt/disaggregation"
+        assert not (there / "multimodal/modes.py").is_symlink()
+        assert (there / "multimodal/added/__init__.py").is_symlink()
+        assert (there / "mooncake/added_multimodal.py").is_symlink()
+        shutil.rmtree(ours / "multimodal/added")
+        self.link(checkout, venv)
+        assert not (there / "multimodal/added").exists()
+
+    @pytest.mark.parametrize(
+        ("file", "old", "new"),
+        [
+            ("pyproject.toml", "[project.scripts]", '[project.scripts]\nsecond-name = "m:f"'),
+            ("python/embedding_relay/__init__.py", f'"{embedding_relay.__version__}"', '"7.8.9"'),
+        ],
+    )
+    def test_changed_metadata_is_installed_again(
+        self, checkout: Path, venv: Path, file: str, old: str, new: str
+    ) -> None:
+        self.link(checkout, venv)
+        text = (checkout / file).read_text()
+        assert text.count(old) == 1
+        (checkout / file).write_text(text.replace(old, new))
+        self.link(checkout, venv)
+        (installed,) = importlib.metadata.distributions(name=DISTRIBUTION, path=[str(site_of(venv))])
+        if file == "pyproject.toml":
+            assert (venv / "bin/second-name").exists()
+        else:
+            assert installed.version == "7.8.9"
+        assert modules_in(site_of(venv)) == self.doors_of(checkout)
+        assert all((site_of(venv) / name).is_symlink() for name in self.doors_of(checkout))
+
+    def test_a_wheel_that_was_installed_over_it_is_replaced(self, checkout: Path, venv: Path, wheel: Path) -> None:
+        self.link(checkout, venv)
+        pip(venv, "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
+        self.link(checkout, venv)
+        assert modules_in(site_of(venv)) == self.doors_of(checkout)
+        assert all((site_of(venv) / name).is_symlink() for name in self.doors_of(checkout))
+
+    def test_pip_uninstall_takes_the_links_and_leaves_the_checkout(self, checkout: Path, venv: Path) -> None:
+        site, ours = site_of(venv), contents(checkout)
+        before, directories_before = contents(site), directories(site)
+        self.link(checkout, venv)
+        added = checkout / "python/sglang/srt/disaggregation/multimodal/added_later.py"
+        added.write_text("later = True\n")
+        self.link(checkout, venv)
+        # Importing leaves byte code beside the links; it must go too.
+        run(venv / "bin/python", "-c", "import sglang.srt.disaggregation.multimodal.added_later")
+        pip(venv, "uninstall", "--yes", DISTRIBUTION)
+        added.unlink()
+        assert contents(checkout) == ours
+        assert contents(site) == before
+        left = {str(path.relative_to(site)) for path in directories(site) - directories_before}
+        # Python made these itself, beside SGLang's own files when it imported them.
+        assert {name for name in left if not name.endswith("sglang/__pycache__")} == set()
