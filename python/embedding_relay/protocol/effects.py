@@ -16,7 +16,7 @@ class Send(msgspec.Struct, frozen=True):
 
     to: Address
     message: ToEncode | ToLanguage
-    courtesy: bool = False
+    to_stranger: bool = False
     """To somebody who has no request under way here. Anybody can ask for many of these, at invented addresses."""
 
 

@@ -57,7 +57,7 @@ class Register(msgspec.Struct, frozen=True):
 
 
 class TransferEmbeddingInfo(msgspec.Struct, frozen=True):
-    """Language rank -> encode rank: room for rows. `sent_tokens > 0` is what makes it a resume instead of an init."""
+    """Language rank -> encode rank: blocks for rows are on offer. `sent_tokens > 0` makes it a resume, not an init."""
 
     room: int
     endpoint: str

@@ -76,6 +76,12 @@ def language_side(
     )
 
 
+def counted(side: EncodeSide | LanguageSide) -> dict[str | int, int]:
+    """Everything that the side has counted: events by name, failed rooms by status code."""
+    counts = side.counts
+    return {**{event.value: number for event, number in counts.events.items()}, **counts.failures}
+
+
 def only(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect], kind: type[T]) -> list[T]:
     return [effect for effect in effects if isinstance(effect, kind)]
 

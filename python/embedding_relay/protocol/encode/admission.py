@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Final
 
-from embedding_relay.protocol.effects import EncodeEffect, ProveGone, Send
-from embedding_relay.protocol.encode.rooms import EncodeRooms
-from embedding_relay.protocol.encode.sessions import Contender, Session, Sessions
+from embedding_relay.protocol.counts import Event
+from embedding_relay.protocol.effects import EncodeEffect, Note, ProveGone, Send
+from embedding_relay.protocol.encode.room import Shared
+from embedding_relay.protocol.encode.sessions import Contender, Session
 from embedding_relay.protocol.errors import MISDIRECTED, Failure, LocalError
 from embedding_relay.protocol.messages import (
     Address,
@@ -16,30 +16,30 @@ from embedding_relay.protocol.messages import (
     StatusReport,
     TransferEmbeddingInfo,
 )
-from embedding_relay.protocol.notes import Notes
 from embedding_relay.protocol.status import Status
-from embedding_relay.protocol.timing import Alarms, Timing
 
 # Each costs a connection attempt of a second or two, so strangers must not be able to ask for more at a time.
 MAX_CONTENDERS: Final = 64
 _MAX_KEPT_WAITING: Final = 64
+# Different texts; what happens after that is only counted.
+_MAX_SAID: Final = 1000
 
 
 class Admission:
-    def __init__(
-        self,
-        sessions: Sessions,
-        rooms: EncodeRooms,
-        alarms: Alarms[int | str],
-        timing: Timing,
-        counts: collections.Counter[str],
-    ) -> None:
-        self._sessions = sessions
-        self._rooms = rooms
-        self._alarms = alarms
-        self._timing = timing
-        self._counts = counts
-        self._notes = Notes()
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._sessions = shared.sessions
+        self._said: set[str] = set()
+
+    def _say_once(self, text: str) -> list[EncodeEffect]:
+        """An operator reads it once and not a thousand times, however often a stranger makes it happen."""
+        if text in self._said or len(self._said) >= _MAX_SAID:
+            return []
+        self._said.add(text)
+        return [Note(text)]
+
+    def _count(self, event: Event) -> None:
+        self._shared.counts.events[event] += 1
 
     # ---- registrations
 
@@ -54,30 +54,30 @@ class Admission:
 
     def _admit(self, message: Register, now: float) -> list[EncodeEffect]:
         # Another session at the same address is left to its own silence: this message may be the older of the two.
-        effects = self._make_place(message.session_id)
+        effects = self._make_space(message.session_id)
         if effects is None:
-            self._counts["registration_refused"] += 1
-            return [*self._notes.once(f"{len(self._sessions)} sessions are busy: no more are registered")]
+            self._count(Event.REGISTRATION_REFUSED)
+            return self._say_once(f"{len(self._sessions)} sessions are busy: no more are registered")
         session = self._sessions.add(message, now)
-        self._alarms.set(message.session_id, now + self._timing.forget_session)
+        self._shared.alarms.set(message.session_id, now + self._shared.timing.forget_session)
         if session.refusal:
-            self._counts["handshake_refused"] += 1
-            effects += self._notes.once(f"session {message.session_id} at {message.address}: {session.refusal.text}")
+            self._count(Event.HANDSHAKE_REFUSED)
+            effects += self._say_once(f"session {message.session_id} at {message.address}: {session.refusal.text}")
         return effects
 
-    def _make_place(self, session_id: str) -> list[EncodeEffect] | None:
-        if len(self._sessions) < self._timing.max_sessions or self._sessions.get(session_id):
+    def _make_space(self, session_id: str) -> list[EncodeEffect] | None:
+        if len(self._sessions) < self._shared.timing.max_sessions or self._sessions.get(session_id):
             return []
         idle = self._sessions.longest_idle()
         if idle is None:
             return None
         self._forget(idle)
-        self._counts["session_displaced"] += 1
-        return [*self._notes.once(f"more than {self._timing.max_sessions} sessions: idle ones must register again")]
+        self._count(Event.SESSION_DISPLACED)
+        return self._say_once(f"more than {self._shared.timing.max_sessions} sessions: idle ones must register again")
 
     def _forget(self, session_id: str) -> None:
         self._sessions.forget(session_id)
-        self._alarms.cancel(session_id)
+        self._shared.alarms.cancel(session_id)
 
     # ---- two registrations of one session
 
@@ -87,8 +87,8 @@ class Admission:
         if message.session_id in contenders:
             return []  # whatever is proven, the loser may ask again
         if len(contenders) >= MAX_CONTENDERS:
-            self._counts["registration_refused"] += 1
-            return [*self._notes.once("too many sessions are claimed by two at a time: some are not looked into")]
+            self._count(Event.REGISTRATION_REFUSED)
+            return self._say_once("too many sessions are claimed by two at a time: some are not looked into")
         contenders[message.session_id] = Contender(message)
         return [ProveGone(message.session_id, known.register.address)]
 
@@ -112,29 +112,29 @@ class Admission:
         if is_gone and (known is None or known.register.address == address):
             if known is not None:
                 text = f"session {session_id} has ended: another process is registered in its place"
-                effects += self._rooms.fail_all_of(known, text, now)
+                effects += self._shared.fail_rooms_of(known, text, now)
             effects += self._admit(contender.register, now)
         else:
-            self._counts["registration_refused"] += 1
+            self._count(Event.REGISTRATION_REFUSED)
             rival = contender.register.address
-            effects += self._notes.once(f"session {session_id} is claimed from {rival}, but {address} may be alive")
+            effects += self._say_once(f"session {session_id} is claimed from {rival}, but {address} may be alive")
         misdirected = Failure(MISDIRECTED, f"session {session_id} is not registered here")
         for room, where in contender.kept_waiting.items():
-            effects.append(Send(where, StatusReport(room, Status.FAILED, failure=misdirected), courtesy=True))
+            effects.append(Send(where, StatusReport(room, Status.FAILED, failure=misdirected), to_stranger=True))
         return effects
 
     # ---- time
 
-    def alarm(self, session_id: str, now: float) -> list[EncodeEffect]:
+    def take_alarm(self, session_id: str, now: float) -> list[EncodeEffect]:
         session = self._sessions.get(session_id)
         if session is None:
             raise LocalError(f"an alarm for session {session_id}, which is not known")
-        patience = self._timing.silence if session.rooms else self._timing.forget_session
+        patience = self._shared.timing.silence if session.rooms else self._shared.timing.forget_session
         if now < session.heard + patience:
-            self._alarms.set(session_id, session.heard + patience)
+            self._shared.alarms.set(session_id, session.heard + patience)
             return []
         if not session.rooms:
             self._forget(session_id)
             return []
-        self._alarms.set(session_id, now + patience)
-        return self._rooms.fail_all_of(session, f"session {session_id} was silent for {patience:g} s", now)
+        self._shared.alarms.set(session_id, now + patience)
+        return self._shared.fail_rooms_of(session, f"session {session_id} was silent for {patience:g} s", now)

@@ -1,14 +1,54 @@
-"""One room of the encode side: who gets its rows, how far each of them is, and what is to be written next."""
+"""One room of the encode side: who gets its rows, how far each of them is, and what must be done next."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.counts import Counts, Event
+from embedding_relay.protocol.effects import (
+    ChunkDestination,
+    DropRows,
+    EncodeEffect,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+    Window,
+)
+from embedding_relay.protocol.encode.sessions import Session, Sessions
+from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, UNAVAILABLE, Failure, LocalError
-from embedding_relay.protocol.messages import Address, StatusReport, TransferEmbeddingInfo
-from embedding_relay.protocol.status import Status, is_final, move
-from embedding_relay.protocol.timing import Timing
+from embedding_relay.protocol.messages import AbortAck, Address, Queued, StatusReport, TransferEmbeddingInfo
+from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
+from embedding_relay.protocol.timing import Alarms, Timing
+
+
+@dataclasses.dataclass
+class Shared:
+    """What all rooms of one encode rank have in common."""
+
+    pool: BlockPool
+    block_size: int
+    timing: Timing
+    sessions: Sessions
+    alarms: Alarms[int | str]
+    """By room number, or by session id."""
+    unexpected: UnexpectedRooms
+    ended: EndedRooms
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    rooms: dict[int, EncodeRoom] = dataclasses.field(default_factory=dict)
+    queue: dict[int, EncodeRoom] = dataclasses.field(default_factory=dict)
+    """Rooms that wait for a source block, in order; they hold none."""
+
+    def fail_rooms_of(self, session: Session, text: str, now: float) -> list[EncodeEffect]:
+        """Nothing more can be done for this language rank. No room of the queue may begin meanwhile: it may be one."""
+        effects: list[EncodeEffect] = []
+        for number in sorted(session.rooms):
+            room = self.rooms[number]
+            if not room.is_over:
+                effects += room.fail(Failure(BAD_GATEWAY, text), now)
+        return effects
 
 
 @dataclasses.dataclass
@@ -46,6 +86,17 @@ class Destination:
         """The row at which this chunk ends for it."""
         return self.sent + self.tokens_to_send(total)
 
+    def part_of_step(self, staged_stop: int, total: int) -> ChunkDestination:
+        """What it gets of a step whose staged rows end at `staged_stop`."""
+        return ChunkDestination(
+            session_id=self.session_id,
+            blocks=self.blocks,
+            first_row=self.sent,
+            start_row=self.written,
+            stop_row=min(staged_stop, self.goal(total)),
+            with_aux=self.written == 0,
+        )
+
     def report(self, room: int, total: int) -> StatusReport:
         """Every row of the chunk is written: use the offer up."""
         self.finished = self.is_last(total)
@@ -54,16 +105,17 @@ class Destination:
         return StatusReport(room, Status.SUCCESS if self.finished else Status.TRANSFERRING, rows=self.sent)
 
 
-class SenderRoom:
+class EncodeRoom:
     """The first chunk and every later one go through the same code: only `sent` differs."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, shared: Shared, now: float) -> None:
         self.room = room
         self.status = Status.BOOTSTRAPPING
         self.expected = False
+        """Its request has arrived here."""
         self.asked = False
         """A language rank has said something about it, be it only that it is queued there."""
-        self.begin_by = 0.0
+        self.begin_by = now + shared.timing.bootstrap
         """When both halves of the request must be here."""
         self.queued: dict[str, Address] = {}
         """Sessions that have announced it and offered nothing yet."""
@@ -77,6 +129,9 @@ class SenderRoom:
         """Sessions whose abort waits for the write under way."""
         self._staged = (0, 0)
         self._last_transfer_id = 0
+        self._shared = shared
+        shared.rooms[room] = self
+        shared.alarms.set(room, self.begin_by)
 
     @property
     def is_over(self) -> bool:
@@ -97,6 +152,108 @@ class SenderRoom:
     def unfinished(self) -> list[Destination]:
         return [destination for destination in self.destinations.values() if not destination.finished]
 
+    # ---- from this instance
+
+    def expect(self, now: float) -> None:
+        """The request of this room is here; a language instance that is alive has the other half, and says so soon."""
+        if not self.expected and not self.asked:
+            self._shared.alarms.set(self.room, now + self._shared.timing.unasked)
+        self.expected = True
+        self._shared.unexpected.discard(self.room)
+
+    def submit(self, total: int, now: float) -> list[EncodeEffect]:
+        """Its rows exist."""
+        if self.total is not None:
+            self._shared.counts.events[Event.SUBMIT_REPEATED] += 1
+            return []
+        self.expect(now)
+        self.total = total
+        if self.status is Status.WAITING_FOR_INPUT:
+            self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        return self.advance(now)
+
+    # ---- from the language side
+
+    def note_queued(self, message: Queued, session: Session, now: float) -> None:
+        """Its blocks may take long, as long as the session lives."""
+        self._note_asked()
+        self.queued[message.session_id] = message.address
+        if not self.expected:
+            self._shared.unexpected.add(self.room, 1)
+        self._bind(session, now)
+
+    def _note_asked(self) -> None:
+        if not self.asked:
+            self.asked = True
+            self._shared.alarms.set(self.room, self.begin_by)
+
+    def _bind(self, session: Session, now: float) -> None:
+        """From here on the session's silence counts."""
+        session.rooms.add(self.room)
+        self._shared.alarms.set(session.register.session_id, now + self._shared.timing.silence)
+
+    def disagreement(self, info: TransferEmbeddingInfo) -> Failure | None:
+        if self.required in (None, info.required_dst_info_num):
+            return None
+        counts = f"{self.required} and {info.required_dst_info_num}"
+        return Failure(BAD_GATEWAY, f"the ranks of room {self.room} disagree about their number: {counts}")
+
+    def accept(self, info: TransferEmbeddingInfo, session: Session, now: float) -> list[EncodeEffect]:
+        """Take an offer down, and do what has become possible."""
+        shared = self._shared
+        self._note_asked()
+        self.required = info.required_dst_info_num
+        new = Destination(info.session_id, info.address)
+        self.destinations.setdefault(info.session_id, new).offer(info)
+        if not self.expected:
+            shared.unexpected.add(self.room, len(info.dst_embedding_indices))
+        self._bind(session, now)
+        self.queued.pop(info.session_id, None)
+        if self.is_complete:
+            self._unbind_queued()  # it is for nobody else, and need not care who else falls silent
+        if info.is_resume:
+            shared.alarms.set(self.room, now + shared.timing.waiting)
+        return self.advance(now)
+
+    def _unbind_queued(self) -> None:
+        for session_id in self.queued:
+            if session := self._shared.sessions.get(session_id):
+                session.leave(self.room)
+        self.queued.clear()
+
+    def take_abort(self, session_id: str, address: Address, failure: Failure, now: float) -> list[EncodeEffect]:
+        if self.is_complete and session_id not in self.destinations:
+            self._shared.counts.events[Event.ABORT_IGNORED] += 1
+            return []
+        self.unacknowledged[session_id] = address
+        return [] if self.is_over else self.fail(failure, now)
+
+    # ---- chunks, and the steps that they are written in
+
+    def advance(self, now: float) -> list[EncodeEffect]:
+        """Do what has become possible."""
+        effects: list[EncodeEffect] = []
+        if self.status is Status.BOOTSTRAPPING and self.expected and self.is_complete:
+            if failure := self._claim():
+                return self.fail(failure, now)
+            self.move(Status.WAITING_FOR_INPUT)
+            self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+            effects.append(StatusChanged(self.room, self.status))
+        if self.can_start_chunk:
+            if self.blocks:
+                effects += self.begin_step()
+            else:
+                self._shared.queue[self.room] = self
+        return effects
+
+    def _claim(self) -> Failure | None:
+        """With its request here and all ranks known, nobody else may have the blocks that it was offered."""
+        for destination in self.destinations.values():
+            session = self._shared.sessions.get(destination.session_id)
+            if session and (failure := session.claim(self.room, destination.blocks)):
+                return failure
+        return None
+
     @property
     def can_start_chunk(self) -> bool:
         """All of them wait for each other, so that the window of source rows passes over the prompt once."""
@@ -107,56 +264,127 @@ class SenderRoom:
             and all(destination.has_offer for destination in self.unfinished)
         )
 
-    def begin_step(self, block_size: int) -> TransferEmbeddingChunk | None:
-        """The next write of the chunk; None when every destination has the rows that it offered room for."""
+    def begin(self) -> list[EncodeEffect]:
+        """Leave the queue: with blocks for all rows if they are free, else for a window that will move along."""
+        pool = self._shared.pool
+        del self._shared.queue[self.room]
+        needed = -(-self._known_total() // self._shared.block_size)
+        self.blocks = pool.lease(min(needed, pool.free), self.room)
+        return self.begin_step()
+
+    def begin_step(self) -> list[EncodeEffect]:
+        """The next write of the chunk; nothing when every destination has the rows that it offered space for."""
         total = self._known_total()
         behind = [d for d in self.unfinished if d.written < d.goal(total)]
         if not behind:
-            return None
+            return []
         stage = not any(self._is_staged(d.written) for d in behind)
         if stage:
             first = min(d.written for d in behind)
-            self._staged = (first, min(total, first + len(self.blocks) * block_size))
+            self._staged = (first, min(total, first + len(self.blocks) * self._shared.block_size))
         first, stop = self._staged
         self._last_transfer_id += 1
         self.under_way = TransferEmbeddingChunk(
-            self.room,
-            self._last_transfer_id,
-            Window(first, stop - first, self.blocks, stage),
-            tuple(
-                ChunkDestination(d.session_id, d.blocks, d.sent, d.written, min(stop, d.goal(total)), d.written == 0)
-                for d in behind
-                if self._is_staged(d.written)
-            ),
+            room=self.room,
+            transfer_id=self._last_transfer_id,
+            window=Window(first_row=first, rows=stop - first, blocks=self.blocks, stage=stage),
+            destinations=tuple(d.part_of_step(stop, total) for d in behind if self._is_staged(d.written)),
         )
-        return self.under_way
+        return [self.under_way]
 
-    def end_step(self, transfer_id: int) -> TransferEmbeddingChunk:
-        """The write is over, however it went."""
-        if self.under_way is None or self.under_way.transfer_id != transfer_id:
-            raise LocalError(f"room {self.room} has no transfer {transfer_id} under way")
-        step, self.under_way = self.under_way, None
-        return step
+    def _is_staged(self, row: int) -> bool:
+        return self._staged[0] <= row < self._staged[1]
 
-    def note_written(self, step: TransferEmbeddingChunk) -> None:
+    def _known_total(self) -> int:
+        if self.total is None:
+            raise LocalError(f"room {self.room} has no rows yet")
+        return self.total
+
+    def transferred(self, transfer_id: int, errors: Mapping[str, str], now: float) -> list[EncodeEffect]:
+        """The step came back: the next one, or the report that ends the chunk."""
+        step = self._end_step(transfer_id)
+        for session_id in errors:
+            address = self.destinations[session_id].address
+            self._shared.sessions.note_failed_write(session_id, self.room, address)
+        if self.is_over:
+            return self._close()
+        if errors:
+            problems = "; ".join(f"the write to {session_id} failed: {text}" for session_id, text in errors.items())
+            return self.fail(Failure(BAD_GATEWAY, problems), now)
         for part in step.destinations:
             self.destinations[part.session_id].written = part.stop_row
+        self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        return self.begin_step() or self._report_chunk(now)
 
-    def report_chunk(self, destination: Destination) -> StatusReport:
-        return destination.report(self.room, self._known_total())
+    def _end_step(self, transfer_id: int) -> TransferEmbeddingChunk:
+        step = self.under_way
+        if step is None or step.transfer_id != transfer_id:
+            raise LocalError(f"room {self.room} has no transfer {transfer_id} under way")
+        self.under_way = None
+        return step
 
-    def needed_blocks(self, block_size: int) -> int:
-        return -(-self._known_total() // block_size)
+    def _report_chunk(self, now: float) -> list[EncodeEffect]:
+        effects: list[EncodeEffect] = []
+        for destination in self.unfinished:
+            blocks, report = destination.blocks, destination.report(self.room, self._known_total())
+            effects.append(Send(destination.address, report))
+            if session := self._shared.sessions.get(destination.session_id):
+                session.end_offer(self.room, blocks)
+                if destination.finished:
+                    # It may fall silent now, while another rank still gets rows.
+                    session.leave(self.room)
+        before = self.status
+        self.move(Status.TRANSFERRING if self.unfinished else Status.SUCCESS)
+        if self.status is not before:
+            effects.append(StatusChanged(self.room, self.status))
+        if self.is_over:
+            self._shared.ended.add(self.room, self.status, None, now)
+            effects += self._close()
+        return effects
 
-    def disagreement(self, info: TransferEmbeddingInfo) -> Failure | None:
-        if self.required in (None, info.required_dst_info_num):
-            return None
-        counts = f"{self.required} and {info.required_dst_info_num}"
-        return Failure(BAD_GATEWAY, f"the ranks of room {self.room} disagree about their number: {counts}")
+    # ---- the end
 
-    def lateness(self, timing: Timing) -> Failure:
+    def fail(self, failure: Failure, now: float) -> list[EncodeEffect]:
+        """The status is final at once; what a write under way still needs stays until it comes back."""
+        shared = self._shared
+        self.move(Status.FAILED)
+        shared.ended.add(self.room, self.status, failure, now)
+        shared.counts.failures[failure.code] += 1
+        shared.alarms.cancel(self.room)
+        shared.queue.pop(self.room, None)
+        effects: list[EncodeEffect] = [StatusChanged(self.room, self.status, failure)] if self.expected else []
+        waiting = {destination.session_id: destination.address for destination in self.unfinished} | self.queued
+        report = StatusReport(self.room, self.status, failure=failure)
+        for session_id, address in waiting.items():
+            if session_id not in self.unacknowledged:
+                effects.append(Send(address, report, to_stranger=not self.expected))
+        return effects if self.under_way else effects + self._close()
+
+    def _close(self) -> list[EncodeEffect]:
+        """The room is over and nothing of it is under way: every trace of it goes."""
+        shared = self._shared
+        del shared.rooms[self.room]
+        shared.unexpected.discard(self.room)
+        shared.alarms.cancel(self.room)
+        for destination in self.destinations.values():
+            if session := shared.sessions.get(destination.session_id):
+                session.end_offer(self.room, destination.blocks)
+                session.leave(self.room)
+        self._unbind_queued()
+        shared.pool.give_back(self.blocks, self.room)
+        effects: list[EncodeEffect] = [DropRows(self.room)] if self.total is not None else []
+        for session_id, address in self.unacknowledged.items():
+            if not shared.sessions.must_wait(session_id, self.room, address):
+                effects.append(Send(address, AbortAck(self.room), to_stranger=not self.expected))
+        return effects
+
+    def take_alarm(self, now: float) -> list[EncodeEffect]:
+        return self.fail(self._lateness(), now)
+
+    def _lateness(self) -> Failure:
         """What the room waited for when its time was up."""
-        room, bootstrap, waiting = self.room, f"{timing.bootstrap:g} s", f"{timing.waiting:g} s"
+        room, timing = self.room, self._shared.timing
+        bootstrap, waiting = f"{timing.bootstrap:g} s", f"{timing.waiting:g} s"
         if not self.expected:
             text = f"the request of room {room} did not reach the encode instance within {bootstrap}"
             return Failure(UNAVAILABLE, text)
@@ -175,12 +403,5 @@ class SenderRoom:
             return Failure(BAD_GATEWAY, f"a write of room {room} did not end within {waiting}")
         if self.can_start_chunk:
             return Failure(UNAVAILABLE, f"no source blocks for room {room} within {waiting}")
-        return Failure(BAD_GATEWAY, f"the language side offered no room for more rows of room {room} within {waiting}")
-
-    def _is_staged(self, row: int) -> bool:
-        return self._staged[0] <= row < self._staged[1]
-
-    def _known_total(self) -> int:
-        if self.total is None:
-            raise LocalError(f"room {self.room} has no rows yet")
-        return self.total
+        text = f"the language side offered no blocks for more rows of room {room} within {waiting}"
+        return Failure(BAD_GATEWAY, text)

@@ -1,4 +1,4 @@
-"""The encode instances that a language rank knows, by the address of their bootstrap registry."""
+"""The encode instances that a language rank knows, by the address of their bootstrap registry: found, pinged, lost."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import enum
 from collections.abc import Iterable
 from typing import Final
 
-from embedding_relay.protocol.effects import LanguageEffect, Resolve
-from embedding_relay.protocol.messages import Abort, Address
+from embedding_relay.protocol.effects import LanguageEffect, Resolve, Send
+from embedding_relay.protocol.messages import Abort, Address, Register
 from embedding_relay.protocol.timing import Alarms, Timing
 
 # The other halves of the rest run into their deadline.
 _MAX_UNTOLD: Final = 10_000
 
 
-class Vigil(enum.Enum):
+class PeerCheck(enum.Enum):
+    """What has to be done when it is time to look after a peer."""
+
     NOTHING = enum.auto()
     PING = enum.auto()
     LOST = enum.auto()
@@ -56,13 +58,12 @@ class Peer:
     def hear(self, now: float) -> None:
         self.heard, self.unanswered = now, 0
 
-    @property
-    def is_registered(self) -> bool:
-        return self.address is not None and self.registered_with == (self.address, self.instance)
-
-    def note_registered(self) -> None:
-        if self.address is not None:
-            self.registered_with = (self.address, self.instance)
+    def registration(self, register: Register) -> list[LanguageEffect]:
+        """Before anything else is sent to an instance, it is told who sends it: once."""
+        if self.address is None or self.registered_with == (self.address, self.instance):
+            return []
+        self.registered_with = (self.address, self.instance)
+        return [Send(self.address, register)]
 
     def tell_later(self, abort: Abort) -> None:
         if self.looking and len(self.untold) < _MAX_UNTOLD:
@@ -79,7 +80,7 @@ class Peer:
 
 
 class Peers:
-    """The table of them. Lookups are shared; an alarm under the peer's name keeps watch over each."""
+    """The table of them. Lookups are shared; an alarm under a peer's name says when to check on it."""
 
     def __init__(self, timing: Timing, alarms: Alarms[int | str]) -> None:
         self._timing = timing
@@ -139,23 +140,23 @@ class Peers:
             self._peers.pop(peer.name, None)
             self._alarms.cancel(peer.name)
 
-    def alarm(self, peer: Peer, now: float) -> Vigil:
-        """What the watch over a peer comes to, and the time of the next look."""
+    def check(self, peer: Peer, now: float) -> PeerCheck:
+        """Time to check on a peer: what to do about it. Sets the time of the next check."""
         if peer.under_way and peer.address is None:
             self._alarms.set(peer.name, now + self._timing.silence)
-            return Vigil.SEARCH
+            return PeerCheck.SEARCH
         if peer.is_watched:
             self._watch(peer, now)
             if peer.unanswered >= self._timing.heartbeat_max_failures:
-                return Vigil.LOST
+                return PeerCheck.LOST
             peer.unanswered += 1
-            return Vigil.PING
+            return PeerCheck.PING
         if peer.queued or now < peer.heard + self._timing.forget_session:
             self._alarms.set(peer.name, max(peer.heard, now) + self._timing.forget_session)
-            return Vigil.NOTHING
+            return PeerCheck.NOTHING
         peer.lose()
         self.forget_if_useless(peer)
-        return Vigil.NOTHING
+        return PeerCheck.NOTHING
 
     def _begin_watch(self, peer: Peer, now: float) -> None:
         """A message about a room is going there: from here on the peer's silence counts."""

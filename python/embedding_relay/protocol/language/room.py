@@ -1,43 +1,59 @@
-"""One room of the language side: the blocks it has on offer, the rows it has, and what a report about it means."""
+"""One room of the language side: it takes what happens to it, and returns what must be done about it."""
 
 from __future__ import annotations
 
-import enum
+import dataclasses
 from typing import Final
 
-from embedding_relay.protocol.effects import CopyOut
+from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.counts import Counts, Event
+from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Send, StatusChanged
 from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     BAD_REQUEST,
     INTERNAL,
+    MISDIRECTED,
     UNAVAILABLE,
     Failure,
+    LocalError,
 )
-from embedding_relay.protocol.messages import (
-    Abort,
-    Address,
-    Queued,
-    Register,
-    StatusReport,
-    TransferEmbeddingInfo,
-)
-from embedding_relay.protocol.status import Status, is_final, move
-from embedding_relay.protocol.timing import Timing
+from embedding_relay.protocol.language.peers import Peer, Peers
+from embedding_relay.protocol.language.reserve import DefaultReservation
+from embedding_relay.protocol.messages import Abort, Address, Queued, Register, StatusReport, TransferEmbeddingInfo
+from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
+from embedding_relay.protocol.timing import Alarms, Timing
 
 _ABORT_DOUBLINGS: Final = 5
 
 
-class Verdict(enum.Enum):
-    """What a status report is, given what the room has had."""
+@dataclasses.dataclass
+class Shared:
+    """What all rooms of one language rank have in common."""
 
-    STALE = enum.auto()
-    """A repetition, or of no consequence here."""
-    ROWS = enum.auto()
-    """The rows on offer have landed."""
+    register: Register
+    pool: BlockPool
+    reservation: DefaultReservation
+    ranks: int
+    max_rows: int
+    timing: Timing
+    alarms: Alarms[int | str]
+    """By room number, or by the name of a peer."""
+    peers: Peers
+    ended: EndedRooms
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    rooms: dict[int, LanguageRoom] = dataclasses.field(default_factory=dict)
+    queue: dict[int, LanguageRoom] = dataclasses.field(default_factory=dict)
+    """Rooms that wait for their first block, in order of arrival; they hold nothing."""
+
+    @property
+    def block_size(self) -> int:
+        return self.register.handshake.block_size
 
 
-class ReceiverRoom:
-    def __init__(self, room: int, peer: str, wanted_rows: int) -> None:
+class LanguageRoom:
+    """From the queue through offers and copies to its end, and then to the proof that nothing more can land."""
+
+    def __init__(self, room: int, peer: Peer, wanted_rows: int, shared: Shared, now: float) -> None:
         self.room = room
         self.peer = peer
         self.wanted_rows = wanted_rows
@@ -50,10 +66,10 @@ class ReceiverRoom:
         self.received = 0
         self.total: int | None = None
         self.rounds = 0
-        self.words = 0
-        """First words about it: that it is queued, and its init."""
+        self.introductions = 0
+        """Messages that introduced the room over there: that it is queued, and its init."""
         self.misdirected = 0
-        """Answers that this session is not registered there; each first word may have one."""
+        """Answers that this session is not registered there; each introduction may have one."""
         self.copying: StatusReport | None = None
         """The report whose rows are being copied out."""
         self.acknowledged = False
@@ -62,6 +78,10 @@ class ReceiverRoom:
         self.over_since = 0.0
         self.overdue = False
         self._aborts = 0
+        self._shared = shared
+        shared.rooms[room] = shared.queue[room] = self
+        peer.queued.add(room)
+        shared.alarms.set(room, now + shared.timing.bootstrap)
 
     @property
     def is_over(self) -> bool:
@@ -74,94 +94,296 @@ class ReceiverRoom:
     def move(self, wanted: Status) -> None:
         self.status = move(self.status, wanted)
 
-    # ---- offers
+    def _send(self, message: Register | TransferEmbeddingInfo | Abort) -> Send:
+        if self.address is None:
+            raise LocalError(f"room {self.room} has no peer yet")
+        return Send(self.address, message)
 
-    def offer(self, blocks: tuple[int, ...], block_size: int, limit: int | None = None) -> None:
+    # ---- from the queue to the offer
+
+    def announce(self) -> Queued:
+        """It must wait for blocks, and says so, or the encode side would take it for lost."""
+        self.introductions += 1
+        return self._queued_message()
+
+    def _queued_message(self) -> Queued:
+        register = self._shared.register
+        return Queued(self.room, register.address, register.session_id)
+
+    def begin(self, count: int, address: Address, now: float) -> list[LanguageEffect]:
+        """Leave the queue with `count` blocks, and offer them."""
+        shared = self._shared
+        self._offer(shared.pool.lease(count, self.room), self.wanted_rows)
+        del shared.queue[self.room]
+        shared.peers.begin(self.peer, self.room, now)
+        shared.alarms.set(self.room, now + shared.timing.waiting)
+        self.address, self.instance = address, self.peer.instance
+        self.introductions += 1
+        self.move(Status.WAITING_FOR_INPUT)
+        registration = self.peer.registration(shared.register)
+        return [*registration, self._send(self._info()), StatusChanged(self.room, self.status)]
+
+    def _offer(self, blocks: tuple[int, ...], limit: int | None = None) -> None:
+        capacity = len(blocks) * self._shared.block_size
         self.blocks = blocks
-        self.allocated = len(blocks) * block_size if limit is None else min(limit, len(blocks) * block_size)
+        self.allocated = capacity if limit is None else min(limit, capacity)
 
-    def needed_blocks(self, block_size: int) -> int:
-        """For the rows that are still to come; at least one until their number is known."""
-        left = 1 if self.total is None else self.total - self.received
-        return -(-left // block_size)
-
-    def message(self, register: Register, ranks: int) -> TransferEmbeddingInfo:
-        """An init as long as nothing has been received, then a resume."""
+    def _info(self) -> TransferEmbeddingInfo:
+        """An init as long as nothing has been received, then a resume: where the next rows may go."""
+        register = self._shared.register
         return TransferEmbeddingInfo(
             room=self.room,
             endpoint=register.address.host,
             dst_port=register.address.port,
             mooncake_session_id=register.session_id,
             dst_embedding_indices=self.blocks,
-            required_dst_info_num=ranks,
+            required_dst_info_num=self._shared.ranks,
             sent_tokens=self.received,
             allocated_tokens=self.allocated,
         )
 
-    def queued(self, register: Register) -> Queued:
-        return Queued(self.room, register.address, register.session_id)
+    def resume(self, now: float) -> list[LanguageEffect]:
+        self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        self._refill()
+        return [self._send(self._info())]
 
-    def abort(self, register: Register) -> Abort:
-        return Abort(self.room, register.address, register.session_id, self.failure)
+    def needed_blocks(self) -> int:
+        """For the rows that are still to come; at least one until their number is known."""
+        left = 1 if self.total is None else self.total - self.received
+        return -(-left // self._shared.block_size)
 
-    def next_abort(self, interval: float) -> float:
-        """How long to wait for the acknowledgement of the abort that is sent now."""
+    def _refill(self) -> None:
+        """Go on with the blocks in hand: fewer if fewer will do, more if nobody else could want them, never waiting."""
+        pool, needed, blocks = self._shared.pool, self.needed_blocks(), self.blocks
+        more = min(needed - len(blocks), pool.free - 1)
+        if needed < len(blocks):
+            pool.give_back(blocks[needed:], self.room)
+            blocks = blocks[:needed]
+        elif more > 0 and not self._shared.queue:
+            blocks = tuple(sorted(blocks + pool.lease(more, self.room)))
+        self._offer(blocks)
+
+    # ---- what the encode side reports
+
+    def take_report(self, report: StatusReport, now: float) -> list[LanguageEffect]:
+        if report.status is Status.FAILED:
+            return self._take_failure(report, now)
+        if self._is_stale(report):
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            return []
+        if failure := self._contradicts_the_offer(report):
+            return self.fail(failure, now)
+        self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        effects: list[LanguageEffect] = []
+        if report.status is Status.TRANSFERRING:
+            if self.status is not Status.TRANSFERRING:
+                effects.append(StatusChanged(self.room, report.status))
+            self.move(report.status)
+        self.copying = report
+        self.rounds += 1
+        return [*effects, CopyOut(self.room, self.blocks, self.received, self.allocated, self._shared.max_rows)]
+
+    def _is_stale(self, report: StatusReport) -> bool:
+        """A repetition, or of no consequence here: no rows have landed that are not known."""
+        if self.is_queued or report.status not in (Status.TRANSFERRING, Status.SUCCESS):
+            return True
+        if report.rows is None:
+            return self.copying is not None
+        if report.rows <= self.received:
+            return True
+        # The next offer has not been made, so this can only be what is being copied, once more.
+        return self.copying is not None and report.rows <= self.received + self.allocated
+
+    def _contradicts_the_offer(self, report: StatusReport) -> Failure | None:
+        """A report uses up exactly the offer that is out; only the last one may leave some of it."""
+        end = self.received + self.allocated
+        is_short = report.status is Status.TRANSFERRING and report.rows != end
+        if report.rows is None or not (is_short or report.rows > end):
+            return None
+        text = f"room {self.room} is said to have {report.rows} rows, but rows {self.received}..{end} were on offer"
+        return Failure(BAD_GATEWAY, text)
+
+    def _take_failure(self, report: StatusReport, now: float) -> list[LanguageEffect]:
+        failure = report.failure or Failure(BAD_GATEWAY, f"room {self.room} failed at the encode side")
+        if self.copying is not None and self.copying.status is Status.SUCCESS:
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            return []  # every row is here; the answer to a repeated init may still say otherwise
+        if failure.code != MISDIRECTED:
+            # A queued room holds nothing, and the encode side has said so itself: nobody needs to be told.
+            return self._leave_queue(failure, now) if self.is_queued else self.fail(failure, now)
+        self.misdirected += 1
+        if self.received or self.copying is not None or self.misdirected > self.introductions:
+            return self.fail(Failure(BAD_GATEWAY, failure.text), now)
+        return self._ask_again()
+
+    def _ask_again(self) -> list[LanguageEffect]:
+        """The encode side has forgotten this session. With the same blocks it does not matter which init it takes."""
+        register = self._shared.register
+        if not self.is_queued:
+            return [self._send(register), self._send(self._info())]
+        if self.peer.address is None:
+            return []  # it is announced again when the peer is found again
+        return [Send(self.peer.address, register), Send(self.peer.address, self._queued_message())]
+
+    # ---- what came of a copy
+
+    def copied(self, rows: int, total: int, now: float) -> list[LanguageEffect]:
+        report = self._end_copy()
+        if self.is_over:
+            return self._release()
+        if failure := self._objection(report, rows, total):
+            return self.fail(failure, now)
+        self.total = total
+        self.received += rows
+        return self._deliver(now) if report.status is Status.SUCCESS else self.resume(now)
+
+    def copy_failed(self, text: str, now: float) -> list[LanguageEffect]:
+        self._end_copy()
+        if self.is_over:
+            return self._release()
+        return self.fail(Failure(INTERNAL, f"the rows of room {self.room} could not be copied: {text}"), now)
+
+    def _end_copy(self) -> StatusReport:
+        if self.copying is None:
+            raise LocalError(f"room {self.room} has no rows to be copied")
+        report, self.copying = self.copying, None
+        return report
+
+    def _objection(self, report: StatusReport, rows: int, total: int) -> Failure | None:
+        """What does not add up must not reach the model."""
+        room, most = self.room, self._shared.max_rows
+        if total > most:
+            return Failure(BAD_REQUEST, f"room {room} has {total} rows, more than the {most} that fit")
+        if total < 1 or self.total not in (None, total):
+            return Failure(BAD_GATEWAY, f"room {room} has {total} rows, and {self.total} were announced before")
+        if problem := self._problem_with_count(report, rows, total):
+            return Failure(BAD_GATEWAY, f"room {room} does not add up: {problem}")
+        return None
+
+    def _problem_with_count(self, report: StatusReport, rows: int, total: int) -> str | None:
+        left = total - self.received
+        due = min(left, self.allocated)
+        is_last = report.status is Status.SUCCESS
+        if is_last is not (left <= self.allocated):
+            return f"{report.status.name} was reported with {left} rows to come and space for {self.allocated}"
+        if is_last and report.rows not in (None, total):
+            return f"row {report.rows} was reported as the last, but there are {total}"
+        if rows != due:
+            return f"{rows} rows were copied, and {due} had to be"
+        return None
+
+    def _deliver(self, now: float) -> list[LanguageEffect]:
+        shared = self._shared
+        self.move(Status.SUCCESS)
+        shared.ended.add(self.room, self.status, None, now)
+        shared.reservation.observe(self.received)
+        shared.pool.give_back(self.blocks, self.room)
+        self._forget()
+        return [Deliver(self.room, self.received, self.rounds), StatusChanged(self.room, self.status)]
+
+    # ---- failure
+
+    def fail(self, failure: Failure, now: float) -> list[LanguageEffect]:
+        """The status is final at once; the blocks wait for the proof that no write can land in them any more."""
+        if self.is_queued:
+            tell = self._tell_peer(failure)
+            return [*self._leave_queue(failure, now), *tell]
+        changed = self._end(failure, now)
+        self._shared.pool.quarantine(self.blocks, self.room)
+        return [changed, self._send_abort(now)]
+
+    def _end(self, failure: Failure, now: float) -> StatusChanged:
+        self.move(Status.FAILED)
+        self.failure, self.over_since = failure, now
+        self._shared.ended.add(self.room, self.status, failure, now)
+        self._shared.counts.failures[failure.code] += 1
+        return StatusChanged(self.room, self.status, failure)
+
+    def _leave_queue(self, failure: Failure, now: float) -> list[LanguageEffect]:
+        changed = self._end(failure, now)
+        del self._shared.queue[self.room]
+        self._forget()
+        return [changed]
+
+    def _tell_peer(self, failure: Failure) -> list[LanguageEffect]:
+        """It holds nothing, so nothing needs an answer; but the other half of the request should not wait in vain."""
+        abort = self._abort_message(failure)
+        if self.peer.address is not None:
+            return [Send(self.peer.address, abort)]
+        self.peer.tell_later(abort)
+        return []
+
+    def fail_after_restart(self, now: float) -> list[LanguageEffect]:
+        """Another process is where the room's was."""
+        if self.is_over:
+            return []
+        return self.fail(Failure(BAD_GATEWAY, f"encode instance {self.peer.name} was restarted"), now)
+
+    def fail_and_release(self, now: float) -> list[LanguageEffect]:
+        """No process that could write to the room is left, which is as good as its acknowledgement."""
+        return [*self.fail_after_restart(now), *self.acknowledge()]
+
+    def take_acknowledgement(self) -> list[LanguageEffect]:
+        if not self.is_over:
+            self._shared.counts.events[Event.ACK_IGNORED] += 1
+            return []
+        return self.acknowledge()
+
+    def acknowledge(self) -> list[LanguageEffect]:
+        """No write of this room can land any more."""
+        self.acknowledged = True
+        self._shared.alarms.cancel(self.room)
+        return self._release()
+
+    def _release(self) -> list[LanguageEffect]:
+        """The last of the room, unless a write may still land in its blocks or somebody still reads them."""
+        if self.acknowledged and self.copying is None:
+            self._shared.pool.release_quarantine(self.room)
+            self._forget()
+        return []
+
+    def _forget(self) -> None:
+        self._shared.alarms.cancel(self.room)
+        del self._shared.rooms[self.room]
+        self._shared.peers.end(self.peer, self.room)
+
+    def _abort_message(self, failure: Failure | None) -> Abort:
+        register = self._shared.register
+        return Abort(self.room, register.address, register.session_id, failure)
+
+    def _send_abort(self, now: float) -> Send:
+        interval = self._shared.timing.abort_interval * (1 << min(self._aborts, _ABORT_DOUBLINGS))
         self._aborts += 1
-        return interval * (1 << min(self._aborts - 1, _ABORT_DOUBLINGS))
+        self._shared.alarms.set(self.room, now + interval)
+        return self._send(self._abort_message(self.failure))
 
-    def lateness(self, peer_is_known: bool, timing: Timing) -> Failure:
+    # ---- time
+
+    def take_alarm(self, now: float) -> list[LanguageEffect]:
+        if self.is_over:
+            return self._repeat_abort(now)
+        failure = self._lateness()
+        if self.is_queued and self.peer.address is None:
+            self.peer.looking = False  # whoever comes next asks anew
+        return self.fail(failure, now)
+
+    def _repeat_abort(self, now: float) -> list[LanguageEffect]:
+        abort = self._send_abort(now)
+        silence = now - self.over_since
+        if self.overdue or silence < self._shared.timing.quarantine:
+            return [abort]
+        self.overdue = True
+        held = f"{len(self.blocks)} blocks of room {self.room} stay in quarantine"
+        return [abort, Note(f"{held}: {self.peer.name} has not acknowledged its abort for {silence:g} s")]
+
+    def _lateness(self) -> Failure:
         """What the room waited for when its time was up."""
+        peer, timing = self.peer, self._shared.timing
         if self.copying is not None:
             return Failure(INTERNAL, f"rows of room {self.room} were not copied within {timing.waiting:g} s")
         if not self.is_queued:
-            text = f"encode instance {self.peer} sent no more rows of room {self.room} within {timing.waiting:g} s"
+            text = f"encode instance {peer.name} sent no more rows of room {self.room} within {timing.waiting:g} s"
             return Failure(BAD_GATEWAY, text)
-        if peer_is_known:
+        if peer.address is not None:
             return Failure(UNAVAILABLE, f"no receive blocks within {timing.bootstrap:g} s")
-        text = f"bootstrap registry {self.peer} did not answer within {timing.bootstrap:g} s"
-        return Failure(BAD_GATEWAY, text)
-
-    # ---- reports
-
-    def judge(self, report: StatusReport) -> Verdict | Failure:
-        """A report either uses up exactly the offer that is out, or is stale, or contradicts the offer."""
-        end = self.received + self.allocated
-        rows = report.rows
-        if report.status not in (Status.TRANSFERRING, Status.SUCCESS):
-            return Verdict.STALE
-        if rows is not None and rows <= self.received:
-            return Verdict.STALE
-        if self.copying is not None:
-            # The next offer has not been made, so this can only be what is being copied, once more.
-            return Verdict.STALE if rows is None or rows <= end else self._contradiction(report)
-        if report.status is Status.TRANSFERRING and rows not in (None, end):
-            return self._contradiction(report)
-        if report.status is Status.SUCCESS and rows is not None and rows > end:
-            return self._contradiction(report)
-        return Verdict.ROWS
-
-    def _contradiction(self, report: StatusReport) -> Failure:
-        offered = f"rows {self.received}..{self.received + self.allocated} were on offer"
-        return Failure(BAD_GATEWAY, f"room {self.room} is said to have {report.rows} rows, but {offered}")
-
-    def copy_out(self, report: StatusReport, max_rows: int) -> CopyOut:
-        self.copying = report
-        self.rounds += 1
-        return CopyOut(self.room, self.blocks, self.received, self.allocated, max_rows)
-
-    def account(self, report: StatusReport, rows: int, total: int, max_rows: int) -> Failure | None:
-        """Note what was copied out; what does not add up must not reach the model."""
-        if total > max_rows:
-            return Failure(BAD_REQUEST, f"room {self.room} has {total} rows, more than the {max_rows} that fit")
-        if total < 1 or self.total not in (None, total):
-            return Failure(BAD_GATEWAY, f"room {self.room} has {total} rows, and {self.total} were announced before")
-        self.total = total
-        left = total - self.received
-        is_last = report.status is Status.SUCCESS
-        fits = left <= self.allocated
-        if fits is not is_last or (is_last and report.rows not in (None, total)) or rows != min(left, self.allocated):
-            said = f"{report.status.name} at row {report.rows}"
-            text = f"{said}, but {rows} of {left} rows were in space for {self.allocated}"
-            return Failure(BAD_GATEWAY, f"room {self.room} does not add up: {text}")
-        self.received += rows
-        return None
+        return Failure(BAD_GATEWAY, f"bootstrap registry {peer.name} did not answer within {timing.bootstrap:g} s")

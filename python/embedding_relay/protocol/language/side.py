@@ -1,34 +1,16 @@
-"""The language side: what reaches it, from this instance and from encode ranks, and what it does about it."""
+"""The language side of one rank: it finds the room or the peer that something is about, and serves the queue."""
 
 from __future__ import annotations
 
-import collections
-
 from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.counts import Counts, Event
 from embedding_relay.protocol.effects import LanguageEffect, Note, Send, StatusChanged
-from embedding_relay.protocol.errors import (
-    BAD_GATEWAY,
-    CLIENT_GONE,
-    CONFLICT,
-    INTERNAL,
-    MISDIRECTED,
-    Failure,
-    LocalError,
-)
-from embedding_relay.protocol.language.peers import Peer, Peers, Vigil
+from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, Failure, LocalError
+from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation
-from embedding_relay.protocol.language.room import ReceiverRoom, Verdict
-from embedding_relay.protocol.language.rooms import LanguageRooms
-from embedding_relay.protocol.messages import (
-    AbortAck,
-    Address,
-    Ping,
-    Pong,
-    Register,
-    StatusReport,
-    ToLanguage,
-)
-from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.language.room import LanguageRoom, Shared
+from embedding_relay.protocol.messages import AbortAck, Address, Ping, Pong, Register, ToLanguage
+from embedding_relay.protocol.status import EndedRooms, Status
 from embedding_relay.protocol.timing import Alarms, Timing
 
 
@@ -45,65 +27,99 @@ class LanguageSide:
         ranks: int,
         timing: Timing,
     ) -> None:
-        self._register = register
-        self._pool = pool
-        self._max_rows = max_rows
-        self._timing = timing
-        self._reservation = DefaultReservation(default_tokens, pool.count * register.handshake.block_size)
-        self._alarms: Alarms[int | str] = Alarms()
-        """By room number, or by the name of a peer."""
-        self._peers = Peers(timing, self._alarms)
-        self._rooms = LanguageRooms(register, pool, self._reservation, ranks, timing, self._peers, self._alarms)
-        self._counts: collections.Counter[str] = collections.Counter()
+        alarms: Alarms[int | str] = Alarms()
+        capacity = pool.count * register.handshake.block_size
+        self._peers = Peers(timing, alarms)
+        self._shared = Shared(
+            register=register,
+            pool=pool,
+            reservation=DefaultReservation(default_tokens, capacity),
+            ranks=ranks,
+            max_rows=max_rows,
+            timing=timing,
+            alarms=alarms,
+            peers=self._peers,
+            ended=EndedRooms(timing),
+        )
+        self._rooms = self._shared.rooms
 
     # ---- from this instance
 
     def request(self, room: int, peer: str, now: float, *, hint_rows: int | None = None) -> list[LanguageEffect]:
         """Get the rows of a room from the encode instance whose registry is at `peer`."""
-        known = self._rooms.get(room)
+        shared, known = self._shared, self._rooms.get(room)
         if known is not None and not known.is_over:
             raise LocalError(f"room {room} is under way already")
-        if known is not None or self._rooms.ended.get(room):
+        if known is not None or shared.ended.get(room):
             # A late message about its first use could be taken for one about the second.
-            self._rooms.failures[CONFLICT] += 1
+            shared.counts.failures[CONFLICT] += 1
             return [StatusChanged(room, Status.FAILED, Failure(CONFLICT, f"room {room} was used before"))]
-        wanted = hint_rows or self._reservation.rows(len(self._rooms) + 1)
+        wanted = hint_rows or shared.reservation.rows(len(self._rooms) + 1)
         source = self._peers.for_new_room(peer, now)
-        self._rooms.enqueue(room, source, max(1, min(wanted, self._max_rows)), now)
+        LanguageRoom(room, source, max(1, min(wanted, shared.max_rows)), shared, now)
         if source.address is None:
             return self._peers.look_up(source)
-        return [*self._rooms.serve_queue(now), *self._rooms.announce(source, now)]
+        return [*self._serve_queue(now), *self._announce(source, now)]
 
     def cancel(self, room: int, now: float, failure: Failure | None = None) -> list[LanguageEffect]:
-        receiver = self._rooms.get(room)
-        if receiver is None or receiver.is_over:
+        known = self._rooms.get(room)
+        if known is None or known.is_over:
             return []
-        return self._rooms.fail(receiver, failure or Failure(CLIENT_GONE, f"the client of room {room} is gone"), now)
+        failure = failure or Failure(CLIENT_GONE, f"the client of room {room} is gone")
+        return [*known.fail(failure, now), *self._serve_queue(now)]
 
     def copied(self, room: int, rows: int, total: int, now: float) -> list[LanguageEffect]:
         """The answer to `CopyOut`: how many rows were copied, and the true length as the aux row has it."""
-        receiver, report = self._end_copy(room)
-        if receiver.is_over:
-            return self._rooms.release(receiver, now)
-        if failure := receiver.account(report, rows, total, self._max_rows):
-            return self._rooms.fail(receiver, failure, now)
-        if report.status is Status.SUCCESS:
-            return self._rooms.deliver(receiver, now)
-        return self._rooms.resume(receiver, now)
+        return [*self._being_copied(room).copied(rows, total, now), *self._serve_queue(now)]
 
     def copy_failed(self, room: int, text: str, now: float) -> list[LanguageEffect]:
-        receiver, _ = self._end_copy(room)
-        if receiver.is_over:
-            return self._rooms.release(receiver, now)
-        failure = Failure(INTERNAL, f"the rows of room {room} could not be copied: {text}")
-        return self._rooms.fail(receiver, failure, now)
+        return [*self._being_copied(room).copy_failed(text, now), *self._serve_queue(now)]
 
-    def _end_copy(self, room: int) -> tuple[ReceiverRoom, StatusReport]:
-        receiver = self._rooms.get(room)
-        if receiver is None or receiver.copying is None:
+    def _being_copied(self, room: int) -> LanguageRoom:
+        if room not in self._rooms:
             raise LocalError(f"room {room} has no rows to be copied")
-        report, receiver.copying = receiver.copying, None
-        return receiver, report
+        return self._rooms[room]
+
+    # ---- the queue
+
+    def _serve_queue(self, now: float) -> list[LanguageEffect]:
+        """First come, first served for the first block.
+
+        With several ranks, a room must not lose its place to a later one only because its peer is still being looked
+        up here: on another rank it may be the other way round, and each would hold what the other waits for. So one
+        block is left for each of those.
+        """
+        shared, pool = self._shared, self._shared.pool
+        if not shared.queue or not pool.free:
+            return []
+        left_for_each = 1 if shared.ranks > 1 else 0
+        left_for_all = left_for_each * self._looked_up()
+        left_for_earlier = 0
+        effects: list[LanguageEffect] = []
+        for room in list(shared.queue.values()):
+            address = room.peer.address
+            if address is None:
+                left_for_earlier += left_for_each
+                continue
+            if pool.free <= left_for_earlier:
+                break
+            wanted = -(-room.wanted_rows // shared.block_size)
+            effects += room.begin(max(1, min(wanted, pool.free - left_for_all)), address, now)
+        return effects
+
+    def _looked_up(self) -> int:
+        """Rooms of the queue whose peer has not been found yet."""
+        return sum(room.peer.address is None for room in self._shared.queue.values())
+
+    def _announce(self, peer: Peer, now: float) -> list[LanguageEffect]:
+        """Rooms that must wait for blocks say so, or the encode side would take them for lost."""
+        rooms = sorted(peer.queued - peer.announced)
+        if peer.address is None or not rooms:
+            return []
+        self._peers.announce(peer, rooms, now)
+        effects = peer.registration(self._shared.register)
+        effects += [Send(peer.address, self._rooms[room].announce()) for room in rooms]
+        return effects
 
     # ---- about peers
 
@@ -113,14 +129,12 @@ class LanguageSide:
             return []
         self._peers.resolved(source, address, instance, now)
         effects: list[LanguageEffect] = [Send(address, abort) for abort in source.pop_untold()]
-        for room in sorted(source.under_way):
-            receiver = self._rooms[room]
-            if receiver.instance == instance:
+        for room in self._under_way(source):
+            if room.instance == instance:
                 continue
             # Whoever has taken the address over may have taken the room over too, and will acknowledge its abort.
-            end = self._rooms.disown if receiver.address == address else self._rooms.bury
-            effects += end(receiver, now)
-        return [*effects, *self._rooms.serve_queue(now), *self._rooms.announce(source, now)]
+            effects += room.fail_after_restart(now) if room.address == address else room.fail_and_release(now)
+        return [*effects, *self._serve_queue(now), *self._announce(source, now)]
 
     def peer_unreachable(self, peer: str, reason: str, now: float) -> list[LanguageEffect]:
         text = f"encode instance {peer} cannot be found: {reason}"
@@ -136,9 +150,9 @@ class LanguageSide:
         source.lose()
         effects: list[LanguageEffect] = []
         for room in sorted(source.queued):
-            effects += self._rooms.fail(self._rooms[room], failure, now)
+            effects += self._rooms[room].fail(failure, now)
         self._peers.forget_if_useless(source)
-        return effects
+        return [*effects, *self._serve_queue(now)]
 
     def peer_dead(self, peer: str, now: float) -> list[LanguageEffect]:
         """It is proven that no process is left at the address of the peer: nothing of it can land any more."""
@@ -146,40 +160,36 @@ class LanguageSide:
         if source is None:
             return []
         effects = self._look_again(source)
-        for room in sorted(source.under_way):
-            effects += self._rooms.bury(self._rooms[room], now)
+        for room in self._under_way(source):
+            effects += room.fail_and_release(now)
         self._peers.forget_if_useless(source)
-        return effects
+        return [*effects, *self._serve_queue(now)]
+
+    def _under_way(self, source: Peer) -> list[LanguageRoom]:
+        return [self._rooms[room] for room in sorted(source.under_way)]
 
     def _look_again(self, source: Peer) -> list[LanguageEffect]:
         source.lose()
         return self._peers.look_up(source) if source.queued else []
 
-    def _lose(self, source: Peer, now: float) -> list[LanguageEffect]:
-        text = f"encode instance {source.name} did not answer for {now - source.heard:g} s"
-        source.lose()
-        effects: list[LanguageEffect] = [Note(text), *self._peers.look_up(source)]
-        for room in sorted(source.under_way):
-            if not self._rooms[room].is_over:
-                effects += self._rooms.fail(self._rooms[room], Failure(BAD_GATEWAY, text), now)
-        return effects
-
     # ---- from the encode side
 
     def receive(self, message: ToLanguage, now: float) -> list[LanguageEffect]:
         if isinstance(message, Pong):
-            return self._take_pong(message, now)
-        receiver = self._rooms.get(message.room)
-        if receiver is None or not receiver.words:
-            self._counts["message_for_unknown_room"] += 1
+            return [*self._take_pong(message, now), *self._serve_queue(now)]
+        room = self._rooms.get(message.room)
+        if room is None or not room.introductions:
+            self._shared.counts.events[Event.MESSAGE_FOR_UNKNOWN_ROOM] += 1
             return []
-        self._peers[receiver.peer].hear(now)
+        room.peer.hear(now)
         if isinstance(message, AbortAck):
-            return self._take_ack(receiver, now)
-        if receiver.is_over:
-            self._counts["status_stale"] += 1
-            return []
-        return self._take_report(receiver, message, now)
+            effects = room.take_acknowledgement()
+        elif room.is_over:
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            effects = []
+        else:
+            effects = room.take_report(message, now)
+        return [*effects, *self._serve_queue(now)]
 
     def _take_pong(self, pong: Pong, now: float) -> list[LanguageEffect]:
         effects: list[LanguageEffect] = []
@@ -188,92 +198,65 @@ class LanguageSide:
                 source.hear(now)
                 continue
             effects += self._look_again(source)
-            for room in sorted(source.under_way):
-                effects += self._rooms.disown(self._rooms[room], now)
+            for room in self._under_way(source):
+                effects += room.fail_after_restart(now)
         return effects
-
-    def _take_ack(self, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
-        if not receiver.is_over:
-            self._counts["ack_ignored"] += 1
-            return []
-        return self._rooms.acknowledged(receiver, now)
-
-    def _take_report(self, receiver: ReceiverRoom, report: StatusReport, now: float) -> list[LanguageEffect]:
-        if report.status is Status.FAILED:
-            return self._take_failure(receiver, report, now)
-        verdict = Verdict.STALE if receiver.is_queued else receiver.judge(report)
-        if isinstance(verdict, Failure):
-            return self._rooms.fail(receiver, verdict, now)
-        if verdict is Verdict.STALE:
-            self._counts["status_stale"] += 1
-            return []
-        self._alarms.set(receiver.room, now + self._timing.waiting)
-        effects: list[LanguageEffect] = []
-        if report.status is Status.TRANSFERRING:
-            if receiver.status is not Status.TRANSFERRING:
-                effects.append(StatusChanged(receiver.room, report.status))
-            receiver.move(report.status)
-        return [*effects, receiver.copy_out(report, self._max_rows)]
-
-    def _take_failure(self, receiver: ReceiverRoom, report: StatusReport, now: float) -> list[LanguageEffect]:
-        failure = report.failure or Failure(BAD_GATEWAY, f"room {receiver.room} failed at the encode side")
-        if receiver.copying is not None and receiver.copying.status is Status.SUCCESS:
-            self._counts["status_stale"] += 1
-            return []  # every row is here; the answer to a repeated init may still say otherwise
-        if failure.code != MISDIRECTED:
-            end = self._rooms.fail_queued if receiver.is_queued else self._rooms.fail
-            return end(receiver, failure, now)
-        receiver.misdirected += 1
-        if receiver.received or receiver.copying is not None or receiver.misdirected > receiver.words:
-            return self._rooms.fail(receiver, Failure(BAD_GATEWAY, failure.text), now)
-        return self._rooms.ask_again(receiver)
 
     # ---- time
 
     def tick(self, now: float) -> list[LanguageEffect]:
         effects: list[LanguageEffect] = []
-        while (key := self._alarms.pop_due(now)) is not None:
-            effects += self._peer_alarm(key, now) if isinstance(key, str) else self._room_alarm(key, now)
-        self._rooms.ended.forget_due(now)
+        while (key := self._shared.alarms.pop_due(now)) is not None:
+            effects += self._check_peer(key, now) if isinstance(key, str) else self._rooms[key].take_alarm(now)
+            effects += self._serve_queue(now)
+        self._shared.ended.forget_due(now)
         return effects
 
     def next_wakeup(self) -> float | None:
-        return min((at for at in (self._alarms.next(), self._rooms.ended.next()) if at is not None), default=None)
+        due = (self._shared.alarms.next(), self._shared.ended.next())
+        return min((at for at in due if at is not None), default=None)
 
-    def _room_alarm(self, room: int, now: float) -> list[LanguageEffect]:
-        receiver = self._rooms[room]
-        if receiver.is_over:
-            return self._rooms.repeat_abort(receiver, now)
-        source = self._peers[receiver.peer]
-        if receiver.is_queued and source.address is None:
-            source.looking = False  # whoever comes next asks anew
-        return self._rooms.fail(receiver, receiver.lateness(source.address is not None, self._timing), now)
-
-    def _peer_alarm(self, name: str, now: float) -> list[LanguageEffect]:
+    def _check_peer(self, name: str, now: float) -> list[LanguageEffect]:
         source = self._peers[name]
-        vigil = self._peers.alarm(source, now)
-        if vigil is Vigil.SEARCH:
-            return self._peers.look_up(source)
-        if vigil is Vigil.LOST:
-            return self._lose(source, now)
-        if vigil is Vigil.PING and source.address is not None:
-            ping = Ping(self._register.address, self._register.session_id, source.instance)
-            return [Send(source.address, ping)]
+        match self._peers.check(source, now):
+            case PeerCheck.SEARCH:
+                return self._peers.look_up(source)
+            case PeerCheck.LOST:
+                return self._lose(source, now)
+            case PeerCheck.PING if source.address is not None:
+                register = self._shared.register
+                return [Send(source.address, Ping(register.address, register.session_id, source.instance))]
         return []
 
-    # ---- what the shell and the tests may look at
+    def _lose(self, source: Peer, now: float) -> list[LanguageEffect]:
+        text = f"encode instance {source.name} did not answer for {now - source.heard:g} s"
+        source.lose()
+        effects: list[LanguageEffect] = [Note(text), *self._peers.look_up(source)]
+        for room in self._under_way(source):
+            if not room.is_over:
+                effects += room.fail(Failure(BAD_GATEWAY, text), now)
+        return effects
+
+    # ---- what the transport and the tests may look at
 
     def is_empty(self) -> bool:
-        return not len(self._rooms)
+        return not self._rooms
 
     def sizes(self) -> dict[str, int]:
+        over = [room for room in self._rooms.values() if room.is_over]
+        pool = self._shared.pool
         return {
-            **self._rooms.sizes(),
+            "rooms": len(self._rooms) - len(over),
+            "waiting_for_blocks": len(self._shared.queue),
+            "quarantined_rooms": len(over),
+            "quarantine_overdue": sum(room.overdue for room in over),
+            "remembered": len(self._shared.ended),
             "peers": len(self._peers),
-            "blocks_free": self._pool.free,
-            "blocks_leased": self._pool.leased,
-            "blocks_quarantined": self._pool.quarantined,
+            "blocks_free": pool.free,
+            "blocks_leased": pool.leased,
+            "blocks_quarantined": pool.quarantined,
         }
 
-    def counts(self) -> dict[str, int]:
-        return {**self._counts, **{f"failed_{code}": count for code, count in self._rooms.failures.items()}}
+    @property
+    def counts(self) -> Counts:
+        return self._shared.counts

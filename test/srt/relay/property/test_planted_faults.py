@@ -8,17 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged, TransferEmbeddingChunk
 from embedding_relay.protocol.encode.admission import Admission
-from embedding_relay.protocol.encode.room import Destination, SenderRoom
-from embedding_relay.protocol.encode.rooms import EncodeRooms
+from embedding_relay.protocol.encode.room import Destination, EncodeRoom
+from embedding_relay.protocol.encode.room import Shared as EncodeShared
 from embedding_relay.protocol.encode.sessions import Session, Sessions
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, Peers
-from embedding_relay.protocol.language.room import ReceiverRoom
-from embedding_relay.protocol.language.rooms import LanguageRooms
+from embedding_relay.protocol.language.room import LanguageRoom
+from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
@@ -44,45 +44,45 @@ Patch = pytest.MonkeyPatch
 def allocate_before_release(patch: Patch) -> None:
     """A resume takes its new blocks before it gives back the old ones, and waits for them if there are none."""
 
-    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
-        waiting = self.__dict__.setdefault("waiting", [])
-        waiting.append(receiver)
-        return self.serve_queue(now)
+    def resume(self: LanguageRoom, now: float) -> list[LanguageEffect]:
+        self._shared.__dict__.setdefault("waiting", []).append(self)
+        return []
 
-    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
+    def serve_queue(self: LanguageSide, now: float) -> list[LanguageEffect]:
         effects: list[LanguageEffect] = []
-        for receiver in list(self.__dict__.get("waiting", [])):
-            wanted = min(receiver.needed_blocks(self._block_size), len(receiver.blocks))
-            if self._pool.free >= wanted:
-                self.__dict__["waiting"].remove(receiver)
-                blocks = self._pool.lease(wanted, receiver.room)
-                self._pool.give_back(receiver.blocks, receiver.room)
-                receiver.offer(blocks, self._block_size)
-                effects.append(self.offer(receiver))
+        waiting, pool = self._shared.__dict__.get("waiting", []), self._shared.pool
+        for room in list(waiting):
+            wanted = min(room.needed_blocks(), len(room.blocks))
+            if pool.free >= wanted:
+                waiting.remove(room)
+                blocks = pool.lease(wanted, room.room)
+                pool.give_back(room.blocks, room.room)
+                room._offer(blocks)
+                effects.append(room._send(room._info()))
         return effects + honest_queue(self, now)
 
-    honest_queue = LanguageRooms.serve_queue
-    patch.setattr(LanguageRooms, "resume", resume)
-    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+    honest_queue = LanguageSide._serve_queue
+    patch.setattr(LanguageRoom, "resume", resume)
+    patch.setattr(LanguageSide, "_serve_queue", serve_queue)
 
 
 def status_reset_on_resume_at_language(patch: Patch) -> None:
-    def resume(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
-        receiver.status = Status.WAITING_FOR_INPUT
-        return [*honest(self, receiver, now), StatusChanged(receiver.room, receiver.status)]
+    def resume(self: LanguageRoom, now: float) -> list[LanguageEffect]:
+        self.status = Status.WAITING_FOR_INPUT
+        return [*honest(self, now), StatusChanged(self.room, self.status)]
 
-    honest = LanguageRooms.resume
-    patch.setattr(LanguageRooms, "resume", resume)
+    honest = LanguageRoom.resume
+    patch.setattr(LanguageRoom, "resume", resume)
 
 
 def status_reset_on_resume_at_encode(patch: Patch) -> None:
-    def advance(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
-        if sender.status is Status.TRANSFERRING:
-            sender.status = Status.BOOTSTRAPPING
-        return honest(self, sender, now)
+    def advance(self: EncodeRoom, now: float) -> list[EncodeEffect]:
+        if self.status is Status.TRANSFERRING:
+            self.status = Status.BOOTSTRAPPING
+        return honest(self, now)
 
-    honest = EncodeRooms.advance
-    patch.setattr(EncodeRooms, "advance", advance)
+    honest = EncodeRoom.advance
+    patch.setattr(EncodeRoom, "advance", advance)
 
 
 def is_last_from_the_default(patch: Patch) -> None:
@@ -112,22 +112,22 @@ def repeated_resume_accepted(patch: Patch) -> None:
 
 
 def cleanup_at_transferring(patch: Patch) -> None:
-    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
-        effects = honest(self, sender, now)
-        return effects if sender.is_over else effects + self.close(sender)
+    def report_chunk(self: EncodeRoom, now: float) -> list[EncodeEffect]:
+        effects = honest(self, now)
+        return effects if self.is_over else effects + self._close()
 
-    honest = EncodeRooms._report_chunk
-    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+    honest = EncodeRoom._report_chunk
+    patch.setattr(EncodeRoom, "_report_chunk", report_chunk)
 
 
 def blocks_freed_when_a_write_failed(patch: Patch) -> None:
-    def fail(self: LanguageRooms, receiver: ReceiverRoom, failure: Failure, now: float) -> list[LanguageEffect]:
-        was_queued = receiver.is_queued
-        effects = honest(self, receiver, failure, now)
-        return effects if was_queued else effects + self.acknowledged(receiver, now)
+    def fail(self: LanguageRoom, failure: Failure, now: float) -> list[LanguageEffect]:
+        was_queued = self.is_queued
+        effects = honest(self, failure, now)
+        return effects if was_queued else effects + self.acknowledge()
 
-    honest = LanguageRooms.fail
-    patch.setattr(LanguageRooms, "fail", fail)
+    honest = LanguageRoom.fail
+    patch.setattr(LanguageRoom, "fail", fail)
 
 
 def abort_acknowledged_after_a_failed_write(patch: Patch) -> None:
@@ -146,82 +146,67 @@ def abort_acknowledged_during_a_write(patch: Patch) -> None:
 
 
 def new_process_at_the_old_address_taken_for_proof(patch: Patch) -> None:
-    def disown(self: LanguageRooms, receiver: ReceiverRoom, now: float) -> list[LanguageEffect]:
-        return [*honest(self, receiver, now), *self.acknowledged(receiver, now)]
+    def fail_after_restart(self: LanguageRoom, now: float) -> list[LanguageEffect]:
+        return [*honest(self, now), *self.acknowledge()]
 
-    honest = LanguageRooms.disown
-    patch.setattr(LanguageRooms, "disown", disown)
-    patch.setattr(LanguageRooms, "bury", disown)
+    honest = LanguageRoom.fail_after_restart
+    patch.setattr(LanguageRoom, "fail_after_restart", fail_after_restart)
+    patch.setattr(LanguageRoom, "fail_and_release", fail_after_restart)
 
 
 def one_offer_taken_for_all_ranks(patch: Patch) -> None:
     """The first rank's offer decides how much every rank gets."""
 
-    def begin_step(self: SenderRoom, block_size: int) -> Any:
+    def begin_step(self: EncodeRoom) -> Any:
         for other in self.unfinished[1:]:
             other.allocated = self.unfinished[0].allocated
-        return honest(self, block_size)
+        return honest(self)
 
-    honest = SenderRoom.begin_step
-    patch.setattr(SenderRoom, "begin_step", begin_step)
+    honest = EncodeRoom.begin_step
+    patch.setattr(EncodeRoom, "begin_step", begin_step)
 
 
 def no_place_kept_for_rooms_that_are_looked_up(patch: Patch) -> None:
-    patch.setattr(LanguageRooms, "_unresolved", lambda self: 0)
+    patch.setattr(LanguageSide, "_looked_up", lambda self: 0)
 
 
 def status_advanced_by_max(patch: Patch) -> None:
     """SGLang's way: `Failed` is 0, so whatever comes later wins over it."""
 
-    def move(self: ReceiverRoom, wanted: Status) -> None:
+    def move(self: LanguageRoom, wanted: Status) -> None:
         self.status = Status(max(self.status.value, wanted.value))
 
-    patch.setattr(ReceiverRoom, "move", move)
+    patch.setattr(LanguageRoom, "move", move)
 
 
 def aux_left_out_when_there_are_two_ranks(patch: Patch) -> None:
-    def begin_step(self: SenderRoom, block_size: int) -> Any:
-        step = honest(self, block_size)
-        if step is None or len(step.destinations) < 2:
-            return step
+    def change(step: TransferEmbeddingChunk, block_size: int) -> TransferEmbeddingChunk:
         first, *others = step.destinations
-        others = [_without_aux(destination) for destination in others]
-        self.under_way = _replaced(step, destinations=(first, *others))
-        return self.under_way
+        return _replaced(step, destinations=(first, *map(_without_aux, others)))
 
-    honest = SenderRoom.begin_step
-    patch.setattr(SenderRoom, "begin_step", begin_step)
+    _change_steps(patch, change)
 
 
 def resumed_rows_put_at_the_wrong_place(patch: Patch) -> None:
     """An offset that is right only for whole blocks."""
 
-    def begin_step(self: SenderRoom, block_size: int) -> Any:
-        step = honest(self, block_size)
-        if step is None:
-            return None
+    def change(step: TransferEmbeddingChunk, block_size: int) -> TransferEmbeddingChunk:
         shifted = [
             _replaced(d, first_row=d.first_row - d.first_row % block_size)
             if d.stop_row - d.first_row + d.first_row % block_size <= len(d.blocks) * block_size
             else d
             for d in step.destinations
         ]
-        self.under_way = _replaced(step, destinations=tuple(shifted))
-        return self.under_way
+        return _replaced(step, destinations=tuple(shifted))
 
-    honest = SenderRoom.begin_step
-    patch.setattr(SenderRoom, "begin_step", begin_step)
+    _change_steps(patch, change)
 
 
 def window_not_staged_again(patch: Patch) -> None:
-    def begin_step(self: SenderRoom, block_size: int) -> Any:
-        step = honest(self, block_size)
-        if step is not None and step.window.first_row > 0:
-            self.under_way = step = _replaced(step, window=_replaced(step.window, stage=False))
-        return step
+    def change(step: TransferEmbeddingChunk, block_size: int) -> TransferEmbeddingChunk:
+        return _replaced(step, window=_replaced(step.window, stage=False)) if step.window.first_row > 0 else step
 
-    honest = SenderRoom.begin_step
-    patch.setattr(SenderRoom, "begin_step", begin_step)
+    _change_steps(patch, change)
 
 
 def used_up_offers_kept(patch: Patch) -> None:
@@ -230,22 +215,24 @@ def used_up_offers_kept(patch: Patch) -> None:
 
 
 def growth_into_the_last_block(patch: Patch) -> None:
-    def refill(self: LanguageRooms, receiver: ReceiverRoom) -> None:
-        honest(self, receiver)
-        if self._pool.free == 1 and receiver.needed_blocks(self._block_size) > len(receiver.blocks):
-            receiver.offer(receiver.blocks + self._pool.lease(1, receiver.room), self._block_size)
+    def refill(self: LanguageRoom) -> None:
+        honest(self)
+        if self._shared.pool.free == 1 and self.needed_blocks() > len(self.blocks):
+            self._offer(self.blocks + self._shared.pool.lease(1, self.room))
 
-    honest = LanguageRooms._refill
-    patch.setattr(LanguageRooms, "_refill", refill)
+    honest = LanguageRoom._refill
+    patch.setattr(LanguageRoom, "_refill", refill)
 
 
 def last_come_first_served(patch: Patch) -> None:
-    def serve_queue(self: LanguageRooms, now: float) -> list[LanguageEffect]:
-        self._queue = dict.fromkeys(reversed(self._queue))
+    def serve_queue(self: LanguageSide, now: float) -> list[LanguageEffect]:
+        newest_first = dict(reversed(self._shared.queue.items()))
+        self._shared.queue.clear()
+        self._shared.queue.update(newest_first)
         return honest(self, now)
 
-    honest = LanguageRooms.serve_queue
-    patch.setattr(LanguageRooms, "serve_queue", serve_queue)
+    honest = LanguageSide._serve_queue
+    patch.setattr(LanguageSide, "_serve_queue", serve_queue)
 
 
 def ended_room_left_in_the_table_of_its_peer(patch: Patch) -> None:
@@ -263,30 +250,32 @@ def no_deadline_for_a_room_that_stands_still(patch: Patch) -> None:
 def finished_rank_must_keep_talking(patch: Patch) -> None:
     """The silence of a rank that has all its rows ends the room of the others."""
 
-    def report_chunk(self: EncodeRooms, sender: SenderRoom, now: float) -> list[EncodeEffect]:
-        ranks = [destination.session_id for destination in sender.unfinished]
-        effects = honest(self, sender, now)
+    def report_chunk(self: EncodeRoom, now: float) -> list[EncodeEffect]:
+        ranks = [destination.session_id for destination in self.unfinished]
+        effects = honest(self, now)
         for rank in ranks:
-            session = self._sessions.get(rank)
-            if session is not None and not sender.is_over:
-                session.rooms.add(sender.room)
+            session = self._shared.sessions.get(rank)
+            if session is not None and not self.is_over:
+                session.rooms.add(self.room)
         return effects
 
-    honest = EncodeRooms._report_chunk
-    patch.setattr(EncodeRooms, "_report_chunk", report_chunk)
+    honest = EncodeRoom._report_chunk
+    patch.setattr(EncodeRoom, "_report_chunk", report_chunk)
 
 
 def next_room_begins_while_those_of_a_dead_session_end(patch: Patch) -> None:
     """The blocks of the first go to the second, whose rows then go to the process that came after."""
 
-    def fail_all_of(self: EncodeRooms, session: Session, text: str, now: float) -> list[EncodeEffect]:
+    def fail_rooms_of(self: EncodeShared, session: Session, text: str, now: float) -> list[EncodeEffect]:
         effects: list[EncodeEffect] = []
         for room in sorted(session.rooms):
-            if not self[room].is_over:
-                effects += self.fail(self[room], Failure(502, text), now)
+            if not self.rooms[room].is_over:
+                effects += self.rooms[room].fail(Failure(502, text), now)
+            while self.queue and self.pool.free:
+                effects += next(iter(self.queue.values())).begin()
         return effects
 
-    patch.setattr(EncodeRooms, "fail_all_of", fail_all_of)
+    patch.setattr(EncodeShared, "fail_rooms_of", fail_rooms_of)
 
 
 def second_registration_believed_without_proof(patch: Patch) -> None:
@@ -300,10 +289,10 @@ def second_registration_believed_without_proof(patch: Patch) -> None:
 
 def abort_of_a_stranger_obeyed(patch: Patch) -> None:
     def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
-        sender = self._rooms.get(message.room)
-        if sender is None or message.session_id in sender.destinations or sender.is_over:
+        room = self._rooms.get(message.room)
+        if room is None or message.session_id in room.destinations or room.is_over:
             return honest(self, message, now)
-        return self._rooms.fail(sender, Failure(499, "gone"), now)
+        return room.fail(Failure(499, "gone"), now)
 
     honest = EncodeSide._abort
     patch.setattr(EncodeSide, "_abort", abort)
@@ -313,7 +302,7 @@ def offer_alone_claims_its_blocks(patch: Patch) -> None:
     """Anybody can then take the blocks of a session away from its real rooms, without knowing any of them."""
 
     def take_offer(self: EncodeSide, info: TransferEmbeddingInfo, session: Session | None, now: float) -> Any:
-        if session is not None and session.flaw(info) is None and self._rooms.ended.get(info.room) is None:
+        if session is not None and session.flaw(info) is None and self._shared.ended.get(info.room) is None:
             session.claim(info.room, info.dst_embedding_indices)
         return honest(self, info, session, now)
 
@@ -323,7 +312,7 @@ def offer_alone_claims_its_blocks(patch: Patch) -> None:
 
 def answer_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
     """He asks for a room that is taken, and the rank that has it is told that its room has failed."""
-    patch.setattr(SenderRoom, "has_destination_at", lambda self, address: False)
+    patch.setattr(EncodeRoom, "has_destination_at", lambda self, address: False)
 
 
 def acknowledgement_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
@@ -343,7 +332,7 @@ def invented_rooms_without_bound(patch: Patch) -> None:
 
 
 def sessions_without_bound(patch: Patch) -> None:
-    patch.setattr(Admission, "_make_place", lambda self, session_id: [])
+    patch.setattr(Admission, "_make_space", lambda self, session_id: [])
 
 
 def block_indices_not_checked(patch: Patch) -> None:
@@ -351,31 +340,45 @@ def block_indices_not_checked(patch: Patch) -> None:
 
 
 def first_word_never_sent(patch: Patch) -> None:
-    patch.setattr(LanguageRooms, "announce", lambda self, peer, now: [])
+    patch.setattr(LanguageSide, "_announce", lambda self, peer, now: [])
 
 
 def first_word_without_a_deadline(patch: Patch) -> None:
-    def expect(self: EncodeRooms, sender: SenderRoom, now: float) -> None:
-        sender.expected = True
+    def expect(self: EncodeRoom, now: float) -> None:
+        self.expected = True
 
-    patch.setattr(EncodeRooms, "expect", expect)
+    patch.setattr(EncodeRoom, "expect", expect)
 
 
 def queued_room_not_bound_to_its_session(patch: Patch) -> None:
-    def note_queued(self: EncodeRooms, message: Queued, sender: SenderRoom, session: Session, now: float) -> None:
-        honest(self, message, sender, session, now)
-        session.rooms.discard(sender.room)
+    def note_queued(self: EncodeRoom, message: Queued, session: Session, now: float) -> None:
+        honest(self, message, session, now)
+        session.rooms.discard(self.room)
 
-    honest = EncodeRooms.note_queued
-    patch.setattr(EncodeRooms, "note_queued", note_queued)
+    honest = EncodeRoom.note_queued
+    patch.setattr(EncodeRoom, "note_queued", note_queued)
 
 
 def queued_room_left_in_the_table_of_its_session(patch: Patch) -> None:
-    patch.setattr(EncodeRooms, "_unbind_queued", lambda self, sender: sender.queued.clear())
+    patch.setattr(EncodeRoom, "_unbind_queued", lambda self: self.queued.clear())
 
 
 def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
     patch.setattr(Peer, "is_watched", property(lambda self: bool(self.under_way)))
+
+
+def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], TransferEmbeddingChunk]) -> None:
+    """Every step of a chunk is another one than the room has planned."""
+
+    def begin_step(self: EncodeRoom) -> list[EncodeEffect]:
+        effects = honest(self)
+        if self.under_way is None or not effects:
+            return effects
+        self.under_way = change(self.under_way, self._shared.block_size)
+        return [self.under_way]
+
+    honest = EncodeRoom.begin_step
+    patch.setattr(EncodeRoom, "begin_step", begin_step)
 
 
 def _replaced(struct: Any, **changes: Any) -> Any:

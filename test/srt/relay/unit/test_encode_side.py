@@ -29,6 +29,7 @@ from support.protocol import (
     BLOCK,
     ROOM,
     TIMING,
+    counted,
     encode_side,
     failure_of,
     handshake,
@@ -291,7 +292,7 @@ def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
     assert side.receive(offer(8, 6, 7, sent=4), 0.0) == []
     (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
     assert chunk.destinations[0].blocks == (0, 1)
-    assert side.counts() == {"resume_ignored": 1}
+    assert counted(side) == {"resume_ignored": 1}
 
 
 def test_wrong_use_by_the_shell_is_refused() -> None:
@@ -471,7 +472,7 @@ def test_a_queued_room_is_taken_up_as_if_it_had_been_asked_for_at_once() -> None
     assert side.receive(queued(), 13.0) == [], "later"
     assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 14.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
     assert reported_failures(side.receive(queued(), 15.0)) == [Failure(409, f"room {ROOM} was used before")]
-    assert side.counts() == {"queued_repeated": 2, "offer_for_ended_room": 1}
+    assert counted(side) == {"queued_repeated": 2, "offer_for_ended_room": 1}
     side.tick(14.0 + TIMING.silence)
     assert side.is_empty()
 
@@ -480,7 +481,7 @@ def test_a_first_word_may_come_before_the_request() -> None:
     side = side_with()
     assert side.receive(queued(), 0.0) == []
     assert side.receive(queued(), 1.0) == []
-    assert side.counts() == {"queued_repeated": 1}
+    assert counted(side) == {"queued_repeated": 1}
     keep_alive(side, 25.0)
     assert side.expect(ROOM, 25.0) == []
     keep_alive(side, 30.0)
@@ -569,7 +570,7 @@ def test_no_resume_came() -> None:
     assert side.tick(69.9) == []
     keep_alive(side, 70.0)
     failure = failure_of(side.tick(70.0))
-    assert failure == Failure(502, f"the language side offered no room for more rows of room {ROOM} within 60 s")
+    assert failure == Failure(502, f"the language side offered no blocks for more rows of room {ROOM} within 60 s")
 
 
 def test_a_session_that_falls_silent_takes_its_rooms_with_it() -> None:
@@ -632,7 +633,7 @@ def test_a_second_registration_of_a_session_changes_nothing_before_there_is_proo
     (note,) = only(side.proven(SESSION, KNOWN_AT, False, 2.0), Note)
     assert note.text == "session language-0:1 is claimed from language:999, but language:100 may be alive"
     assert side.session(SESSION) == register()
-    assert side.counts() == {"registration_refused": 1}
+    assert counted(side) == {"registration_refused": 1}
     assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 3.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)]
     side.receive(RIVAL, 4.0)
     assert side.proven(SESSION, KNOWN_AT, False, 4.0) == [], "it is said once"
@@ -671,7 +672,7 @@ def test_offers_of_a_contender_are_answered_when_it_is_known_who_has_the_session
     side.receive(RIVAL, 1.0)
     assert side.receive(rival_offer(8), 1.0) == []
     misdirected = Failure(421, f"session {SESSION} is not registered here")
-    answer = Send(RIVAL_AT, StatusReport(8, Status.FAILED, failure=misdirected), courtesy=True)
+    answer = Send(RIVAL_AT, StatusReport(8, Status.FAILED, failure=misdirected), to_stranger=True)
     assert answer in side.proven(SESSION, KNOWN_AT, is_gone, 2.0)
     assert side.sizes()["contenders"] == 0
     side.expect(8, 3.0)
@@ -724,7 +725,7 @@ def test_what_is_said_in_the_name_of_a_session_from_elsewhere_is_not_the_session
 def test_strangers_cannot_abort_a_room_that_has_all_of_its_ranks() -> None:
     side, chunk = writing()
     assert side.receive(Abort(ROOM, RIVAL_AT, "stranger:1"), 0.0) == []
-    assert side.counts() == {"abort_ignored": 1}
+    assert counted(side) == {"abort_ignored": 1}
     assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 1.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)]
 
 
@@ -749,7 +750,7 @@ def test_an_idle_session_makes_way_when_there_are_too_many_and_a_busy_one_does_n
     (note,) = only(side.receive(register(3), 4.0), Note)
     assert note.text == "2 sessions are busy: no more are registered"
     assert side.sessions() == {"language-0:1", "language-2:1"}
-    assert side.counts() == {"session_displaced": 1, "registration_refused": 1}
+    assert counted(side) == {"session_displaced": 1, "registration_refused": 1}
     side.tick(TIMING.forget_session)
 
 
@@ -803,22 +804,22 @@ def test_a_late_registration_from_the_address_of_a_living_session_harms_nobody()
 def test_a_ping_is_answered_with_who_is_here_and_who_was_asked() -> None:
     side = encode_side()
     assert side.receive(Ping(Address("l", 5), "nobody:1", "encode-0"), 0.0) == [
-        Send(Address("l", 5), Pong("encode-1", "encode-0"), courtesy=True)
+        Send(Address("l", 5), Pong("encode-1", "encode-0"), to_stranger=True)
     ]
 
 
-def test_what_is_said_to_strangers_is_a_courtesy_and_what_a_request_needs_is_not() -> None:
+def test_answers_to_strangers_are_marked_and_what_a_request_needs_is_not() -> None:
     side = side_with(0, 1)
-    assert [answer.courtesy for answer in only(side.receive(offer(8, 0, 1, room=666), 0.0), Send)] == []
+    assert [answer.to_stranger for answer in only(side.receive(offer(8, 0, 1, room=666), 0.0), Send)] == []
     keep = Ping(KNOWN_AT, SESSION, "encode-1")
-    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [True], "no request of its is here"
+    assert [answer.to_stranger for answer in only(side.receive(keep, 0.0), Send)] == [True], "no request of its is here"
     side.expect(ROOM, 0.0)
     side.receive(offer(8, 0, 1), 0.0)
-    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [False]
-    assert [answer.courtesy for answer in only(side.receive(offer(8, 0, 1, rank=1), 0.0), Send)] == [True]
-    assert [answer.courtesy for answer in only(side.refuse(666, Failure(400, "bad"), 0.0), Send)] == [True]
-    assert [answer.courtesy for answer in only(side.refuse(ROOM, Failure(400, "bad"), 0.0), Send)] == [False]
-    assert [answer.courtesy for answer in only(side.receive(keep, 0.0), Send)] == [True]
+    assert [answer.to_stranger for answer in only(side.receive(keep, 0.0), Send)] == [False]
+    assert [answer.to_stranger for answer in only(side.receive(offer(8, 0, 1, rank=1), 0.0), Send)] == [True]
+    assert [answer.to_stranger for answer in only(side.refuse(666, Failure(400, "bad"), 0.0), Send)] == [True]
+    assert [answer.to_stranger for answer in only(side.refuse(ROOM, Failure(400, "bad"), 0.0), Send)] == [False]
+    assert [answer.to_stranger for answer in only(side.receive(keep, 0.0), Send)] == [True]
 
 
 def test_sizes_and_counts_have_names() -> None:
@@ -837,4 +838,4 @@ def test_sizes_and_counts_have_names() -> None:
         "blocks_quarantined": 0,
     }
     side.refuse(ROOM, Failure(400, "bad"), 0.0)
-    assert side.counts() == {"failed_400": 1}
+    assert counted(side) == {400: 1}

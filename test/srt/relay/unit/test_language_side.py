@@ -31,6 +31,7 @@ from support.protocol import (
     ENCODE,
     ROOM,
     TIMING,
+    counted,
     failure_of,
     language_side,
     only,
@@ -249,7 +250,7 @@ def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
     side.request(9, "registry3:80", 1.0)
     failed = StatusReport(9, Status.FAILED, failure=Failure(400, "of old"))
     assert side.receive(failed, 1.0) == [], "nobody has been asked for room 9"
-    assert side.counts() == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
+    assert counted(side) == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
 
 
 def test_a_queued_room_of_a_forgotten_session_is_announced_again_once() -> None:
@@ -423,7 +424,7 @@ def test_blocks_of_a_failed_room_are_free_only_when_the_writer_says_so() -> None
     assert side.receive(AbortAck(ROOM), 0.0) == []
     assert side.sizes()["blocks_free"] == 8
     assert side.receive(AbortAck(ROOM), 0.0) == []
-    assert side.counts() == {"failed_502": 1, "status_stale": 1, "message_for_unknown_room": 1}
+    assert counted(side) == {502: 1, "status_stale": 1, "message_for_unknown_room": 1}
 
 
 def test_an_abort_is_repeated_ever_more_slowly_and_the_quarantine_is_reported_once() -> None:
@@ -761,7 +762,7 @@ def test_a_late_failure_cannot_undo_what_has_arrived() -> None:
     used = StatusReport(ROOM, Status.FAILED, failure=Failure(409, f"room {ROOM} was used before"))
     assert side.receive(used, 0.0) == []
     assert only(side.copied(ROOM, 8, 8, 0.0), Deliver) == [Deliver(ROOM, 8, 1)]
-    assert side.counts() == {"status_stale": 1}
+    assert counted(side) == {"status_stale": 1}
 
 
 def test_only_so_many_ended_rooms_are_remembered() -> None:

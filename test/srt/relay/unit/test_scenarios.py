@@ -4,6 +4,7 @@ import pytest
 
 from embedding_relay.protocol.status import Status
 from embedding_relay.testing.world import World
+from support.protocol import counted
 
 W, T, S = Status.WAITING_FOR_INPUT, Status.TRANSFERRING, Status.SUCCESS
 ONCE, RESUMED = [W, S], [W, T, S]
@@ -52,7 +53,7 @@ def test_the_second_transfer_begins_within_a_source_block() -> None:
         if not world._step():
             break
     assert starts == [(0, 0, 1200, True), (1200, 1200, 2000, False)]
-    assert encode.core.counts() == {"init_repeated": 2, "submit_repeated": 2}
+    assert counted(encode.core) == {"init_repeated": 2, "submit_repeated": 2}
 
 
 @pytest.mark.parametrize("blocks", [8, 512])
