@@ -16,11 +16,11 @@ import pytest
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import Answer, ask, chat_body, post
 from embedding_relay.tools.local_cluster import HOST, LocalCluster
-from embedding_relay.tools.local_numbers import numbers_of
 from embedding_relay.tools.local_process import free_ports
 from support import servers
 from support.patience import wait_until
 from support.questions import Question, squares, stories
+from support.server_numbers import numbers_of
 
 FAMILY = "qwen2_5_vl"
 CONTEXT = 1200

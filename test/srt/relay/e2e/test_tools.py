@@ -20,10 +20,10 @@ import pytest
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import ask, data_uri, post
 from embedding_relay.tools.local_cluster import LocalCluster
-from embedding_relay.tools.local_numbers import not_at_rest, numbers_of
 from support import servers
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories
+from support.server_numbers import not_at_rest, numbers_of
 
 FAMILY = "qwen2_5_vl"
 REQUESTS = 12

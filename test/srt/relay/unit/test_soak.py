@@ -18,7 +18,7 @@ from soak_watch import HALVES, KEPT, MIB, Holding, Moment, growth
 
 from embedding_relay import metrics
 from embedding_relay.tools.chat_client import Answer
-from embedding_relay.tools.local_numbers import EMPTY_AT_REST
+from support.server_numbers import EMPTY_AT_REST
 
 ALLOWED = 8.0
 HELD = Holding(memory=1000 * MIB, descriptors=50, threads=20)
