@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test/srt"))
 from embedding_relay.batch.asking.endpoint import Endpoint
 from embedding_relay.batch.asking.question import chat_request
 from embedding_relay.batch.asking.run import Run
-from embedding_relay.batch.records import Asking, Counts
-from embedding_relay.batch.results import ResultWriter
+from embedding_relay.batch.session.folder import ResultWriter
+from embedding_relay.batch.session.records import Asking, Counts
 from embedding_relay.batch.tasks import Task
 from support.stub_endpoint import stub_endpoint
 

@@ -26,8 +26,8 @@ from typing import Any
 from embedding_relay.batch.asking.endpoint import Endpoint
 from embedding_relay.batch.asking.question import chat_request
 from embedding_relay.batch.asking.run import Run
-from embedding_relay.batch.records import Asking, Counts
-from embedding_relay.batch.results import ResultWriter
+from embedding_relay.batch.session.folder import ResultWriter
+from embedding_relay.batch.session.records import Asking, Counts
 from embedding_relay.batch.tasks import Task
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import chat_body, picture

@@ -1,50 +1,43 @@
-"""What the calls of both APIs do, without HTTP: sessions are made, split, started, and given back."""
+"""What a caller may do to a session, without HTTP: upload, split, start, pause, download, delete."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal
 
-from embedding_relay.batch.folder import Folder
-from embedding_relay.batch.records import (
-    Asking,
-    BatchOrder,
-    Session,
-    new_session_id,
-)
-from embedding_relay.batch.refusals import Refusal
-from embedding_relay.batch.results import failures
-from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.session.folder import failures
+from embedding_relay.batch.session.records import Asking, BatchOrder, Session, Stage, new_session_id
+from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
-from embedding_relay.batch.stages import Stage
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Choices
 from embedding_relay.batch.workbook.analyze import analyze
 from embedding_relay.batch.workbook.upload import receive
-from embedding_relay.batch.worker import Worker
 
 Verb = Literal["pause", "resume", "cancel"]
 
 
 class Service:
-    """Every method may be called from any thread, and by any worker: nothing of a session is kept in the process."""
+    """`wake` tells the background work of this process that there is something new to do.
 
-    def __init__(self, settings: Settings, sessions: Sessions, worker: Worker) -> None:
+    Every method may be called from any thread of any worker: nothing of a session is kept in the process.
+    """
+
+    def __init__(self, settings: Settings, sessions: Sessions, wake: Callable[[], None]) -> None:
         self.settings = settings
         self.sessions = sessions
-        self.worker = worker
-
-    def folder(self, session_id: str) -> Folder:
-        return self.worker.folder(session_id)
+        self._wake = wake
 
     # ---- analyse
 
     def take_upload(self, file: IO[bytes], name: str, choices: Choices, order: BatchOrder | None = None) -> Session:
         """A new session for this file, analysed; none is left behind when the file is refused."""
         session_id = new_session_id()
-        folder = self.folder(session_id)
+        folder = self.sessions.folder(session_id)
         folder.make()
         try:
             with folder.upload.open("wb") as kept:
@@ -66,7 +59,7 @@ class Service:
             folder.remove()
             raise
         if order:
-            self.worker.wake()
+            self._wake()
         return session
 
     def analyze_again(self, session_id: str, choices: Choices) -> Session:
@@ -76,7 +69,7 @@ class Service:
         return self.sessions.change(session_id, lambda session: session.analyze_again(choices, analysis))
 
     def _source(self, session: Session) -> Path:
-        source = self.folder(session.session_id).source(session.kind)
+        source = self.sessions.folder(session.session_id).source(session.kind)
         if not source.exists():
             raise Refusal(404, f"the workbook of session {session.session_id} is gone; please upload it again")
         return source
@@ -95,17 +88,17 @@ class Service:
             session.analysis = analysis or session.analysis
 
         session = self.sessions.change(session_id, begin)
-        self.worker.wake()
+        self._wake()
         return session
 
     # ---- execute
 
     def start(self, session_id: str, asking: Asking) -> Session:
         session = self.sessions.get(session_id)
-        if session.split.is_ready() and self.folder(session_id).manifest(session.split.attempt) is None:
+        if session.split.is_ready() and self.sessions.folder(session_id).manifest(session.split.attempt) is None:
             raise Refusal(404, f"the tasks of session {session_id} are gone; please upload its workbook again")
         session = self.sessions.change(session_id, lambda session: session.begin_execution(asking))
-        self.worker.wake()
+        self._wake()
         return session
 
     def monitored(self, session_id: str) -> Session:
@@ -119,14 +112,14 @@ class Service:
 
     def failed_rows(self, session_id: str, skip: int, most: int) -> tuple[int, list[Result]]:
         self.sessions.get(session_id)
-        return failures(self.folder(session_id).path, skip, most)
+        return failures(self.sessions.folder(session_id).path, skip, most)
 
     def download(self, session_id: str) -> tuple[Path, str]:
         """The answered workbook, and the name to offer it under."""
         session = self.sessions.get(session_id)
         if not session.execution.ready_for_download:
             raise Refusal(400, f"there is nothing to download yet from session {session_id}: {session.where()}")
-        path = self.folder(session_id).answers(session.kind, session.execution.attempt)
+        path = self.sessions.folder(session_id).answers(session.kind, session.execution.attempt)
         if not path.exists():
             raise Refusal(404, f"the answers of session {session_id} are gone")
         return path, f"{Path(session.name).stem}-answers.{session.kind}"
@@ -136,4 +129,4 @@ class Service:
     def delete(self, session_id: str) -> None:
         """Whoever works on it stops at its next step, because the session is gone."""
         self.sessions.delete(session_id)
-        self.folder(session_id).remove()
+        self.sessions.folder(session_id).remove()

@@ -1,4 +1,4 @@
-"""What an operator can set about batch sessions. The command line fills it in; workers get it whole."""
+"""What an operator can set about batch sessions: filled in from the command line, handed to each worker process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ CACHE_DIR: Final = "SESSION_CACHE_DIR"
 API_KEY: Final = "SESSION_API_KEY"
 ENDPOINT_API_KEY: Final = "SESSION_ENDPOINT_API_KEY"
 STORE: Final = "SESSION_STORE"
-# For tests: saving takes this many seconds longer, in every place where something is saved.
-SLOW_SAVING: Final = "SESSION_TEST_SAVE_SECONDS"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,10 +40,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_media_domains: tuple[str, ...] = ()
     api_key: str = ""
     endpoint_api_key: str = ""
-    # A worker that has not been heard of for so long is gone, and others take over what it did.
+    # A worker that has not renewed its lease for so long counts as dead, and another takes over its work.
     lease_seconds: float = 10.0
     scan_seconds: float = 2.0
-    slow_saving: float = 0.0
 
     @property
     def limits(self) -> Limits:
@@ -75,9 +72,8 @@ def default_store(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What is better not on a command line, where everybody on the machine can read it."""
+    """The keys: everybody on the machine can read a command line, so they are not options."""
     return {
         "api_key": environ.get(API_KEY, ""),
         "endpoint_api_key": environ.get(ENDPOINT_API_KEY, ""),
-        "slow_saving": float(environ.get(SLOW_SAVING, 0)),
     }

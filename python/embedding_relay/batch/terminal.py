@@ -15,21 +15,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from tqdm import tqdm
 
-from embedding_relay.batch.records import Asking, Session
-from embedding_relay.batch.refusals import Refusal
-from embedding_relay.batch.results import failures
+from embedding_relay.batch.errors import Refusal
 from embedding_relay.batch.service import Service
-from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.session.folder import failures
+from embedding_relay.batch.session.records import Asking, Session, Stage
+from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
-from embedding_relay.batch.stages import Stage
-from embedding_relay.batch.store import StoreAway, open_store
+from embedding_relay.batch.store.contract import StoreAway
+from embedding_relay.batch.store.opening import open_store
+from embedding_relay.batch.work.worker import Worker, open_part
 from embedding_relay.batch.workbook.analysis import Choices
-from embedding_relay.batch.worker import Worker, open_part
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOOK_EVERY: Final = 0.2
 FAILURES_SHOWN: Final = 5
@@ -116,9 +118,9 @@ class _Terminal:
 
     async def run(self) -> int:
         store = open_store(self._settings.store_place)
-        sessions = Sessions(store, self._settings.keep_seconds)
+        sessions = Sessions(store, self._settings.sessions_dir, self._settings.keep_seconds)
         worker = Worker(self._settings, store, sessions)
-        service = Service(self._settings, sessions, worker)
+        service = Service(self._settings, sessions, wake=worker.wake)
         try:
             with _alone(self._settings.cache_dir):
                 session = await asyncio.to_thread(self._session, service)
@@ -160,6 +162,8 @@ class _Terminal:
         assert session.analysis is not None
         for note in session.analysis.notes:
             print(note, file=sys.stderr)
+        from tqdm import tqdm
+
         with tqdm(total=session.analysis.rows, unit="row", dynamic_ncols=True) as bar:
             while not session.stage.is_over() and not stop.is_set():
                 if working.done():
@@ -193,7 +197,7 @@ class _Terminal:
         partial = self._out.with_name(f".{self._out.name}.{os.getpid()}.part")
         shutil.copyfile(answers, partial)
         partial.replace(self._out)
-        count, shown = failures(service.folder(session.session_id).path, 0, FAILURES_SHOWN)
+        count, shown = failures(service.sessions.folder(session.session_id).path, 0, FAILURES_SHOWN)
         for result in shown:
             print(f"row {result.row}: {result.error}", file=sys.stderr)
         if count > len(shown):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedding_relay import __version__
-from embedding_relay.batch.arguments import add_batch_command
+from embedding_relay.batch.command_line import add_batch_command
 from embedding_relay.tools import tiny_model
 
 # What only SGLang brings along.

@@ -143,7 +143,7 @@ class TestWheel:
     def test_it_has_our_modules_and_nothing_of_sglangs(self, wheel: Path, modules: set[str]) -> None:
         names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         assert names == modules
-        assert "embedding_relay/batch/page.html" in names
+        assert "embedding_relay/batch/http/page.html" in names
         for name in names:
             if name.startswith("embedding_relay/"):
                 continue

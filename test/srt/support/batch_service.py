@@ -18,7 +18,9 @@ import openpyxl
 from embedding_relay.tools.local_process import LocalProcess, free_ports, stop_all, wait_all_ready
 from support.patience import wait_until
 
+TESTS = Path(__file__).resolve().parents[1]
 RELAY = (sys.executable, "-m", "embedding_relay")
+SLOW_RELAY = (sys.executable, "-m", "support.slow_service")
 
 # What is shown when a test fails.
 _active: list[LocalProcess] = []
@@ -149,14 +151,22 @@ def batch_service(
     *arguments: str,
     workers: int = 4,
     environ: Mapping[str, str] | None = None,
+    saving_seconds: float = 0.0,
     name: str = "batch service",
     log: str = "service.log",
 ) -> Iterator[BatchService]:
-    """`where` keeps its sessions and its log. Nothing of it is left running afterwards."""
+    """`where` keeps its sessions and its log. Nothing of it is left running afterwards.
+
+    With `saving_seconds` its disk is slow: every saving takes that much longer, in each worker.
+    """
     (port,) = free_ports(1)
-    # What `sglang-relay` goes on as, after some seconds of importing SGLang; test_terminal.py starts it by that name.
+    environ = dict(environ or {})
+    program: Sequence[str] = RELAY
+    if saving_seconds:
+        program = SLOW_RELAY
+        environ |= {"TEST_SAVING_SECONDS": str(saving_seconds), "PYTHONPATH": str(TESTS)}
     command: Sequence[str] = [
-        *(*RELAY, "batch", "serve", "--endpoint", endpoint),
+        *(*program, "batch", "serve", "--endpoint", endpoint),
         *("--port", str(port), "--workers", str(workers), "--cache-dir", str(where / "cache"), *arguments),
     ]
     process = LocalProcess(name, command, f"http://127.0.0.1:{port}", where / log, environ)

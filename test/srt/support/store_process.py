@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from embedding_relay.batch.store import Store, open_store
+from embedding_relay.batch.store.contract import Store
+from embedding_relay.batch.store.opening import open_store
 
 FOREVER = 1000.0
 

@@ -13,7 +13,7 @@ from PIL import Image
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from embedding_relay.batch.workbook.analysis import Analysis, Choices, Kind
 from embedding_relay.batch.workbook.analyze import analyze
-from embedding_relay.batch.workbook.answers import check_answers, write_answers
+from embedding_relay.batch.workbook.formats import check_answers, write_answers
 from embedding_relay.batch.workbook.limits import Limits
 from embedding_relay.batch.workbook.rows import read_tasks
 from embedding_relay.batch.workbook.upload import receive

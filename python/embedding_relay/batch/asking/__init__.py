@@ -1,1 +1,1 @@
-"""Asking about many rows: how many at once, what to try again, when to wait."""
+"""Asking the endpoint about many rows: how many at once, what is asked again, how long to wait."""

@@ -11,14 +11,7 @@ from typing import Final
 import aiohttp
 from yarl import URL
 
-from embedding_relay.batch.asking.replies import (
-    Answered,
-    Away,
-    Broken,
-    Refused,
-    Reply,
-    read_reply,
-)
+from embedding_relay.batch.asking.replies import Answered, Away, Broken, Refused, Reply, read_reply
 
 MOST_BYTES: Final = 16 * 2**20
 LARGE_BODY: Final = 2**19

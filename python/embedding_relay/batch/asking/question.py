@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from embedding_relay.batch.records import Asking
+from embedding_relay.batch.session.records import Asking
 from embedding_relay.batch.tasks import Task
 
 CHAT: Final = "/v1/chat/completions"

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Final
 
 import msgspec
 
-from embedding_relay.batch.asking.answers import failure
 from embedding_relay.batch.asking.endpoint import Endpoint
-from embedding_relay.batch.asking.feed import Feed
-from embedding_relay.batch.asking.pace import Pace
+from embedding_relay.batch.asking.replies import failure
 from embedding_relay.batch.asking.schedule import PATIENCE_SECONDS, Row, Schedule
-from embedding_relay.batch.records import Counts
+from embedding_relay.batch.session.records import Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
+CHUNK: Final = 64
+SECONDS: Final = 60.0
+# With fewer rows than this in a minute the rate looks further back.
+ROWS: Final = 8
 # What is asked and how, as a path and a JSON object. Called in a thread where pictures have to be read.
 RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
-
 FIRST_LOOK: Final = 1.0
 LONGEST_LOOK: Final = 30.0
-
 _encode = msgspec.json.Encoder().encode
 
 
@@ -218,3 +220,76 @@ class Run:
             self._is_looking, self._look_every = False, 0.0
         self._pace = Pace(time.monotonic())
         self._schedule.back()
+
+
+# ---- what a run is made of
+
+
+class Feed:
+    """`on_news` is called on the loop when there is more, or nothing more."""
+
+    def __init__(self, tasks: Iterator[Task], ahead: int, on_news: Callable[[], None]) -> None:
+        self._tasks = tasks
+        self._ahead = max(ahead, CHUNK)
+        self._on_news = on_news
+        self._ready: deque[Task] = deque()
+        self._reading: asyncio.Task[list[Task]] | None = None
+        self._ended = False
+
+    def take(self) -> Task | None:
+        """The next one, if it has been read."""
+        task = self._ready.popleft() if self._ready else None
+        if len(self._ready) < self._ahead and self._reading is None and not self._ended:
+            self._reading = asyncio.create_task(asyncio.to_thread(self._read), name="reading tasks ahead")
+            self._reading.add_done_callback(self._have_read)
+        return task
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended and not self._ready
+
+    def check(self) -> None:
+        """Raise what reading raised."""
+        if self._reading is not None and self._reading.done():
+            self._reading.result()
+
+    async def close(self) -> None:
+        """Nobody reads any more when this returns: a thread cannot be told to stop, and its chunk is a short one."""
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+    def _read(self) -> list[Task]:
+        return list(itertools.islice(self._tasks, self._ahead))
+
+    def _have_read(self, reading: asyncio.Task[list[Task]]) -> None:
+        self._on_news()
+        if reading.cancelled() or reading.exception():
+            return  # `check` raises it
+        chunk = reading.result()
+        self._ready.extend(chunk)
+        self._ended = len(chunk) < self._ahead
+        self._reading = None
+
+
+class Pace:
+    """Remembers one moment a second at most, so that its size does not depend on the rows."""
+
+    def __init__(self, now: float) -> None:
+        self._rows = 0
+        self._moments = deque([(now, 0)])
+
+    def row_ended(self, now: float) -> None:
+        self._rows += 1
+        if now - self._moments[-1][0] < 1:
+            return
+        self._moments.append((now, self._rows))
+        while len(self._moments) > 1 and now - self._moments[1][0] >= SECONDS and self._since(1) >= ROWS:
+            self._moments.popleft()
+
+    def rate(self, now: float) -> float:
+        """Rows per second."""
+        seconds = now - self._moments[0][0]
+        return self._since(0) / seconds if seconds > 0 else 0.0
+
+    def _since(self, moment: int) -> int:
+        return self._rows - self._moments[moment][1]

@@ -1,1 +1,1 @@
-"""Workbooks as files: what is in them, what each row asks, where answers go."""
+"""Workbooks (.xlsx, .csv, .jsonl): what an upload holds, what each row asks, and the same file with the answers."""

@@ -1,32 +1,71 @@
-"""The same workbook with the answers: five columns after the last one that is in use."""
+"""What the answers look like in any kind of file: the names of their columns, their order, and rows beside results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
 
 from embedding_relay.batch.tasks import Result
-from embedding_relay.batch.workbook import csv_answers, jsonl_answers, xlsx_answers
-from embedding_relay.batch.workbook.analysis import Analysis, Kind
+from embedding_relay.batch.workbook.analysis import Analysis
+from embedding_relay.batch.workbook.limits import GIB, Limits
+from embedding_relay.batch.workbook.naming import unique
+
+NAMES: Final = ("answer", "status", "error", "prompt_tokens", "completion_tokens")
+# What was uploaded has passed its limits; with the answers it may be larger than an upload may be.
+OURS: Final = Limits(
+    expanded_bytes=64 * GIB, members=10**9, rows=10**9, columns=10**9, cell_chars=2 * GIB, part_bytes=GIB
+)
 
 
-def write_answers(source: Path, kind: Kind, analysis: Analysis, results: Iterable[Result], out: Path) -> None:
-    """`results` ascend by row. What is not an answer stays as it is, to the byte where the format allows it."""
-    match kind:
-        case "xlsx":
-            xlsx_answers.write(source, analysis, results, out)
-        case "csv":
-            csv_answers.write(source, analysis, results, out)
-        case "jsonl":
-            jsonl_answers.write(source, analysis, results, out)
+class NotTheAnswers(Exception):
+    """The saved workbook does not hold what was to be saved."""
 
 
-def check_answers(out: Path, kind: Kind, analysis: Analysis, results: Iterable[Result]) -> None:
-    """Read `out` back; Unreadable if it is damaged, NotTheAnswers if it does not hold exactly these answers."""
-    match kind:
-        case "xlsx":
-            xlsx_answers.check(out, analysis, results)
-        case "csv":
-            csv_answers.check(out, analysis, results)
-        case "jsonl":
-            jsonl_answers.check(out, analysis, results)
+class Values(NamedTuple):
+    answer: str
+    status: str
+    error: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def values(result: Result) -> Values:
+    return Values(result.answer, result.outcome.value, result.error, result.prompt_tokens, result.completion_tokens)
+
+
+def answer_names(analysis: Analysis) -> tuple[str, ...]:
+    taken = [column.name for column in analysis.columns]
+    return tuple(unique(name, taken) for name in NAMES)
+
+
+class Ascending:
+    """Results that are asked for row by row."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self._results = iter(results)
+        self._next = next(self._results, None)
+
+    def before(self, row: int) -> Iterator[Result]:
+        """Those of the rows up to, and without, `row`."""
+        while self._next is not None and self._next.row < row:
+            yield self._pop()
+
+    def at(self, row: int) -> Result | None:
+        return self._pop() if self._next is not None and self._next.row == row else None
+
+    def rest(self) -> Iterator[Result]:
+        while self._next is not None:
+            yield self._pop()
+
+    def expect_none(self) -> None:
+        """A result whose row the file does not have was paid for and would be lost."""
+        if self._next is not None:
+            raise NotTheAnswers(f"there is an answer to row {self._next.row}, and no such row")
+
+    def _pop(self) -> Result:
+        result = self._next
+        assert result is not None
+        self._next = next(self._results, None)
+        if self._next is not None and self._next.row <= result.row:
+            raise ValueError(f"the result of row {self._next.row} comes after the one of row {result.row}")
+        return result

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from embedding_relay.batch.refusals import TooLarge, Unreadable
+from embedding_relay.batch.errors import TooLarge, Unreadable
 from embedding_relay.batch.workbook.limits import MIB, Limits
 
 ENCRYPTED: Final = 0x1

@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from embedding_relay.batch.refusals import Unreadable
 from embedding_relay.batch.workbook.cells import Row, column_letter
 
 # Earlier words win: a "prompt" is one for certain, a "description" only when nothing better is there.
@@ -117,13 +116,3 @@ def name_columns(header: Row | None, used: Iterable[int]) -> dict[int, str]:
         taken.add(name)
         names[index] = name
     return names
-
-
-def find_column(name: str, names: Sequence[str]) -> str:
-    """The column that a person means by `name`."""
-    if name in names:
-        return name
-    alike = [other for other in names if normalized(other) == normalized(name)]
-    if len(alike) != 1:
-        raise Unreadable(f"there is no column {name!r}; there are: {', '.join(names) or 'none'}")
-    return alike[0]

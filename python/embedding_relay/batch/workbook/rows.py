@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from embedding_relay.batch.refusals import Unreadable
+from embedding_relay.batch.errors import Unreadable
 from embedding_relay.batch.tasks import Task
 from embedding_relay.batch.workbook.analysis import Analysis, Choices, Kind
 from embedding_relay.batch.workbook.cells import Cell, Row, column_index
-from embedding_relay.batch.workbook.choosing import Chosen, choose, require_prompt
+from embedding_relay.batch.workbook.choices import Chosen, choose, require_prompt
+from embedding_relay.batch.workbook.formats import open_analyzed
 from embedding_relay.batch.workbook.images import ImageFinder, NoImage
+from embedding_relay.batch.workbook.jsonl_file import read_requests
 from embedding_relay.batch.workbook.limits import Limits
-from embedding_relay.batch.workbook.lines import read_requests
-from embedding_relay.batch.workbook.requests import refusal_of_body
-from embedding_relay.batch.workbook.table import open_analyzed
 from embedding_relay.batch.workbook.url_rules import UrlRules
 
+MEDIA: Final = ("image_url", "video_url", "audio_url")
+SHOWN: Final = 200
 PROGRESS_EVERY: Final = 200
 EMPTY: Final = Cell("")
 
@@ -123,3 +124,29 @@ class _Asker:
             except NoImage as error:
                 return Task(row.number, prompt, error=f"column {name!r}: {error}")
         return Task(row.number, prompt, tuple(images))
+
+
+# ---- what a ready-made request may make the endpoint fetch: the same as a row of a workbook may
+
+
+def refusal_of_body(body: dict[str, Any], urls: UrlRules) -> str:
+    """Why the request cannot be passed on; "" when nothing speaks against it."""
+    for reference in _media(body):
+        if reference.startswith("data:"):
+            continue
+        # The endpoint would take a bare path for a file of its own machine.
+        if why := urls.refusal(reference):
+            return f"{reference[:SHOWN]}: {why}"
+    return ""
+
+
+def _media(body: dict[str, Any]) -> Iterator[str]:
+    for message in body.get("messages", ()):  # a request for a plain completion has none
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            for key in MEDIA:
+                value = part.get(key) if isinstance(part, dict) else None
+                if isinstance(value, dict):
+                    value = value.get("url")
+                if isinstance(value, str):
+                    yield value

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from openpyxl.styles import Font, PatternFill
 
-from embedding_relay.batch.refusals import TooLarge, Unreadable
+from embedding_relay.batch.errors import TooLarge, Unreadable
 from embedding_relay.batch.tasks import Outcome, Result
-from embedding_relay.batch.workbook.answer_columns import NAMES
-from embedding_relay.batch.workbook.book import ESCAPED
-from embedding_relay.batch.workbook.csv_answers import harmless
+from embedding_relay.batch.workbook.answers import NAMES
+from embedding_relay.batch.workbook.csv_file import harmless
+from embedding_relay.batch.workbook.jsonl_file import LinesTable
 from embedding_relay.batch.workbook.limits import Limits
-from embedding_relay.batch.workbook.lines import LinesTable
-from embedding_relay.batch.workbook.sheet_editor import cell_text
 from embedding_relay.batch.workbook.upload import receive
+from embedding_relay.batch.workbook.xlsx.answers import cell_text
+from embedding_relay.batch.workbook.xlsx.book import ESCAPED
 from support.effort import effort, unhurried
 from support.workbooks import Received, members, picture, received, save_book, save_zip
 

@@ -22,7 +22,7 @@ from embedding_relay.batch.asking.endpoint import Endpoint
 from embedding_relay.batch.asking.question import chat_request
 from embedding_relay.batch.asking.replies import Away, Reply
 from embedding_relay.batch.asking.run import Run
-from embedding_relay.batch.records import Asking, Counts
+from embedding_relay.batch.session.records import Asking, Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from embedding_relay.tools.local_process import free_ports
 from support.patience import wait_until

@@ -17,8 +17,9 @@ import diskcache
 import pytest
 import redis
 
-from embedding_relay.batch import disk_store
-from embedding_relay.batch.store import StoreAway, open_store
+from embedding_relay.batch.store import disk_store
+from embedding_relay.batch.store.contract import StoreAway
+from embedding_relay.batch.store.opening import open_store
 from support.batch_service import RELAY, BatchService, batch_service, sheet_of
 from support.patience import wait_until
 from support.redis_server import redis_server
@@ -49,13 +50,12 @@ def test_workers_that_sweep_at_once_live_on(service: BatchService) -> None:
     wait_until(lambda: not list((service.cache_dir / "sessions").glob("0000*")))
     # Every call is on a connection of its own, so that each worker is most likely among those asked.
     assert {service.call("GET", "/health").status_code for _ in range(30)} == {200}
-    assert "the worker ended" not in service.process.log_tail()
+    assert "the background work of this process ended" not in service.process.log_tail()
 
 
 def test_more_splits_than_threads(stub: StubEndpoint, tmp_path: Path) -> None:
     """Each lease is renewed meanwhile, so none is begun twice."""
-    slow = {"SESSION_TEST_SAVE_SECONDS": "2"}
-    with batch_service(tmp_path, stub.url, "--lease-seconds", "1", workers=1, environ=slow) as service:
+    with batch_service(tmp_path, stub.url, "--lease-seconds", "1", workers=1, saving_seconds=2) as service:
         ids = [service.upload(sheet_of(["many"]))["session_id"] for _ in range(9)]
         for session_id in ids:
             service.post("/api/tasks/split", {"session_id": session_id})

@@ -76,9 +76,8 @@ def stages_of(service: BatchService) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def slowly_saved(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Seen]]:
     """It takes its 42 seconds while the other tests go on."""
-    slow = {"SESSION_TEST_SAVE_SECONDS": str(SLOW_SAVING)}
     with (
-        batch_service(tmp_path_factory.mktemp("slow"), stub.url, environ=slow) as service,
+        batch_service(tmp_path_factory.mktemp("slow"), stub.url, saving_seconds=SLOW_SAVING) as service,
         ThreadPoolExecutor(1) as thread,
     ):
         yield thread.submit(save_slowly, service)
@@ -87,12 +86,14 @@ def slowly_saved(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -
 def save_slowly(service: BatchService) -> Seen:
     """What the status said before it was ready. Start is tried all the time, and refused until then."""
     session_id = service.upload(sheet_of(["slow"]))["session_id"]
+    begun = time.monotonic()
     service.post("/api/tasks/split", {"session_id": session_id})
     seen: Seen = set()
     while True:
         status = service.get(f"/api/tasks/split/status/{session_id}")
         if service.call("POST", "/api/execute/start", json={"session_id": session_id}).status_code == 200:
             assert service.get(f"/api/tasks/split/status/{session_id}")["ready_for_next_stage"]
+            assert time.monotonic() - begun >= SLOW_SAVING, "nothing has held the saving up"
             service.wait_running(session_id)
             return seen
         assert not status["ready_for_next_stage"], "ready, and yet it could not be started"
@@ -111,9 +112,8 @@ def begun_early(slowly_saved: Future[Seen]) -> None:
 @pytest.fixture(scope="module")
 def mortal(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
     """Here workers are killed, so nobody waits long for them; and saving takes long enough to be killed over."""
-    slow = {"SESSION_TEST_SAVE_SECONDS": "1"}
     where = tmp_path_factory.mktemp("mortal")
-    with batch_service(where, stub.url, "--lease-seconds", str(LEASE), environ=slow) as running:
+    with batch_service(where, stub.url, "--lease-seconds", str(LEASE), saving_seconds=1) as running:
         yield running
 
 

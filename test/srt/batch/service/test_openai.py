@@ -27,7 +27,7 @@ OVER = ("completed", "failed", "cancelled")
 def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
     """Its saving takes a little, so that everything which happens while it is saved can be seen."""
     where = tmp_path_factory.mktemp("openai")
-    with batch_service(where, stub.url, environ={"SESSION_TEST_SAVE_SECONDS": "0.2"}) as service:
+    with batch_service(where, stub.url, saving_seconds=0.2) as service:
         yield service
 
 

@@ -51,7 +51,7 @@ NOTE_WHAT_IS_OPEN = """() => {
 def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
     """Its saving takes a while, so that everything which happens while it is saved can be seen."""
     where = tmp_path_factory.mktemp("page")
-    with batch_service(where, stub.url, environ={"SESSION_TEST_SAVE_SECONDS": "0.7"}) as service:
+    with batch_service(where, stub.url, saving_seconds=0.7) as service:
         yield service
 
 

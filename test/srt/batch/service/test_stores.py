@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.store import Store, StoreAway, open_store
+from embedding_relay.batch.store.contract import Store, StoreAway
+from embedding_relay.batch.store.opening import open_store
 from support.effort import effort, unhurried
 from support.patience import wait_until
 from support.redis_server import redis_server

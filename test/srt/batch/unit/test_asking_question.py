@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_relay.batch.asking.question import CHAT, Unaskable, chat_request
-from embedding_relay.batch.records import Asking
+from embedding_relay.batch.session.records import Asking
 from embedding_relay.batch.tasks import Task
 from support.effort import effort, unhurried
 

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.asking.answers import result_of
-from embedding_relay.batch.asking.pace import Pace
 from embedding_relay.batch.asking.replies import (
     LONGEST_WAIT,
     SENTENCE_LENGTH,
@@ -20,8 +18,10 @@ from embedding_relay.batch.asking.replies import (
     Refused,
     Reply,
     read_reply,
+    result_of,
     retry_after,
 )
+from embedding_relay.batch.asking.run import Pace
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from support.effort import effort, unhurried
 

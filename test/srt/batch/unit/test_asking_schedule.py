@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.asking.policy import Backoff, Window
-from embedding_relay.batch.asking.replies import (
-    Answered,
-    Away,
-    Broken,
-    Busy,
-    Refused,
-    Reply,
-)
-from embedding_relay.batch.asking.schedule import LONGEST_HOLD, Row, Schedule
+from embedding_relay.batch.asking.replies import Answered, Away, Broken, Busy, Refused, Reply
+from embedding_relay.batch.asking.schedule import LONGEST_HOLD, Backoff, Row, Schedule, Window
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from support.effort import effort, unhurried
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.folder import Folder, NotWhatWasSaved
-from embedding_relay.batch.results import ResultIndex, ResultWriter, failures
+from embedding_relay.batch.session.folder import Folder, NotWhatWasSaved, ResultIndex, ResultWriter, failures
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
 TASKS = [Task(row, f"prompt {row}\u2028\n", images=("https://a/b.png",) * (row % 3)) for row in range(2, 25)]

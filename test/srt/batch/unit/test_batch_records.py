@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.records import Asking, Counts, Session, StaleJob
-from embedding_relay.batch.refusals import Refusal
-from embedding_relay.batch.stages import (
+from embedding_relay.batch.errors import Refusal, StaleJob
+from embedding_relay.batch.session.records import (
     EXECUTION_MOVES,
     SPLIT_MOVES,
     STAGE_MOVES,
+    Asking,
+    Counts,
     ExecutionStatus,
+    Session,
     SplitStatus,
     Stage,
     move,
@@ -34,8 +37,10 @@ def new_session() -> Session:
 STEPS = {
     "begin split": lambda session: session.begin_split(Choices()),
     "take split": lambda session: session.split.take(),
+    "building": lambda session: session.split.advance(0.5, "building the tasks"),
     "saving": lambda session: session.split.mark_saving(2, 1),
     "verifying": lambda session: session.split.mark_verifying(),
+    "verified": lambda session: session.split.mark_verified(),
     "complete split": lambda session: session.complete_split(),
     "fail split": lambda session: session.fail_split("why"),
     "begin execution": lambda session: session.begin_execution(Asking()),
@@ -50,12 +55,14 @@ STEPS = {
     "cancel": lambda session: session.wish("cancel"),
 }
 IN_ORDER = [
-    *("begin split", "take split", "saving", "verifying", "complete split"),
+    *("begin split", "take split", "building", "saving", "verifying", "verified", "complete split"),
     *("begin execution", "take execution", "running", "advance", "saving answers", "complete execution"),
 ]
 
 
 @given(st.lists(st.sampled_from([*STEPS, *IN_ORDER, *IN_ORDER]), max_size=40))
+@example(["begin split", "saving", "complete split", "verifying"])
+@example([*IN_ORDER, "saving answers"])
 def test_no_order_of_calls_says_ready_too_early(names: list[str]) -> None:
     session, done = new_session(), list[str]()
     for name in names:
@@ -70,6 +77,7 @@ def test_no_order_of_calls_says_ready_too_early(names: list[str]) -> None:
         assert execution.ready_for_download == (execution.status is ExecutionStatus.COMPLETED)
         assert (split.progress == 100) == split.ready_for_next_stage
         assert (execution.progress == 100) == execution.ready_for_download
+        assert not execution.saving or execution.status is ExecutionStatus.RUNNING
         if "begin execution" in done:
             assert done.index("complete split") < done.index("begin execution")
         assert session.stage.can_download() == execution.ready_for_download
@@ -84,7 +92,7 @@ def test_the_whole_way() -> None:
         STEPS[name](session)
         stages.append(session.stage)
         progress.append(session.split.progress)
-    assert progress[2:5] == [90, 95, 100]
+    assert progress[2:7] == [45, 90, 95, 98, 100]
     assert sorted(set(stages), key=stages.index) == [
         *(Stage.ANALYZED, Stage.SPLIT_COMPLETE, Stage.EXECUTING, Stage.COMPLETED)
     ]
@@ -124,6 +132,38 @@ def test_nobody_takes_what_is_over() -> None:
         session.split.take()
 
 
+# What the worker of a part reports, how that part fails, and the steps after which such a report is in time.
+REPORTS = {
+    "building": ("fail split", {"begin split", "take split", "building"}),
+    "verifying": ("fail split", {"saving", "verifying", "verified"}),
+    "verified": ("fail split", {"saving", "verifying", "verified"}),
+    "advance": ("fail execution", {"running", "advance"}),
+    "saving answers": ("fail execution", {"running", "advance"}),
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_report_out_of_its_time_is_refused_and_changes_nothing(report: str, failed: bool) -> None:
+    """A worker that is too slow may report on what has ended meanwhile, or on what another one has begun again."""
+    fail, in_time = REPORTS[report]
+    for length in range(len(IN_ORDER) + 1):
+        session = new_session()
+        for name in IN_ORDER[:length]:
+            STEPS[name](session)
+        last = IN_ORDER[length - 1] if length else ""
+        if failed:
+            if last not in in_time:
+                continue
+            STEPS[fail](session)
+        elif last in in_time:
+            continue
+        before = msgspec.json.encode(session)
+        with pytest.raises(StaleJob):
+            STEPS[report](session)
+        assert msgspec.json.encode(session) == before, last
+
+
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": 2.5}, {"temperature": -1}, {"concurrency": 0}])
 def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -132,7 +172,7 @@ def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
 
 def test_a_cancelled_run_tells_what_was_not_asked() -> None:
     session = new_session()
-    for name in IN_ORDER[:8]:
+    for name in IN_ORDER[: IN_ORDER.index("running") + 1]:
         STEPS[name](session)
     session.wish("cancel")
     with pytest.raises(Refusal):

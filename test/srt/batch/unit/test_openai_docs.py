@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-from embedding_relay.batch.docs_page import render
+from embedding_relay.batch.http.docs_page import render
 
 HOSTILE = "<script>alert('\"&amp;')</script>"
 

@@ -11,26 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from embedding_relay.batch.disk_store import DiskStore
-from embedding_relay.batch.folder import Folder
-from embedding_relay.batch.openai_files import (
-    Files,
-    UnknownFile,
-    output_id,
-    output_path,
-    save,
-)
-from embedding_relay.batch.records import (
+from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.openai.files import Files, UnknownFile, output_id, output_path, save_batch_files
+from embedding_relay.batch.session.folder import Folder
+from embedding_relay.batch.session.records import (
     Asking,
     BatchOrder,
     Counts,
+    ExecutionStatus,
     Session,
+    Stage,
     new_session_id,
 )
-from embedding_relay.batch.refusals import Refusal
-from embedding_relay.batch.sessions import Sessions
+from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
-from embedding_relay.batch.stages import ExecutionStatus, Stage
+from embedding_relay.batch.store.disk_store import DiskStore
 from embedding_relay.batch.tasks import Outcome, Result
 from embedding_relay.batch.workbook.analysis import Analysis, Choices
 
@@ -67,12 +62,12 @@ def run_batch(counts: Counts, cancelled: bool = False) -> Session:
 class Place:
     def __init__(self, path: Path) -> None:
         self.settings = Settings(endpoint="http://unused", cache_dir=path, keep_seconds=1000)
-        self.store = DiskStore(str(path / "store"))
-        self.sessions = Sessions(self.store, 1000)
+        self.store = DiskStore.open(str(path / "store"))
+        self.sessions = Sessions(self.store, self.settings.sessions_dir, 1000)
         self.files = Files(self.store, self.sessions, self.settings)
 
     def folder(self, session: Session) -> Folder:
-        folder = Folder(self.settings.sessions_dir / session.session_id)
+        folder = self.sessions.folder(session.session_id)
         folder.make()
         return folder
 
@@ -139,7 +134,7 @@ def test_output_and_errors_are_whole_files_of_the_session(place: Place) -> None:
         Result(2, Outcome.FAILED, error="no", http_status=400, custom_id="b"),
         Result(3, Outcome.CANCELLED, error="not asked", custom_id="c"),
     ]
-    save(folder, session.execution.attempt, results)
+    save_batch_files(folder, session.execution.attempt, results)
     place.sessions.add(session)
     ids = [output_id(session, "out"), output_id(session, "err")]
     assert all(ids)
@@ -156,16 +151,16 @@ def test_output_and_errors_are_whole_files_of_the_session(place: Place) -> None:
 def test_a_worker_that_was_thought_dead_saves_elsewhere(place: Place) -> None:
     session = run_batch(Counts(done=1))
     folder = place.folder(session)
-    save(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
+    save_batch_files(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
     before = output_path(folder.path, 1, "out").read_bytes()
-    save(folder, 2, [Result(1, Outcome.CANCELLED, custom_id="a")])
+    save_batch_files(folder, 2, [Result(1, Outcome.CANCELLED, custom_id="a")])
     assert output_path(folder.path, 1, "out").read_bytes() == before
 
 
 def test_there_is_no_output_before_it_is_saved(place: Place) -> None:
     session = split_batch()
     folder = place.folder(session)
-    save(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
+    save_batch_files(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
     place.sessions.add(session)
     assert output_id(session, "out") is None
     with pytest.raises(UnknownFile):

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 
-from embedding_relay.batch.openai_lines import (
-    MOST_ERRORS,
-    input_errors,
-    is_output,
-    line_of,
-)
+from embedding_relay.batch.openai.lines import MOST_ERRORS, input_errors, is_output, line_of
 from embedding_relay.batch.tasks import Outcome, Result
 
 CHAT = "/v1/chat/completions"

@@ -7,11 +7,11 @@ from typing import Any
 import openpyxl
 import pytest
 
-from embedding_relay.batch.refusals import TooLarge, Unreadable
+from embedding_relay.batch.errors import TooLarge, Unreadable
 from embedding_relay.batch.workbook.analysis import Analysis, Choices, Column, Sheet
-from embedding_relay.batch.workbook.answer_columns import NAMES
+from embedding_relay.batch.workbook.answers import NAMES
 from embedding_relay.batch.workbook.limits import Limits
-from embedding_relay.batch.workbook.markup import MOST_TOKEN
+from embedding_relay.batch.workbook.xlsx.markup import MOST_TOKEN
 from support.workbooks import (
     PICTURE_URL,
     book_members,

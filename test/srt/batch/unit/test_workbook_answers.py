@@ -10,12 +10,12 @@ import pytest
 from openpyxl.styles import Font
 from openpyxl.worksheet.table import Table
 
-from embedding_relay.batch.refusals import Unreadable
+from embedding_relay.batch.errors import Unreadable
 from embedding_relay.batch.tasks import Outcome, Result
-from embedding_relay.batch.workbook import markup
-from embedding_relay.batch.workbook.answer_columns import NAMES, NotTheAnswers
-from embedding_relay.batch.workbook.answers import check_answers, write_answers
-from embedding_relay.batch.workbook.sheet_editor import CELL_CHARS, cell_text
+from embedding_relay.batch.workbook.answers import NAMES, NotTheAnswers
+from embedding_relay.batch.workbook.formats import check_answers, write_answers
+from embedding_relay.batch.workbook.xlsx import markup
+from embedding_relay.batch.workbook.xlsx.answers import CELL_CHARS, cell_text
 from support.workbooks import (
     NAMESPACE,
     book_members,

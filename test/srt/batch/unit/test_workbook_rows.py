@@ -7,7 +7,7 @@ from typing import Any
 import openpyxl
 import pytest
 
-from embedding_relay.batch.refusals import Unreadable
+from embedding_relay.batch.errors import Unreadable
 from embedding_relay.batch.tasks import Task
 from embedding_relay.batch.workbook.analysis import Choices
 from embedding_relay.batch.workbook.rows import PROGRESS_EVERY

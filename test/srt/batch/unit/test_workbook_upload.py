@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from embedding_relay.batch.refusals import TooLarge, Unreadable
+from embedding_relay.batch.errors import TooLarge, Unreadable
+from embedding_relay.batch.workbook.images import INDEX, UPLOADED, load_uploaded
 from embedding_relay.batch.workbook.limits import MIB, Limits
-from embedding_relay.batch.workbook.references import INDEX, UPLOADED, load_uploaded
 from embedding_relay.batch.workbook.upload import receive
 from support.workbooks import book_members, picture, save_book, save_zip, sheet_xml, text_cell
 

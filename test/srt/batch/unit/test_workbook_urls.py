@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from embedding_relay.batch.refusals import Unreadable
+from embedding_relay.batch.errors import Unreadable
 from embedding_relay.batch.workbook import url_rules
-from embedding_relay.batch.workbook.template import Template
+from embedding_relay.batch.workbook.choices import Template
 from embedding_relay.batch.workbook.url_rules import UrlRules, is_public
 
 NAMES = {"public.example": ["8.8.8.8"], "both.example": ["8.8.8.8", "10.0.0.1"], "inside.example": ["fd00::1"]}

@@ -1,0 +1,31 @@
+"""What callers are refused with, and what tells a worker that its work has become somebody else's."""
+
+
+class Refusal(Exception):
+    """The caller's mistake, or a file that cannot be used: an HTTP status and a sentence. Nothing has changed."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class UnknownSession(Refusal):
+    def __init__(self, session_id: str) -> None:
+        super().__init__(404, f"there is no session {session_id!r}: it was deleted, it expired, or it never existed")
+
+
+class Unreadable(Refusal):
+    """A file that is not what it should be: damaged, of another kind, or without anything to ask."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(400, detail)
+
+
+class TooLarge(Refusal):
+    def __init__(self, detail: str) -> None:
+        super().__init__(413, detail)
+
+
+class StaleJob(Exception):
+    """A worker works on a part that is over or that another worker has taken over: it must stop, changing nothing."""

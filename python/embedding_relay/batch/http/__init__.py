@@ -1,0 +1,1 @@
+"""The HTTP service: its processes, its calls, its page, its metrics."""

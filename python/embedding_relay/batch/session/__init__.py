@@ -1,0 +1,1 @@
+"""One session: its state, which all workers share, and its files."""

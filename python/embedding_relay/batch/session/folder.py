@@ -1,0 +1,256 @@
+"""The large data of one session, as files: its upload, its tasks, its results, its answered workbook.
+
+Everything is written beside its place and moved there when it is whole, so a file that is there is a whole one. Names
+carry the number of the attempt that wrote them: a worker that was thought dead and is not writes into its own files.
+Results are a file per attempt and a line per row, and the first line of a row counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final
+
+import msgspec
+
+from embedding_relay.batch.session.records import Counts
+from embedding_relay.batch.tasks import Outcome, Result, Task
+
+_encode = msgspec.json.Encoder().encode
+_decode_task = msgspec.json.Decoder(Task).decode
+_decode_result = msgspec.json.Decoder(Result).decode
+
+MANIFEST: Final = "manifest.json"
+FAILED_MARK: Final = _encode(Outcome.FAILED)
+# So much must be free on the disk before anything is asked: an answer that cannot be kept was paid for in vain.
+PROBE_BYTES: Final = 2**20
+
+
+class NotWhatWasSaved(Exception):
+    """What was read back is not what was written: the disk is full or failing, or somebody else changed it."""
+
+
+class Batch(msgspec.Struct, frozen=True):
+    name: str
+    tasks: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    batches: tuple[Batch, ...]
+
+    @property
+    def tasks(self) -> int:
+        return sum(batch.tasks for batch in self.batches)
+
+
+class Folder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def make(self) -> None:
+        self.path.mkdir(parents=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def upload(self) -> Path:
+        return self.path / "upload.part"
+
+    def source(self, kind: str) -> Path:
+        return self.path / f"source.{kind}"
+
+    def answers(self, kind: str, attempt: int) -> Path:
+        return self.path / f"answers.{attempt}.{kind}"
+
+    # ---- tasks
+
+    def _tasks(self, attempt: int) -> Path:
+        return self.path / f"tasks.{attempt}"
+
+    def build_tasks(self, attempt: int, tasks: Iterable[Task], batch_rows: int) -> Manifest:
+        """Write them, batch by batch, beside the place where they are looked for."""
+        partial = self._partial(attempt)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        batches = list[Batch]()
+        rest = iter(tasks)
+        while group := list(itertools.islice(rest, batch_rows)):
+            content = b"".join(_encode(task) + b"\n" for task in group)
+            name = f"{len(batches):06}.jsonl"
+            (partial / name).write_bytes(content)
+            batches.append(Batch(name, len(group), hashlib.sha256(content).hexdigest()))
+        return Manifest(tuple(batches))
+
+    def save_tasks(self, attempt: int, manifest: Manifest) -> None:
+        partial = self._partial(attempt)
+        (partial / MANIFEST).write_bytes(_encode(manifest))
+        for path in partial.iterdir():
+            _to_disk(path)
+        move_into_place(partial, self._tasks(attempt))
+
+    def verify_tasks(self, attempt: int, manifest: Manifest) -> None:
+        """Read back what was saved, every byte of it."""
+        if self.manifest(attempt) != manifest:
+            raise NotWhatWasSaved(f"{self._tasks(attempt) / MANIFEST} is not what was saved")
+        for batch in manifest.batches:
+            path = self._tasks(attempt) / batch.name
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != batch.sha256 or content.count(b"\n") != batch.tasks:
+                raise NotWhatWasSaved(f"{path} is not what was saved")
+
+    def manifest(self, attempt: int) -> Manifest | None:
+        try:
+            return msgspec.json.decode((self._tasks(attempt) / MANIFEST).read_bytes(), type=Manifest)
+        except FileNotFoundError:
+            return None
+
+    def tasks(self, attempt: int) -> Iterator[Task]:
+        """In the order of the rows; one batch is in memory at a time."""
+        manifest = self.manifest(attempt)
+        if manifest is None:
+            raise NotWhatWasSaved(f"{self._tasks(attempt)} is gone")
+        for batch in manifest.batches:
+            for line in (self._tasks(attempt) / batch.name).read_bytes().splitlines():
+                yield _decode_task(line)
+
+    def _partial(self, attempt: int) -> Path:
+        return self.path / f"tasks.{attempt}.part"
+
+    # ---- the answered workbook
+
+    @contextlib.contextmanager
+    def saving(self, path: Path) -> Iterator[Path]:
+        """Where to write what will be `path` once the block has ended well."""
+        partial = path.with_name(f"{path.stem}.part{path.suffix}")
+        yield partial
+        _to_disk(partial)
+        move_into_place(partial, path)
+
+
+def move_into_place(partial: Path, place: Path) -> None:
+    """The last step of all saving: what was written to the disk as `partial` is there, whole, or is not there."""
+    partial.rename(place)
+    _to_disk(place.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- results
+
+
+def result_files(folder: Path) -> list[Path]:
+    """In the order of the attempts."""
+    return sorted(folder.glob("results.*.jsonl"), key=lambda path: int(path.suffixes[0][1:]))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each whole line and where it begins. The last one may be cut off: its writer was killed over it."""
+    with path.open("rb") as file:
+        at = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                yield at, line
+            at += len(line)
+
+
+class ResultWriter:
+    """Appends for one attempt. A line is handed to the system in one piece, so a killed process loses none of them."""
+
+    def __init__(self, folder: Path, attempt: int) -> None:
+        self._path = folder / f"results.{attempt}.jsonl"
+        self._file: int | None = None
+
+    def __enter__(self) -> ResultWriter:
+        probe = self._path.with_suffix(".probe")
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        os.close(self._file)
+
+    def write(self, result: Result) -> None:
+        assert self._file is not None
+        line = _encode(result) + b"\n"
+        written = os.write(self._file, line)
+        if written != len(line):
+            raise OSError(f"only {written} of the {len(line)} bytes of a result could be written: is the disk full?")
+
+
+class ResultIndex:
+    """Where each row's result is. Holds two numbers per row; the results themselves stay on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = result_files(folder)
+        self._places: dict[int, tuple[int, int]] = {}
+        done = failed = prompt_tokens = completion_tokens = 0
+        for number, path in enumerate(self._files):
+            for at, line in _lines(path):
+                result = _decode_result(line)
+                if result.row in self._places:
+                    continue  # a worker that was thought dead wrote it as well; the first one counts
+                self._places[result.row] = number, at
+                done += result.outcome is Outcome.DONE
+                failed += result.outcome is Outcome.FAILED
+                prompt_tokens += result.prompt_tokens
+                completion_tokens += result.completion_tokens
+        self.counts = Counts(done=done, failed=failed, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._places
+
+    def in_order(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """One result per task, in the order of the tasks; those that were never asked say so."""
+        files: list[BinaryIO] = [path.open("rb") for path in self._files]
+        try:
+            for task in tasks:
+                place = self._places.get(task.row)
+                if place is None:
+                    yield Result(
+                        task.row, Outcome.CANCELLED, error="not asked: the run was cancelled", custom_id=task.custom_id
+                    )
+                    continue
+                file = files[place[0]]
+                file.seek(place[1])
+                yield _decode_result(file.readline())
+        finally:
+            for file in files:
+                file.close()
+
+
+def failures(folder: Path, skip: int, most: int) -> tuple[int, list[Result]]:
+    """How many rows failed, and `most` of them after the first `skip`, in the order in which they failed."""
+    count, page = 0, list[Result]()
+    seen: set[int] = set()
+    for path in result_files(folder):
+        for _, line in _lines(path):
+            if FAILED_MARK not in line:
+                continue
+            result = _decode_result(line)
+            if result.outcome is not Outcome.FAILED or result.row in seen:
+                continue
+            seen.add(result.row)
+            count += 1
+            if count > skip and len(page) < most:
+                page.append(result)
+    return count, page

@@ -1,0 +1,108 @@
+"""What every store offers: small values under keys, changed atomically, and leases that expire by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Protocol
+
+from embedding_relay.batch.errors import StaleJob
+
+
+class StoreAway(Exception):
+    """The store cannot be reached, or cannot write, just now. Nothing is known to have changed."""
+
+
+class Store(Protocol):
+    """Two implementations, one contract (test/srt/batch/service/test_stores.py). Any process may call any method."""
+
+    def create(self, key: str, value: bytes, seconds: float) -> bool:
+        """Keep `value` for `seconds`, unless the key is there already; the answer is whether it was kept."""
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def change(self, key: str, seconds: float, by: Callable[[bytes], bytes]) -> bytes | None:
+        """Replace the value by what `by` makes of it, as one step that no other worker can come between.
+
+        `by` may be called more than once, so it must do nothing else. What it raises is raised here, and then nothing
+        has changed. The value lives for `seconds` from now. None when there is no such key.
+        """
+
+    def delete(self, key: str) -> bool:
+        """Whether it was there."""
+
+    def keys(self, prefix: str) -> list[str]: ...
+
+    def claim(self, name: str, holder: str, seconds: float) -> bool:
+        """Become, or stay, the only holder of `name` for `seconds` from now; False while somebody else holds it."""
+
+    def release(self, name: str, holder: str) -> None:
+        """Give `name` up, if this holder has it."""
+
+    def close(self) -> None: ...
+
+
+# How many times a claim is renewed within the time after which it would run out.
+RENEWALS: Final = 4
+
+
+class Lease:
+    """A claim on one part of one session, renewed while the work goes on.
+
+    `async with` it; once the lease is lost, the body is cancelled and `StaleJob` raised in its place.
+    """
+
+    def __init__(self, store: Store, name: str, holder: str, seconds: float) -> None:
+        self._store = store
+        self._name = name
+        self._holder = holder
+        self._seconds = seconds
+        self._until = 0.0
+        self._lost = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def take(self) -> bool:
+        asked = time.monotonic()
+        got = await asyncio.to_thread(self._store.claim, self._name, self._holder, self._seconds)
+        # Counted from before the question, so that we never believe in it longer than the store does.
+        self._until = asked + self._seconds if got else 0.0
+        return got
+
+    def check(self) -> None:
+        """Raise unless the lease is ours at this moment: before everything that another holder must not do twice."""
+        if time.monotonic() >= self._until:
+            raise StaleJob
+
+    async def __aenter__(self) -> Lease:
+        body = asyncio.current_task()
+        assert body is not None
+        self._keeper = asyncio.create_task(self._keep(body), name=f"lease of {self._name}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._keeper is not None
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._lost:
+            if isinstance(error, asyncio.CancelledError) and (body := asyncio.current_task()):
+                body.uncancel()
+            raise StaleJob from error
+        self._until = 0.0  # a thread that still works for us stops at its next check
+        await asyncio.to_thread(self._store.release, self._name, self._holder)
+
+    async def _keep(self, body: asyncio.Task[object]) -> None:
+        while True:
+            await asyncio.sleep(self._seconds / RENEWALS)
+            try:
+                kept = await self.take()
+            except Exception:
+                # The store is away. It may be back before the lease has run out; nobody can take it meanwhile.
+                kept = time.monotonic() < self._until
+            if not kept:
+                self._lost = True
+                body.cancel()
+                return
