@@ -163,21 +163,3 @@ def relay(
     )
     front = router(options, router_port, [(encode.url, bootstrap_port)], [language.url], *router_arguments)
     return LocalCluster(front.url, [[encode, language], [front]], progress)
-
-
-def sglang_split(
-    options: Options,
-    *,
-    encoder_arguments: Sequence[str] = (),
-    language_arguments: Sequence[str] = (),
-    progress: Progress = silent,
-) -> LocalCluster:
-    """SGLang's own split of the encoder, over ZMQ: what to compare with, on the same machine in the same run."""
-    encoder_port, language_port, bootstrap_port = free_ports(3)
-    transfer = ("--encoder-transfer-backend", "zmq_to_scheduler")
-    encoder = sglang_server("encoder", options, encoder_port, "--encoder-only", *transfer, *encoder_arguments)
-    where = ("--encoder-urls", encoder.url, "--encoder-bootstrap-port", str(bootstrap_port))
-    language = sglang_server(
-        "language", options, language_port, "--language-only", *transfer, *where, *language_arguments
-    )
-    return LocalCluster(language.url, [[encoder, language]], progress)

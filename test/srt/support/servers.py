@@ -13,7 +13,7 @@ _active: list[LocalCluster] = []
 
 
 def options(model: Path, logs: Path, *arguments: str, **environ: str) -> Options:
-    """Options for `local_cluster.undivided`, `.relay` and `.sglang_split`."""
+    """What the members of a cluster have in common."""
     return Options(model=model, logs=logs, device=CPU, arguments=arguments, environ=environ)
 
 

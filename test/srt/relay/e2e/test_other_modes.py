@@ -7,6 +7,8 @@ import pytest
 
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import Answer, ask, picture
+from embedding_relay.tools.local_cluster import LocalCluster, Options, sglang_server
+from embedding_relay.tools.local_process import free_ports
 from support import servers
 
 FAMILY = "qwen2_5_vl"  # the other one is answered by an undivided server in test_equality
@@ -22,6 +24,16 @@ def questions(url: str) -> list[Answer]:
         ask(url, [picture(224, 224, seed=1), picture(140, 280, seed=3)], "compare these two"),
         ask(url, [], "no picture at all"),
     ]
+
+
+def sglangs_own_split(options: Options) -> LocalCluster:
+    """SGLang's own split of the encoder from the rest, over ZMQ."""
+    encoder_port, language_port, bootstrap_port = free_ports(3)
+    transfer = ("--encoder-transfer-backend", "zmq_to_scheduler")
+    encoder = sglang_server("encoder", options, encoder_port, "--encoder-only", *transfer)
+    where = ("--encoder-urls", encoder.url, "--encoder-bootstrap-port", str(bootstrap_port))
+    language = sglang_server("language", options, language_port, "--language-only", *transfer, *where)
+    return LocalCluster(language.url, [[encoder, language]])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,7 @@ def test_an_undivided_server_answers(undivided_answers: list[Answer]) -> None:
 
 
 def test_sglangs_own_split_gives_the_same_answers(undivided_answers: list[Answer], model: Path, logs: Path) -> None:
-    cluster = local_cluster.sglang_split(servers.options(model, logs / "split", SAME_WORK))
+    cluster = sglangs_own_split(servers.options(model, logs / "split", SAME_WORK))
     with servers.running(cluster):
         answers = questions(cluster.url)
     assert [answer.status for answer in answers] == [200] * 4
