@@ -1,23 +1,16 @@
-"""The soak's judgement: each kind of growth is named, memory that only moves is not, and right is told from wrong."""
+"""The verdict of a soak: each kind of growth is named, memory that only moves is not, and right is told from wrong."""
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[4] / "benchmark"))
-
-from soak_faults import Disturbances
-from soak_traffic import TOLERANCE, Prompt, Wrong, distance
-from soak_verdict import Verdict
-from soak_watch import HALVES, KEPT, MIB, Holding, Moment, growth
-
 from embedding_relay import metrics
 from embedding_relay.tools.chat_client import Answer
+from stress.growth import HALVES, KEPT, MIB, Holding, Moment, Verdict, growth
+from stress.traffic import TOLERANCE, Disturbances, Prompt, WrongAnswer, distance
 from support.server_numbers import EMPTY_AT_REST
 
 ALLOWED = 8.0
@@ -141,14 +134,14 @@ def test_the_known_answer_is_right() -> None:
     ],
 )
 def test_another_answer_is_wrong(wrong: Answer) -> None:
-    with pytest.raises(Wrong, match="image-1"):
+    with pytest.raises(WrongAnswer, match="image-1"):
         KNOWN.check(wrong)
 
 
 def test_every_sample_is_looked_at() -> None:
     both = answer(("a", -1.0), ("b", -2.0))
     both.body["choices"] += answer(("a", -1.0), ("z", -2.0)).body["choices"]
-    with pytest.raises(Wrong):
+    with pytest.raises(WrongAnswer):
         KNOWN.check(both)
 
 
@@ -158,7 +151,7 @@ def test_no_tokens_are_near_none() -> None:
 
 def test_a_fault_excuses_what_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 110.0])
-    monkeypatch.setattr("soak_faults.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("stress.traffic.time.monotonic", lambda: next(clock))
     disturbances = Disturbances()
     with disturbances.span():
         assert disturbances.met(began=99.0)

@@ -1,8 +1,9 @@
-"""The traffic of a soak: what clients ask and do, and whether each of them got the answer that it must get."""
+"""The traffic of a soak: what clients ask and do, which answer each of them must get, and what a fault excuses."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import http.client
 import itertools
 import json
@@ -12,11 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
-
-from soak_faults import Disturbances
 
 from embedding_relay.tools.chat_client import Answer, chat_body, picture, post
 from embedding_relay.tools.local_cluster import HOST
@@ -28,12 +26,12 @@ TOLERANCE: Final = 0.02
 # By how much the answers to two prompts must differ, so that one given for the other is noticed.
 APART: Final = 5 * TOLERANCE
 NO_ANSWER_AFTER: Final = 180.0
-# What a request may be told that met an encode instance which did not move for longer than the heartbeats allow.
-ILL: Final = (502, 503)
-ILL_MEANWHILE: Final = "5xx in a fault"
+# What a request may be told when the encode instance stood still for longer than its heartbeats allow.
+UNHEALTHY: Final = (502, 503)
+EXCUSED: Final = "5xx in a fault"
 
 
-class Wrong(Exception):
+class WrongAnswer(Exception):
     """An answer that must not be."""
 
 
@@ -48,13 +46,13 @@ class Prompt:
 
     def check(self, answer: Answer) -> None:
         if answer.prompt_tokens != self.rows:
-            raise Wrong(f"{self.name}: {answer.prompt_tokens} rows, not {self.rows}")
+            raise WrongAnswer(f"{self.name}: {answer.prompt_tokens} rows, not {self.rows}")
         for choice in answer.body["choices"]:
             self.check_tokens(tokens_of(choice))
 
     def check_tokens(self, tokens: Tokens) -> None:
         if (off := distance(tokens, self.tokens)) > TOLERANCE:
-            raise Wrong(f"{self.name}: {tokens}, not {self.tokens}: off by {off}")
+            raise WrongAnswer(f"{self.name}: {tokens}, not {self.tokens}: off by {off}")
 
 
 def tokens_of(choice: Any) -> Tokens:
@@ -104,6 +102,35 @@ def margin(choice: Any) -> float:
     return min(float(best - second) for best, second, *_ in best_two)
 
 
+# ---- faults
+
+
+class Disturbances:
+    """When the encode instance stood still for too long. A request of that time may fail, if the error says so."""
+
+    # A request that comes right after may still meet the last of it.
+    AFTERWARDS: Final = 3.0
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def span(self) -> Iterator[None]:
+        with self._lock:
+            self._spans.append((time.monotonic(), float("inf")))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._spans[-1] = (self._spans[-1][0], time.monotonic() + self.AFTERWARDS)
+
+    def met(self, began: float) -> bool:
+        """Whether a request that began then, and has ended now, may have met one."""
+        with self._lock:
+            return any(began <= until for _, until in self._spans)
+
+
 # ---- clients
 
 
@@ -139,7 +166,7 @@ class Clients:
             thread.start()
 
     def stop(self) -> None:
-        """Wait for the answers that are still owed."""
+        """Ask nothing new, and wait for the answers that are still to come."""
         self._stopped.set()
         for thread in self._threads:
             thread.join()
@@ -149,14 +176,14 @@ class Clients:
         return sum(self.outcomes.values())
 
     def _ask_on(self, dice: random.Random) -> None:
-        first = dice.sample(list(DEEDS), len(DEEDS))  # a short run should not lack anything
-        weights = [weight for weight, _ in DEEDS.values()]
+        first = dice.sample(list(ACTIONS), len(ACTIONS))  # a short run should not lack anything
+        weights = [weight for weight, _ in ACTIONS.values()]
         while not self._stopped.is_set():
-            name = first.pop() if first else dice.choices(list(DEEDS), weights)[0]
+            name = first.pop() if first else dice.choices(list(ACTIONS), weights)[0]
             began = time.monotonic()
             try:
-                outcome = DEEDS[name][1](self, dice)
-            except Wrong as problem:
+                outcome = ACTIONS[name][1](self, dice)
+            except WrongAnswer as problem:
                 outcome = self._judge(name, str(problem), began)
             except (OSError, http.client.HTTPException) as problem:
                 outcome = self._judge(name, f"no answer: {problem!r}", began)
@@ -173,12 +200,12 @@ class Clients:
         return "WRONG"
 
     def expect(self, answer: Answer, statuses: Sequence[int], *words: str) -> str:
-        """One of these statuses and all of these words, or the excuse that the encode instance was ill meanwhile."""
+        """One of these statuses and all of these words, or the excuse of a fault meanwhile."""
         if answer.status in statuses and all(word in str(answer.body) for word in words):
             return str(answer.status)
-        if answer.status in ILL and self.may_fail(time.monotonic() - answer.seconds):
-            return ILL_MEANWHILE
-        raise Wrong(f"status {answer.status}, not {statuses}: {str(answer.body)[:300]}")
+        if answer.status in UNHEALTHY and self.may_fail(time.monotonic() - answer.seconds):
+            return EXCUSED
+        raise WrongAnswer(f"status {answer.status}, not {statuses}: {str(answer.body)[:300]}")
 
     def may_fail(self, began: float) -> bool:
         return self._disturbances.met(began)
@@ -189,7 +216,7 @@ def ask(url: str, body: dict[str, Any]) -> Answer:
 
 
 def burst(url: str, prompt: Prompt, count: int) -> None:
-    """All at once, whatever comes of it: who makes threads only when all of his are busy has them from here on."""
+    """All at once, whatever the answers: a pool that starts a thread when all of its are busy has them from here on."""
     threads = [threading.Thread(target=ask, args=(url, prompt.body)) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -198,7 +225,7 @@ def burst(url: str, prompt: Prompt, count: int) -> None:
 
 
 def ask_right(kind: str, **options: Any) -> Callable[[Clients, random.Random], str]:
-    def deed(clients: Clients, dice: random.Random) -> str:
+    def action(clients: Clients, dice: random.Random) -> str:
         prompt = dice.choice(clients.prompts[kind])
         answer = ask(clients.target.router, prompt.body | options)
         outcome = clients.expect(answer, [200])
@@ -206,7 +233,7 @@ def ask_right(kind: str, **options: Any) -> Callable[[Clients, random.Random], s
             prompt.check(answer)
         return outcome
 
-    return deed
+    return action
 
 
 def ask_with_broken_image(clients: Clients, dice: random.Random) -> str:
@@ -220,7 +247,7 @@ def ask_one_half(clients: Clients, dice: random.Random) -> str:
     where = {"bootstrap_host": HOST, "bootstrap_port": clients.target.bootstrap_port, "bootstrap_room": room}
     url = dice.choice((clients.target.encode, clients.target.language))
     body = dice.choice(clients.prompts["image"]).body
-    return clients.expect(ask(url, body | where), ILL, f"room {room}")
+    return clients.expect(ask(url, body | where), UNHEALTHY, f"room {room}")
 
 
 def read_stream(clients: Clients, dice: random.Random) -> str:
@@ -241,7 +268,7 @@ def _stream(clients: Clients, prompt: Prompt, patience: float, **options: Any) -
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     tokens: Tokens = []
     try:
-        with closing(urllib.request.urlopen(request, timeout=max(patience, 0.001))) as reply:
+        with contextlib.closing(urllib.request.urlopen(request, timeout=max(patience, 0.001))) as reply:
             for line in reply:
                 if line.strip() == b"data: [DONE]":
                     prompt.check_tokens(tokens[: len(prompt.tokens)])
@@ -258,26 +285,26 @@ def _stream(clients: Clients, prompt: Prompt, patience: float, **options: Any) -
         if patience < NO_ANSWER_AFTER:
             return "hung up"
         raise
-    except _IllInStream:
-        return ILL_MEANWHILE
+    except _ExcusedInStream:
+        return EXCUSED
     if clients.may_fail(began):
         return "cut in a fault"
-    raise Wrong(f"{prompt.name}: the stream ended after {tokens}")
+    raise WrongAnswer(f"{prompt.name}: the stream ended after {tokens}")
 
 
-class _IllInStream(Exception):
+class _ExcusedInStream(Exception):
     """The status line was sent before the fault: the reason comes as an event."""
 
 
 def _tokens_of_event(event: Any, clients: Clients, began: float) -> Tokens:
     if "error" in event:
-        if event["error"].get("code") in ILL and clients.may_fail(began):
-            raise _IllInStream
-        raise Wrong(f"an error in the stream: {event['error']}")
+        if event["error"].get("code") in UNHEALTHY and clients.may_fail(began):
+            raise _ExcusedInStream
+        raise WrongAnswer(f"an error in the stream: {event['error']}")
     return [token for choice in event["choices"] if choice.get("logprobs") for token in tokens_of(choice)]
 
 
-DEEDS: Final[dict[str, tuple[int, Callable[[Clients, random.Random], str]]]] = {
+ACTIONS: Final[dict[str, tuple[int, Callable[[Clients, random.Random], str]]]] = {
     "text": (4, ask_right("text")),
     "image": (6, ask_right("image")),
     "images": (3, ask_right("images")),
@@ -291,7 +318,7 @@ DEEDS: Final[dict[str, tuple[int, Callable[[Clients, random.Random], str]]]] = {
 
 def outcomes_table(outcomes: collections.Counter[tuple[str, str]]) -> Sequence[str]:
     lines = []
-    for name in DEEDS:
-        found = {outcome: count for (deed, outcome), count in sorted(outcomes.items()) if deed == name}
+    for name in ACTIONS:
+        found = {outcome: count for (action, outcome), count in sorted(outcomes.items()) if action == name}
         lines.append(f"{name:<14} " + ", ".join(f"{outcome}: {count}" for outcome, count in found.items()))
     return lines
