@@ -21,7 +21,6 @@ from embedding_relay.batch.asking.replies import (
     result_of,
     retry_after,
 )
-from embedding_relay.batch.asking.run import Pace
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from support.effort import effort, unhurried
 
@@ -31,6 +30,17 @@ WALL = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 def read(status: int, content: object = b"", **headers: str) -> Reply:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     return read_reply(status, raw, lambda name: headers.get(name.replace("-", "_")), WALL)
+
+
+# ---- what it means for the row
+
+
+def answered(body: dict[str, Any], /, **task: Any) -> Result:
+    return result_of(Task(4, "prompt", **task), Answered(200, body))
+
+
+def chat(message: object, finish_reason: str = "stop", **rest: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": finish_reason}], **rest}
 
 
 # ---- the kinds
@@ -129,17 +139,6 @@ def test_retry_after(value: str | None, seconds: float | None) -> None:
     assert retry_after(value, WALL) == seconds
 
 
-# ---- what it means for the row
-
-
-def answered(body: dict[str, Any], /, **task: Any) -> Result:
-    return result_of(Task(4, "prompt", **task), Answered(200, body))
-
-
-def chat(message: object, finish_reason: str = "stop", **rest: Any) -> dict[str, Any]:
-    return {"choices": [{"message": message, "finish_reason": finish_reason}], **rest}
-
-
 def test_text_and_tokens() -> None:
     result = answered(chat({"content": "yes"}, usage={"prompt_tokens": 3, "completion_tokens": 1}))
     assert result == Result(4, Outcome.DONE, "yes", prompt_tokens=3, completion_tokens=1, http_status=200)
@@ -200,40 +199,3 @@ def test_who_sent_a_request_gets_the_whole_answer() -> None:
 def test_an_error_with_a_status_of_success_is_one_for_everybody() -> None:
     result = answered({"error": "no"}, body={"input": "a"})
     assert (result.outcome, result.response) == (Outcome.FAILED, {"error": "no"})
-
-
-# ---- the rate
-
-
-def test_the_rate_is_that_of_the_last_minute() -> None:
-    pace = Pace(0.0)
-    assert pace.rate(0.0) == 0.0
-    for second in range(1, 101):
-        pace.row_ended(float(second))
-    assert pace.rate(100.0) == pytest.approx(1.0)
-    for tenth in range(1000, 2000):
-        pace.row_ended(tenth / 10)
-    assert pace.rate(200.0) == pytest.approx(10.0, rel=0.05)
-
-
-def test_slow_rows_have_a_rate_too() -> None:
-    pace = Pace(0.0)
-    for row in range(1, 21):
-        pace.row_ended(row * 120.0 + 60 * (row % 2))
-    assert pace.rate(20 * 120.0) == pytest.approx(1 / 120, rel=0.1)
-
-
-def test_a_burst_does_not_make_the_rate() -> None:
-    pace = Pace(0.0)
-    for second in range(1, 51):
-        pace.row_ended(float(second))
-    for tenth in range(501, 551):
-        pace.row_ended(tenth / 10)
-    assert pace.rate(55.0) == pytest.approx(100 / 55, rel=0.05)
-
-
-def test_a_rate_goes_down_when_nothing_comes() -> None:
-    pace = Pace(0.0)
-    for second in range(1, 61):
-        pace.row_ended(float(second))
-    assert pace.rate(120.0) < 0.6

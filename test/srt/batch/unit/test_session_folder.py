@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from embedding_relay.batch.session.folder import Folder, NotWhatWasSaved, ResultIndex, ResultWriter, failures
 from embedding_relay.batch.tasks import Outcome, Result, Task
+from support.effort import effort, unhurried
 
 TASKS = [Task(row, f"prompt {row}\u2028\n", images=("https://a/b.png",) * (row % 3)) for row in range(2, 25)]
 
@@ -21,6 +22,21 @@ def folder(tmp_path: Path) -> Folder:
     made = Folder(tmp_path / "session")
     made.make()
     return made
+
+
+# ---- results
+
+
+def result(row: int, text: str, outcome: Outcome = Outcome.DONE) -> Result:
+    tokens = {} if outcome is Outcome.FAILED else {"prompt_tokens": 3, "completion_tokens": 2}
+    field = {"error": text} if outcome is Outcome.FAILED else {"answer": text}
+    return Result(row, outcome, **field, **tokens)  # type: ignore[arg-type]
+
+
+def write(path: Path, attempt: int, results: list[Result]) -> None:
+    with ResultWriter(path, attempt) as writer:
+        for each in results:
+            writer.write(each)
 
 
 def test_tasks_are_there_only_when_they_are_saved(folder: Folder) -> None:
@@ -75,21 +91,6 @@ def test_two_uploads_do_not_share_a_folder(folder: Folder) -> None:
         folder.make()
 
 
-# ---- results
-
-
-def result(row: int, text: str, outcome: Outcome = Outcome.DONE) -> Result:
-    tokens = {} if outcome is Outcome.FAILED else {"prompt_tokens": 3, "completion_tokens": 2}
-    field = {"error": text} if outcome is Outcome.FAILED else {"answer": text}
-    return Result(row, outcome, **field, **tokens)  # type: ignore[arg-type]
-
-
-def write(path: Path, attempt: int, results: list[Result]) -> None:
-    with ResultWriter(path, attempt) as writer:
-        for each in results:
-            writer.write(each)
-
-
 def test_the_first_result_of_a_row_counts(tmp_path: Path) -> None:
     write(tmp_path, 1, [result(5, "first"), result(2, "no", Outcome.FAILED)])
     write(tmp_path, 2, [result(5, "second"), result(3, "three")])
@@ -128,6 +129,8 @@ def test_failures_in_pages(tmp_path: Path) -> None:
     assert (count, [each.row for each in page]) == (10, [7, 9, 11, 13])
 
 
+@unhurried
+@effort(100)
 @given(st.data())
 def test_any_attempts_any_cuts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Against a dict: for each row what the earliest attempt wrote and was not killed over."""

@@ -22,6 +22,7 @@ from embedding_relay.batch.session.records import (
 )
 from embedding_relay.batch.workbook.analysis import Analysis, Choices, Sheet
 from embedding_relay.protocol.errors import IllegalMove
+from support.effort import effort, unhurried
 
 ANALYSIS = Analysis(
     sheets=(Sheet("one", 2),), sheet="one", columns=(), prompt_column="a", image_columns=(), rows=2, pictures=0
@@ -54,12 +55,26 @@ STEPS = {
     "resume": lambda session: session.wish("resume"),
     "cancel": lambda session: session.wish("cancel"),
 }
+
+
 IN_ORDER = [
     *("begin split", "take split", "building", "saving", "verifying", "verified", "complete split"),
     *("begin execution", "take execution", "running", "advance", "saving answers", "complete execution"),
 ]
 
 
+# What the worker of a part reports, how that part fails, and the steps after which such a report is in time.
+REPORTS = {
+    "building": ("fail split", {"begin split", "take split", "building"}),
+    "verifying": ("fail split", {"saving", "verifying", "verified"}),
+    "verified": ("fail split", {"saving", "verifying", "verified"}),
+    "advance": ("fail execution", {"running", "advance"}),
+    "saving answers": ("fail execution", {"running", "advance"}),
+}
+
+
+@unhurried
+@effort()
 @given(st.lists(st.sampled_from([*STEPS, *IN_ORDER, *IN_ORDER]), max_size=40))
 @example(["begin split", "saving", "complete split", "verifying"])
 @example([*IN_ORDER, "saving answers"])
@@ -130,16 +145,6 @@ def test_nobody_takes_what_is_over() -> None:
     session.fail_split("why")
     with pytest.raises(StaleJob):
         session.split.take()
-
-
-# What the worker of a part reports, how that part fails, and the steps after which such a report is in time.
-REPORTS = {
-    "building": ("fail split", {"begin split", "take split", "building"}),
-    "verifying": ("fail split", {"saving", "verifying", "verified"}),
-    "verified": ("fail split", {"saving", "verifying", "verified"}),
-    "advance": ("fail execution", {"running", "advance"}),
-    "saving answers": ("fail execution", {"running", "advance"}),
-}
 
 
 @pytest.mark.parametrize("report", REPORTS)

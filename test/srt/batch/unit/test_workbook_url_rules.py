@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from embedding_relay.batch.errors import Unreadable
 from embedding_relay.batch.workbook import url_rules
-from embedding_relay.batch.workbook.choices import Template
 from embedding_relay.batch.workbook.url_rules import UrlRules, is_public
 
 NAMES = {"public.example": ["8.8.8.8"], "both.example": ["8.8.8.8", "10.0.0.1"], "inside.example": ["fd00::1"]}
@@ -125,46 +123,3 @@ def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.M
 def test_public_is_what_the_whole_world_can_reach() -> None:
     assert is_public(ipaddress.ip_address("1.1.1.1"))
     assert not is_public(ipaddress.ip_address("2001:0:4136:e378:8000:63bf:3fff:fdd2"))
-
-
-# ---- templates
-
-COLUMNS = ["text", "Target Language", "a.b"]
-
-
-@pytest.mark.parametrize(
-    ("template", "filled", "names"),
-    [
-        ("Translate {text} into {Target Language}", "Translate Hello into German", ("text", "Target Language")),
-        ("{ text }{TEXT}{{text}}", "HelloHello{text}", ("text",)),
-        ("{{{text}}}", "{Hello}", ("text",)),
-        ("no columns", "no columns", ()),
-        ("{a.b}|", "|", ("a.b",)),
-        ("{{}}", "{}", ()),
-    ],
-)
-def test_a_template_is_filled(template: str, filled: str, names: tuple[str, ...]) -> None:
-    made = Template(template, COLUMNS)
-    assert made.fill({"text": "Hello", "Target Language": "German"}) == filled
-    assert made.names == names
-
-
-def test_what_a_cell_says_is_no_template() -> None:
-    assert Template("{text}", COLUMNS).fill({"text": "{a.b} {{x}}"}) == "{a.b} {{x}}"
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{txt}", "'txt' that does not exist; there are: text, Target Language, a.b"),
-        ("{}", "''"),
-        ("{text", "single {"),
-        ("text}", "single }"),
-        ("{te{text}xt}", "single {"),
-        ("{text.__class__}", "does not exist"),
-        ("{0}", "does not exist"),
-    ],
-)
-def test_a_template_that_cannot_be_filled_is_refused(template: str, words: str) -> None:
-    with pytest.raises(Unreadable, match=words.replace("{", r"\{").replace("}", r"\}")):
-        Template(template, COLUMNS)
