@@ -1,4 +1,4 @@
-"""One OpenAI-compatible server over HTTP: a single attempt at a time, and every way it can end as a value."""
+"""The OpenAI-compatible server that is asked: one HTTP attempt per call, its outcome always a value, never raised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_BYTES: Final = 16 * 2**20
 LARGE_BODY: Final = 2**19
 CONNECT_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 10.0
-# uvicorn closes a connection that was idle for 5 s; asking over one that is being closed would look like a crash.
+# uvicorn closes a connection after 5 idle seconds; a request on one that is just being closed would look like a crash.
 IDLE_SECONDS: Final = 3.0
 
 
@@ -26,7 +26,7 @@ class Endpoint:
         self._base = _base(url)
         if not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("the API key of the endpoint has characters that no header can carry")
-        # Compressed answers would make the limit on their size a limit on nothing.
+        # A compressed answer could expand beyond the limit on its size.
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -77,7 +77,7 @@ class Endpoint:
         return not await self.why_away()
 
     async def why_away(self) -> str:
-        """Nothing when it is there."""
+        """Why the endpoint cannot be reached; "" when it can."""
         reply = await self._attempt("GET", "/health", None, LOOK_SECONDS)
         # SGLang's own answer to /health is empty; the status is all that counts.
         if isinstance(reply, Answered) or (isinstance(reply, Broken) and 200 <= reply.status < 300):
@@ -90,7 +90,7 @@ class Endpoint:
         if self._http is None:
             raise RuntimeError("the endpoint was not started, or is closed")
         if not path.startswith("/"):
-            raise ValueError(f"{path!r} is no path")  # it would become a part of the host's name
+            raise ValueError(f"{path!r} is no path")  # appended to the URL, it could change the host
         try:
             async with self._http.request(
                 method,
@@ -127,12 +127,12 @@ def _base(url: str) -> str:
         raise ValueError("the endpoint's URL must not carry a user or a password: set its API key instead")
     if parsed.query_string or parsed.fragment:
         raise ValueError(f"the endpoint's URL must end with its host or a path: {url!r}")
-    # Both are common: with the version, as the openai client wants it, and without.
+    # Given with /v1, as the openai client wants it, or without.
     return str(parsed).rstrip("/").removesuffix("/v1")
 
 
 def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
-    # Pictures: sent piece by piece, so that the loop does not stand still meanwhile.
+    # Pictures are large: sent in pieces, they do not block the event loop.
     return io.BytesIO(body) if body is not None and len(body) > LARGE_BODY else body
 
 

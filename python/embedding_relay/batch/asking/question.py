@@ -1,4 +1,4 @@
-"""What a task looks like as a request: its path and its JSON."""
+"""The request that asks one task: its path and its JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 
 _PATH: Final = re.compile(r"(/[A-Za-z0-9_.-]+)+")
-# A picture's first bytes tell more than its name, which its owner may have typed.
+# The first bytes of a picture are a better witness than the name of its file.
 _SIGNATURES: Final = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -27,7 +27,7 @@ _SIGNATURES: Final = (
 
 
 class Unaskable(ValueError):
-    """This row cannot be made a request; the sentence says why."""
+    """No request can be made of this row; the message says why."""
 
 
 def chat_request(task: Task, asking: Asking, model: str, folder: Path, path: str = "") -> tuple[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ def chat_request(task: Task, asking: Asking, model: str, folder: Path, path: str
 
 
 def _completed(body: dict[str, Any], model: str) -> dict[str, Any]:
-    # A streamed answer would come in pieces, for a reader who is not there.
+    # Nobody would read a streamed answer while it comes.
     given = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return given if given.get("model") else given | {"model": model}
 
@@ -69,7 +69,7 @@ def _image_url(image: str, folder: Path) -> str:
 
 
 def _file_within(folder: Path, name: str) -> Path:
-    """The endpoint may be somebody else's, so no name may lead to a file that the session does not own."""
+    """The endpoint may be somebody else's, so no name may lead to a file outside the session's folder."""
     shown = name if len(name) <= 80 else name[:77] + "..."
     try:
         home = folder.resolve()

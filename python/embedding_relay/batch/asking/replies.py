@@ -12,7 +12,7 @@ import msgspec
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
 SENTENCE_LENGTH: Final = 500
-# An endpoint that names a longer time is asked again after this one: it may be back sooner than it thought.
+# An endpoint that names a longer time in Retry-After is asked again after this one: it may recover sooner.
 LONGEST_WAIT: Final = 120.0
 # A larger number is not one of tokens, and the sum over all rows could not be stored.
 MOST_TOKENS: Final = 2**40
@@ -28,7 +28,7 @@ class Answered(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The endpoint does not want this request, and would not want it the next time."""
+    """The endpoint refuses this request for what it is, and would refuse it the next time."""
 
     status: int
     reason: str
@@ -36,7 +36,7 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Busy(msgspec.Struct, frozen=True):
-    """Not now. `retry_after` are the seconds that the endpoint named, if it did."""
+    """The endpoint is overloaded. `retry_after` are the seconds that it named, if it did."""
 
     status: int
     reason: str
@@ -45,7 +45,7 @@ class Busy(msgspec.Struct, frozen=True):
 
 
 class Broken(msgspec.Struct, frozen=True):
-    """An error of the endpoint, an answer that is none, or no answer in time (then the status is 0)."""
+    """An error of the endpoint, an answer that cannot be used, or none in time (then the status is 0)."""
 
     status: int
     reason: str
@@ -63,7 +63,7 @@ Reply = Answered | Refused | Busy | Broken | Away
 
 
 def read_reply(status: int, content: bytes, header: Callable[[str], str | None], wall_time: float) -> Reply:
-    """`header` looks one up by its name; `wall_time` is what a date in Retry-After is compared with."""
+    """`header` looks a header up by its name; `wall_time` is what a date in Retry-After is compared with."""
     body = _json_object(content)
     if 200 <= status < 300:
         if body is None:
@@ -85,7 +85,7 @@ def sentence(body: dict[str, Any] | None, content: bytes) -> str:
 
 
 def retry_after(value: str | None, wall_time: float) -> float | None:
-    """Seconds or a date of HTTP; None when there is none, or none that can be read."""
+    """Seconds or an HTTP date; None when there is none, or none that can be read."""
     if value is None:
         return None
     try:
@@ -133,10 +133,10 @@ def _shortened(text: str) -> str:
 
 
 def result_of(task: Task, reply: Answered) -> Result:
-    """Done with what there is; failed when there is nothing that a person could use."""
+    """Done if there is an answer that a person can use, else failed."""
     text, problem = _text_of(reply.body)
     if task.body is not None:
-        # Whoever wrote the request reads the whole answer: tool calls and embeddings have no text.
+        # Who sent a whole request gets the whole answer: tool calls, for one, have no text.
         problem = _error_in(reply.body)
     prompt_tokens, completion_tokens = _tokens(reply.body)
     return Result(
@@ -164,7 +164,7 @@ def failure(task: Task, reason: str, http_status: int = 0, response: dict[str, A
 
 
 def _text_of(body: dict[str, Any]) -> tuple[str, str]:
-    """The text, and why it is no answer if it is none."""
+    """The text; and a reason if it cannot count as an answer."""
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return "", _error_in(body) or "the answer of the endpoint has no choices"
@@ -187,7 +187,7 @@ def _why_empty(message: dict[str, Any], finish_reason: object) -> str:
         return f"the answer is empty: the limit of tokens was reached{thinking}; allow more with max_tokens"
     if message.get("tool_calls"):
         return "the model answered with a call of a tool, not with text"
-    # An empty text is what the model chose to say; a missing one is not.
+    # An empty text is an answer; a missing one is not.
     return "" if isinstance(message.get("content"), str) else "the answer of the endpoint has no text"
 
 

@@ -1,4 +1,4 @@
-"""One run over the tasks of a session: the schedule decides, this asks, and every row's result is recorded once."""
+"""One run over the tasks of a session: asks what the schedule decides, and records every row's result once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from embedding_relay.batch.session.records import Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
 CHUNK: Final = 64
-SECONDS: Final = 60.0
-# With fewer rows than this in a minute the rate looks further back.
-ROWS: Final = 8
-# What is asked and how, as a path and a JSON object. Called in a thread where pictures have to be read.
+PACE_SECONDS: Final = 60.0
+# With fewer rows than this in that time the rate looks further back.
+PACE_ROWS: Final = 8
+# A task's request: a path and a JSON object. Called in a thread when pictures have to be read.
 RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
 FIRST_LOOK: Final = 1.0
 LONGEST_LOOK: Final = 30.0
@@ -63,7 +63,7 @@ class Run:
         self._done, self._failed = already.done, already.failed
         self._prompt_tokens, self._completion_tokens = already.prompt_tokens, already.completion_tokens
 
-    # ---- for those who watch it
+    # ---- watching and steering it
 
     @property
     def paused(self) -> bool:
@@ -73,7 +73,7 @@ class Run:
     def paused(self, paused: bool) -> None:
         if paused != self._paused:
             self._paused = paused
-            # The time of a pause says nothing about how fast rows are answered.
+            # A pause must not count as time in which nothing was answered.
             self._pace = Pace(time.monotonic())
             self._wake.set()
 
@@ -185,7 +185,7 @@ class Run:
             self._pace.row_ended(time.monotonic())
 
     async def _request(self, task: Task) -> tuple[str, bytes]:
-        # Pictures are read from a disk, and made text: some milliseconds each.
+        # Reading and encoding a picture takes some milliseconds, so that is not done on the event loop.
         return await asyncio.to_thread(self._encoded, task) if task.images else self._encoded(task)
 
     def _encoded(self, task: Task) -> tuple[str, bytes]:
@@ -194,7 +194,7 @@ class Run:
 
     def _note(self, result: Result) -> None:
         if self._error is not None:
-            return  # recording has failed, and what comes after the failure would be written behind half a line
+            return  # recording has failed, perhaps in the middle of a line: nothing may be written behind that
         try:
             self._record(result)
         except BaseException as error:
@@ -207,7 +207,7 @@ class Run:
         self._prompt_tokens += result.prompt_tokens
         self._completion_tokens += result.completion_tokens
 
-    # ---- an endpoint that is away
+    # ---- an endpoint that cannot be reached
 
     async def _look_for_endpoint(self) -> None:
         wait = FIRST_LOOK
@@ -226,7 +226,10 @@ class Run:
 
 
 class Feed:
-    """`on_news` is called on the loop when there is more, or nothing more."""
+    """Tasks read ahead in a thread, so that the event loop does not wait for the disk.
+
+    `on_news` is called on the loop when more have been read, or when there are no more.
+    """
 
     def __init__(self, tasks: Iterator[Task], ahead: int, on_news: Callable[[], None]) -> None:
         self._tasks = tasks
@@ -254,7 +257,7 @@ class Feed:
             self._reading.result()
 
     async def close(self) -> None:
-        """Nobody reads any more when this returns: a thread cannot be told to stop, and its chunk is a short one."""
+        """Wait for the chunk that is being read: a thread cannot be stopped."""
         if self._reading is not None:
             await asyncio.wait([self._reading])
 
@@ -272,7 +275,7 @@ class Feed:
 
 
 class Pace:
-    """Remembers one moment a second at most, so that its size does not depend on the rows."""
+    """Rows per second over the last minute. Keeps one moment a second at most, however many rows end."""
 
     def __init__(self, now: float) -> None:
         self._rows = 0
@@ -283,7 +286,7 @@ class Pace:
         if now - self._moments[-1][0] < 1:
             return
         self._moments.append((now, self._rows))
-        while len(self._moments) > 1 and now - self._moments[1][0] >= SECONDS and self._since(1) >= ROWS:
+        while len(self._moments) > 1 and now - self._moments[1][0] >= PACE_SECONDS and self._since(1) >= PACE_ROWS:
             self._moments.popleft()
 
     def rate(self, now: float) -> float:

@@ -1,4 +1,4 @@
-"""Which row is asked next, and when: decided from the replies and the time. Pure: no clock, no loop, no socket."""
+"""Which row is asked next, and when, decided from the replies so far and the time. Pure: no clock, loop or socket."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from typing import Final
 from embedding_relay.batch.asking.replies import Answered, Away, Broken, Busy, Refused, Reply, failure, result_of
 from embedding_relay.batch.tasks import Result, Task
 
-# Of the time between two setbacks this much counts: a person may have paused the run, or the endpoint was away.
+# Of the time between two failures no more than this counts: the run may have been paused, or the endpoint was away.
 LONGEST_STEP: Final = 180.0
-# So many rows, none of which had met an error before, and no other answer: then it is the endpoint, not the rows.
+# After errors for so many rows, none of which had met one before, and no other answer, the endpoint is to blame.
 BLAMED_AFTER: Final = 8
-# How long a row is asked again that the endpoint has no room for, and how long an endpoint is borne that only errs.
+# How long a row is asked again that an overloaded endpoint refuses, and how long an endpoint may answer with nothing
+# but errors before its rows are charged for them.
 PATIENCE_SECONDS: Final = 1800.0
 LONGEST_BACKOFF: Final = 60.0
-# When everything waits for the endpoint: it should not stand idle for long once it is well again.
+# The longest pause of the whole run: a recovered endpoint should not stand idle for long.
 LONGEST_HOLD: Final = 30.0
-# Rows that wait for another try are kept in memory; when so many do, for each that may be in flight, none is begun.
+# Rows that wait for another try are kept in memory. With so many of them for each request that may be in flight, no
+# new row is begun.
 MOST_WAITING: Final = 4
-# A row that was in flight so often when the endpoint went down is asked alone: if it is the one that brings it down,
-# the rows beside it must not be taken for it.
+# A row that was in flight so often when the endpoint went down is asked alone: if this row crashes the endpoint, the
+# rows beside it must not be blamed.
 SUSPECT_AFTER: Final = 2
 
 
 class Row:
-    """A task on its way, and what it has met so far."""
+    """A task that is being asked, and what has happened to it so far."""
 
     __slots__ = (
         *("task", "asked", "asked_at", "during_errors"),
-        *("faults", "unreached", "breaks", "falls", "refused_for_now", "patience", "http_status"),
+        *("faults", "unreached", "breaks", "falls", "busy", "trouble", "http_status"),
     )
 
     def __init__(self, task: Task) -> None:
@@ -40,12 +42,12 @@ class Row:
         self.asked = 0
         self.asked_at = 0.0
         self.during_errors = False
-        self.faults = 0  # replies that used up a retry
-        self.unreached = 0  # tries that the endpoint was not there for
-        self.breaks = 0  # connections of those that broke
+        self.faults = 0  # errors that were charged to this row: they use up its retries
+        self.unreached = 0  # tries that found no endpoint
+        self.breaks = 0  # tries whose connection broke
         self.falls = 0  # times that the endpoint went down while this row was in flight
-        self.refused_for_now = 0
-        self.patience = Patience()
+        self.busy = 0  # replies that the endpoint is overloaded
+        self.trouble = Trouble()
         self.http_status = 0
 
     @property
@@ -54,7 +56,7 @@ class Row:
 
 
 class Schedule:
-    """`take` rows to ask, `settle` each with its reply; a row that gets no result is taken again later."""
+    """`take` a row to ask it, `settle` it with its reply; a row that gets no result by that comes again later."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class Schedule:
 
     def take(self, now: float, fresh: Callable[[], Task | None]) -> Row | None:
         """The row to ask now, if one may be asked. `fresh` gives the next task that was never asked, if any."""
-        if self.away or self._one_alone or now < self._hold_until or self.in_flight >= self._room():
+        if self.away or self._one_alone or now < self._hold_until or self.in_flight >= self._most_in_flight():
             return None
         row = self._next(now, fresh)
         if row is not None:
@@ -97,7 +99,7 @@ class Schedule:
             row.during_errors = self._blame.is_on_endpoint
         return row
 
-    def _room(self) -> int:
+    def _most_in_flight(self) -> int:
         return 1 if self._blame.is_on_endpoint else self._window.size
 
     def _next(self, now: float, fresh: Callable[[], Task | None]) -> Row | None:
@@ -119,7 +121,7 @@ class Schedule:
         return not self.in_flight and not self._waiting
 
     def look_again_at(self, now: float) -> float | None:
-        """When `take` may give what it does not give now, though nothing is settled meanwhile."""
+        """When `take` may give a row that it does not give now, even if no reply comes until then."""
         if self.away:
             return None
         if now < self._hold_until:
@@ -129,7 +131,7 @@ class Schedule:
         return None
 
     def trouble(self, now: float) -> str:
-        """What the endpoint does instead of answering, if that is why little or nothing is asked."""
+        """What the endpoint does instead of answering, when that is why little or nothing is asked."""
         if self._blame.is_on_endpoint or (now < self._hold_until and not self.in_flight):
             return self._hold_reason
         return ""
@@ -137,16 +139,16 @@ class Schedule:
     # ---- what the replies mean
 
     def settle(self, row: Row, reply: Reply, now: float) -> Result | None:
-        """What became of it. None: it will be asked again."""
+        """The row's result, or None when it will be asked again."""
         self._landed()
         if not isinstance(reply, Away):
             row.http_status = reply.status or row.http_status
         match reply:
             case Answered():
-                self._well()
+                self._answered()
                 return result_of(row.task, reply)
             case Refused():
-                self._well()
+                self._answered()
                 return failure(row.task, reply.reason, reply.status, reply.body)
             case Busy():
                 return self._busy(row, reply, now)
@@ -156,36 +158,36 @@ class Schedule:
                 return self._unreachable(row, reply, now)
 
     def unaskable(self, row: Row, reason: str) -> Result:
-        """It never reached the endpoint, and never can."""
+        """No request could be made of this row."""
         self._landed()
         return failure(row.task, reason)
 
     def back(self) -> None:
-        """The endpoint was proven alive."""
+        """The endpoint answers again."""
         self.away = ""
 
     def _landed(self) -> None:
         self.in_flight -= 1
         self._one_alone = False
 
-    def _well(self) -> None:
+    def _answered(self) -> None:
         self._window.answered()
-        self._blame.well()
+        self._blame.recovered()
         self._holds_in_a_row = 0
 
     def _busy(self, row: Row, reply: Busy, now: float) -> Result | None:
-        row.patience.setback(now)
-        row.refused_for_now += 1
-        if row.patience.seconds >= self._patience:
-            minutes = row.patience.seconds / 60
-            reason = f"{reply.reason} (asked {row.refused_for_now} times in {minutes:.0f} minutes)"
+        row.trouble.failed(now)
+        row.busy += 1
+        if row.trouble.seconds >= self._patience:
+            minutes = row.trouble.seconds / 60
+            reason = f"{reply.reason} (asked {row.busy} times in {minutes:.0f} minutes)"
             return failure(row.task, reason, reply.status, reply.body)
-        trouble = f"asks for patience ({reply.reason})"
+        trouble = f"is overloaded ({reply.reason})"
         self._window.busy(row.asked_at, now)
         self._hold(row, now, trouble)
         named = reply.retry_after or 0.0
         self._hold_for(named, now, trouble)
-        self._later(row, now + max(named, self._hold_backoff.wait(row.refused_for_now)))
+        self._later(row, now + max(named, self._hold_backoff.wait(row.busy)))
         return None
 
     def _broken(self, row: Row, reply: Broken, now: float) -> Result | None:
@@ -205,7 +207,7 @@ class Schedule:
     def _unreachable(self, row: Row, reply: Away, now: float) -> Result | None:
         self.away = reply.reason
         row.unreached += 1
-        # Whoever had a connection had an endpoint: that it broke may be because of what this row asks.
+        # There was an endpoint to connect to, so this row itself may be what made the connection break.
         row.breaks += reply.connected
         row.falls += reply.connected
         if row.breaks >= self._allowed_breaks:
@@ -215,7 +217,7 @@ class Schedule:
         return None
 
     def _hold(self, row: Row, now: float, trouble: str) -> None:
-        """Ask nobody for a while; longer each time. What was asked before the last time is not news."""
+        """Ask nothing for a while, longer each time. Rows that were asked before the last such pause do not count."""
         if row.asked_at >= self._held_at:
             self._held_at = now
             self._holds_in_a_row += 1
@@ -233,11 +235,11 @@ def _tried(times: int) -> str:
     return "tried once" if times == 1 else f"tried {times} times"
 
 
-# ---- how patience is measured out, and whom an error is blamed on
+# ---- how long to wait, how many at once, and who is to blame for an error
 
 
 class Backoff:
-    """Doubles with every try, up to a limit; a random share of it, so that rows do not come back all at once."""
+    """A wait that doubles with every try, up to a limit; a random share of it, so that rows do not return together."""
 
     def __init__(self, first: float, most: float, dice: Callable[[], float] = random.random) -> None:
         self._first = first
@@ -249,8 +251,8 @@ class Backoff:
         return self._dice() * min(self._most, self._first * 2.0 ** min(tries - 1, 30))
 
 
-class Patience:
-    """How long something has been going on, told by its setbacks."""
+class Trouble:
+    """How long something has been failing: the time between its failures, long gaps cut short."""
 
     __slots__ = ("_at", "seconds")
 
@@ -258,17 +260,17 @@ class Patience:
         self.seconds = 0.0
         self._at: float | None = None
 
-    def setback(self, now: float) -> None:
+    def failed(self, now: float) -> None:
         if self._at is not None:
             self.seconds += min(now - self._at, LONGEST_STEP)
         self._at = now
 
 
 class Window:
-    """How many requests may be in flight: halved when the endpoint has too many, one more for each window answered.
+    """How many requests may be in flight: halved when the endpoint is overloaded, one more for each window answered.
 
-    Up to half of what there was before a storm of refusals it grows by one for each answer instead: the endpoint had
-    that many, and with slow rows it would take minutes to have them again.
+    Up to half of what it was before the refusals began, it grows by one for each answer instead: the endpoint could
+    take that many, and with slow rows it would take minutes to reach that again.
     """
 
     def __init__(self, most: int) -> None:
@@ -289,7 +291,7 @@ class Window:
             self._size = min(self._size + step, self._most)
 
     def busy(self, asked_at: float, now: float) -> None:
-        """What was asked before it last shrank says nothing about its size of now."""
+        """A refusal of what was asked before the window last shrank says nothing about its size now."""
         if asked_at < self._shrunk_at:
             return
         if not self._shrinking:
@@ -300,25 +302,25 @@ class Window:
 
 
 class Blame:
-    """Tells an endpoint that has nothing but errors from rows that cause errors.
+    """Tells an endpoint that answers everything with errors from rows that cause errors.
 
-    A pair that restarts behind its router answers every row with an error for minutes, and that must not cost them
-    their retries. But not for ever: an endpoint that never gets well is one that cannot answer these rows.
+    A pair that restarts behind its router answers every row with an error for minutes, and that must not use up their
+    retries. But not for ever: an endpoint that does not recover is one that cannot answer these rows.
     """
 
     def __init__(self, patience: float) -> None:
         self._most = patience
-        self.well()
+        self.recovered()
 
-    def well(self) -> None:
+    def recovered(self) -> None:
         self._rows: set[int] = set()
-        self._patience = Patience()
+        self._trouble = Trouble()
 
     def error(self, row: int, erred_before: bool, now: float) -> None:
-        self._patience.setback(now)
+        self._trouble.failed(now)
         if not erred_before and len(self._rows) < BLAMED_AFTER:
             self._rows.add(row)
 
     @property
     def is_on_endpoint(self) -> bool:
-        return len(self._rows) >= BLAMED_AFTER and self._patience.seconds < self._most
+        return len(self._rows) >= BLAMED_AFTER and self._trouble.seconds < self._most

@@ -1,4 +1,4 @@
-"""What Prometheus can ask: counted from the sessions themselves, so that every worker gives the same answer."""
+"""Prometheus metrics, counted from the sessions themselves, so that every worker answers the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Sessions(Collector):
         self._sessions = sessions
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Gauges all of them: a session that is deleted or expires takes its numbers along."""
+        """All of them gauges, because a session that is deleted or expires takes its numbers along."""
         stages = Counter(session.stage for session in self._sessions)
         family = GaugeMetricFamily(PREFIX + "sessions", "Sessions kept, by stage.", labels=["stage"])
         for stage in Stage:
@@ -53,11 +53,11 @@ class _Sessions(Collector):
         tokens.add_metric(["completion"], sum(one.counts.completion_tokens for one in executions))
         yield tokens
         yield GaugeMetricFamily(
-            PREFIX + "rows_per_second", "Rows answered per second of late, all runs together.",
+            PREFIX + "rows_per_second", "Rows answered per second in the last minute, all runs together.",
             value=sum(one.counts.rate for one in running),
         )  # fmt: skip
         yield GaugeMetricFamily(
-            PREFIX + "runs_waiting", "Runs that ask nothing just now: the endpoint is away, or asks for patience.",
+            PREFIX + "runs_waiting", "Runs that ask nothing at the moment: the endpoint is away, or overloaded.",
             value=sum(bool(one.counts.waiting) for one in running),
         )  # fmt: skip
         yield GaugeMetricFamily(

@@ -1,4 +1,4 @@
-"""What was found in a workbook, and what was chosen of it."""
+"""The record of what was found in a workbook, and of what its owner chose: light enough for the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a workbook: its sheets, its columns, which of them ask and which of them show pictures."""
+"""Find out what is in a workbook: its sheets and columns, which column has the prompts and which have pictures."""
 
 from __future__ import annotations
 
@@ -151,9 +151,9 @@ def _describe(found: Survey, by_key: bool = False) -> Analysis:
     )
     header = 0 if found.header is None else found.header.number
     notes = _notes(found, facts, by_key)
-    astray = sum(facts[index].pictures for index, role in roles.items() if role != "image")
-    if astray:
-        pictures = _counted(astray, "picture is", "pictures are")
+    misplaced = sum(facts[index].pictures for index, role in roles.items() if role != "image")
+    if misplaced:
+        pictures = _counted(misplaced, "picture is", "pictures are")
         notes.append(f"{pictures} over columns that do not look like columns of pictures: name them as image columns")
     return Analysis(
         sheets=(Sheet("", found.rows),),

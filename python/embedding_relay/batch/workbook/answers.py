@@ -1,9 +1,9 @@
-"""What the answers look like in any kind of file: the names of their columns, their order, and rows beside results."""
+"""What the answers look like in any kind of file: the names and order of their columns, matched row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Analysis
@@ -11,7 +11,7 @@ from embedding_relay.batch.workbook.limits import GIB, Limits
 from embedding_relay.batch.workbook.naming import unique
 
 NAMES: Final = ("answer", "status", "error", "prompt_tokens", "completion_tokens")
-# What was uploaded has passed its limits; with the answers it may be larger than an upload may be.
+# What was uploaded has passed its limits; with the answers it may become larger than that.
 OURS: Final = Limits(
     expanded_bytes=64 * GIB, members=10**9, rows=10**9, columns=10**9, cell_chars=2 * GIB, part_bytes=GIB
 )
@@ -21,16 +21,9 @@ class NotTheAnswers(Exception):
     """The saved workbook does not hold what was to be saved."""
 
 
-class Values(NamedTuple):
-    answer: str
-    status: str
-    error: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def values(result: Result) -> Values:
-    return Values(result.answer, result.outcome.value, result.error, result.prompt_tokens, result.completion_tokens)
+def values(result: Result) -> tuple[str, str, str, int, int]:
+    """In the order of NAMES."""
+    return result.answer, result.outcome.value, result.error, result.prompt_tokens, result.completion_tokens
 
 
 def answer_names(analysis: Analysis) -> tuple[str, ...]:
@@ -39,7 +32,7 @@ def answer_names(analysis: Analysis) -> tuple[str, ...]:
 
 
 class Ascending:
-    """Results that are asked for row by row."""
+    """Results, taken in the order of the rows while the file is written or read."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self._results = iter(results)
@@ -58,7 +51,7 @@ class Ascending:
             yield self._pop()
 
     def expect_none(self) -> None:
-        """A result whose row the file does not have was paid for and would be lost."""
+        """Raise if a result is left whose row the file does not have: it was paid for and would be lost."""
         if self._next is not None:
             raise NotTheAnswers(f"there is an answer to row {self._next.row}, and no such row")
 

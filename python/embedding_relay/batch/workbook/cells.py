@@ -1,4 +1,4 @@
-"""Rows and cells, whatever file they come from, and how their values read to a person."""
+"""Rows and cells of any kind of file, and how numbers and dates read to a person."""
 
 from __future__ import annotations
 

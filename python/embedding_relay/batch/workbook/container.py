@@ -1,4 +1,4 @@
-"""Zip files from strangers: looked at before anything is expanded, and every way they can be damaged is one error."""
+"""Untrusted zip files: checked before anything is expanded; every kind of damage is the same error, Unreadable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embedding_relay.batch.workbook.limits import MIB, Limits
 
 ENCRYPTED: Final = 0x1
 METHODS: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What zipfile raises at one that was cut, changed or made by hand.
+# What zipfile raises for a file that was cut, changed or made by hand.
 DAMAGES: Final = (
     *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError),
     *(OSError, IndexError, KeyError),
@@ -49,15 +49,15 @@ class Container:
             return self.file.read(name)
 
     @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator[Careful]:
+    def stream(self, name: str) -> Iterator[CheckedStream]:
         with damage_is_unreadable(f"{name} in the file"):
             stream = self.file.open(name)
         with stream:
-            yield Careful(stream, name)
+            yield CheckedStream(stream, name)
 
 
-class Careful:
-    """A member being read; what goes wrong there, and only there, is the file's damage."""
+class CheckedStream:
+    """A member that is being read. Errors of this reading, and of nothing else, mean that the file is damaged."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream = stream
@@ -77,7 +77,7 @@ def open_container(path: Path, limits: Limits) -> Iterator[Container]:
 
 
 def check_members(file: zipfile.ZipFile, limits: Limits) -> dict[str, zipfile.ZipInfo]:
-    """What a zip file says about itself. zipfile gives no more of a member than its stated size, so the sum holds."""
+    """Check what a zip file states about itself. zipfile reads no more of a member than its stated size."""
     infos = file.infolist()
     if len(infos) > limits.members:
         raise TooLarge(f"the file holds {len(infos)} members; at most {limits.members} are accepted")

@@ -1,4 +1,4 @@
-"""Answers in a .csv file: each record as it stands, and five more cells in the file's own style."""
+"""Comma-separated files: encoding, delimiter and quotes as found, and answers added in the same style."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DELIMITERS: Final = ",;\t|"
 SAMPLE_CHARS: Final = 2**18
 SAMPLE_RECORDS: Final = 100
 NUMBER: Final = re.compile(r"[+-]?(\d+([.,]\d+)*|\d*[.,]\d+)([eE][+-]?\d+)?%?")
-# A first line that tells Excel the delimiter and is no row.
+# A first line that tells Excel the delimiter; it is not a row.
 DELIMITER_LINE: Final = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 FREQUENT_CHINESE: Final = re.compile(rb"[\xb0-\xd7][\xa1-\xfe]")
 RARE_CHINESE: Final = re.compile(rb"[\xd8-\xf7][\xa1-\xfe]")
 BOMS: Final = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-# A spreadsheet takes a cell that begins so for a formula, wherever the text came from.
+# A spreadsheet evaluates a cell that begins with one of these as a formula, wherever the text came from.
 FORMULA: Final = re.compile(r"[=+\-@\t\r]")
 PLAIN_NUMBER: Final = re.compile(r"[+-]?\d+([.,]\d+)?")
 
@@ -207,7 +207,7 @@ def find_encoding(source: Path) -> tuple[bytes, str]:
 
 
 def reads_as_chinese(source: Path) -> bool:
-    """Whether the pairs of high bytes are frequent characters: the small letters of Western texts are rare ones."""
+    """Whether pairs of high bytes are frequent Chinese characters; read so, Western letters would be rare ones."""
     with source.open("rb") as file:
         sample = file.read(MIB)
     return len(FREQUENT_CHINESE.findall(sample)) > len(RARE_CHINESE.findall(sample))

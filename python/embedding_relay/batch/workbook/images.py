@@ -1,4 +1,4 @@
-"""Pictures of a row: embedded ones are brought out as files, named ones are looked for, URLs are judged."""
+"""The pictures of a row: what a cell can say (URL, data URI, path in the upload), and embedded ones saved as files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PICTURES: Final = "pictures"
 SHOWN: Final = 120
 SCHEME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 DATA_HEAD: Final = re.compile(r"data:image/[^;,]+;base64,", re.IGNORECASE)
-# What is handed on, by Pillow's names, and what its file is called.
+# What may be sent to the endpoint, by Pillow's names, and the suffixes of the files.
 FORMATS: Final = {
     "PNG": "png",
     "JPEG": "jpg",
@@ -112,7 +112,7 @@ def load_uploaded(folder: Path) -> Uploaded:
     return Uploaded(msgspec.json.decode(content, type=UploadIndex))
 
 
-# ---- bringing them to where the endpoint's request is made
+# ---- as a task refers to them
 
 
 class NoImage(Exception):
@@ -136,7 +136,7 @@ def picture_format(file: IO[bytes]) -> str:
 
 
 class ImageFinder:
-    """Remembers what it has looked at: a picture in a thousand rows is brought out and examined once."""
+    """Remembers what it has looked at: a picture in a thousand rows is saved and examined once."""
 
     def __init__(self, folder: Path, container: Container | None, limits: Limits, urls: UrlRules) -> None:
         self._folder = folder
@@ -148,9 +148,9 @@ class ImageFinder:
         self._by_content: dict[bytes, str] = {}
 
     def find(self, cell: Cell) -> list[str]:
-        """What a task says of the pictures in and behind a cell."""
-        brought_out = [self._once(f"member {member}", self._extract, member) for member in cell.pictures]
-        return brought_out + [self._named(reference) for reference in split_references(cell.text)]
+        """The pictures in a cell, over it, and named by its text, as a task refers to them."""
+        saved = [self._once(f"member {member}", self._extract, member) for member in cell.pictures]
+        return saved + [self._named(reference) for reference in split_references(cell.text)]
 
     def _once(self, key: str, make: Maker, argument: str) -> str:
         if key not in self._known:
@@ -172,7 +172,7 @@ class ImageFinder:
         if SCHEME.match(reference):
             if why := self._urls.refusal(reference):
                 raise NoImage(f"{reference[:SHOWN]}: {why}")
-            # SGLang knows a URL by its first letters, and by small ones.
+            # SGLang recognises a URL by its scheme in lower case.
             scheme, _, rest = reference.partition(":")
             return f"{scheme.lower()}:{rest}"
         raise NoImage(

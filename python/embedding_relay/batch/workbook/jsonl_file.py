@@ -1,4 +1,4 @@
-"""Answers in a .jsonl file: five more keys in each line that was asked."""
+"""JSON lines: one object per line as a row, whole requests of OpenAI's Batch API, and answers as five more keys."""
 
 from __future__ import annotations
 

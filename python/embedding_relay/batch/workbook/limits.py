@@ -1,4 +1,4 @@
-"""How large an upload may be, in every direction in which a small file can become large."""
+"""How large an upload may be, in each of the ways in which a small file can turn out large."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     members: int = 200_000
     rows: int = 1_000_000
     columns: int = 16_384 - 5  # a sheet has 16,384, and the answers need five
-    # Of all columns together: they are kept with the light state of the session.
+    # Of all columns together: they are part of the session's record in the store.
     names_chars: int = 1 * MIB
     # What Excel allows is 32,767; data URIs in .csv and .jsonl are longer.
     cell_chars: int = 64 * MIB

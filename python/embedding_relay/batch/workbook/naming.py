@@ -1,4 +1,4 @@
-"""What the columns are called: where the header is, unique names, and the words that tell prompts from pictures."""
+"""Names of columns: where the header is, what to do with equal names, and words that tell prompts from pictures."""
 
 from __future__ import annotations
 

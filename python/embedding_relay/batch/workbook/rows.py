@@ -1,4 +1,4 @@
-"""What each row asks: prompts, pictures brought to where the runner finds them, and rows that cannot be asked."""
+"""The tasks of a workbook: for each row its prompt and its pictures, or why it cannot be asked."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _Asker:
     def task(self, row: Row) -> Task | None:
         texts = {name: row.cells.get(index, EMPTY) for name, index in self._texts.items()}
         pictures = {name: row.cells.get(index, EMPTY) for name, index in self._images.items()}
-        # What a merged cell lends to this row does not make it ask.
+        # The value of a merged cell alone does not make a row worth asking.
         if all(cell.spread or cell == EMPTY for cell in (*texts.values(), *pictures.values())):
             return None
         for name, cell in (texts | pictures).items():
@@ -126,7 +126,7 @@ class _Asker:
         return Task(row.number, prompt, tuple(images))
 
 
-# ---- what a ready-made request may make the endpoint fetch: the same as a row of a workbook may
+# ---- what a ready-made request may make the endpoint fetch: no more than a row may
 
 
 def refusal_of_body(body: dict[str, Any], urls: UrlRules) -> str:

@@ -1,4 +1,4 @@
-"""What somebody sent: told by its content, brought to its place, and its pictures unpacked under names of ours."""
+"""What somebody uploaded: its kind, told by its content, and the parts of a zip file unpacked under names of ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD: Final = 2**16
 ZIP: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 OLD_OFFICE: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 ENCRYPTED_MARK: Final = "EncryptedPackage".encode("utf-16-le")
-# How the files begin that people send by mistake.
+# First bytes of files that people send by mistake.
 MISTAKES: Final = (
     (b"%PDF", "a PDF document"),
     (b"\x89PNG", "a picture"),

@@ -1,4 +1,4 @@
-"""Which URLs of pictures are handed to the endpoint. It fetches them, so its own rules are the binding ones.
+"""Which picture URLs are passed to the endpoint, which fetches them; its own rules are the binding ones.
 
 These rules keep a workbook from naming addresses that only the endpoint's machine can reach. Between this look and the
 endpoint's a name may come to mean another address, so an endpoint beside private services needs SGLang's own
@@ -12,10 +12,9 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
-
-import msgspec
 
 ONE_LOOK_UP_SECONDS: Final = 2.0
 ALL_LOOK_UPS_SECONDS: Final = 60.0
@@ -26,23 +25,14 @@ TRICKS: Final = re.compile(r"[\x00-\x1f\x7f\\]")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class _Memory:
-    """What was looked up so far, and how long that took."""
+class UrlRules:
+    """Remembers what it has looked up. ValueError for an allowed domain that is none."""
 
-    def __init__(self) -> None:
-        self.refusals: dict[str, str] = {}
-        self.seconds = 0.0
-
-
-class UrlRules(msgspec.Struct, frozen=True, eq=False):
-    allowed_domains: tuple[str, ...] = ()
-    allow_private: bool = False
-    _memory: _Memory = msgspec.field(default_factory=_Memory)
-
-    def __post_init__(self) -> None:
-        """ValueError for a domain that is none."""
-        for domain in self.allowed_domains:
-            normalized_host(domain)
+    def __init__(self, *, allowed_domains: Iterable[str] = (), allow_private: bool = False) -> None:
+        self._allowed = frozenset(map(normalized_host, allowed_domains))
+        self._allow_private = allow_private
+        self._refusals: dict[str, str] = {}  # by host
+        self._look_up_seconds = 0.0
 
     def refusal(self, url: str) -> str:
         """Why the endpoint is not asked to fetch `url`; "" when nothing speaks against it."""
@@ -62,27 +52,26 @@ class UrlRules(msgspec.Struct, frozen=True, eq=False):
             host = normalized_host(host)
         except ValueError:
             return "the URL's host name is malformed"
-        if host not in self._memory.refusals:
-            self._memory.refusals[host] = self._refusal_of_host(host)
-        return self._memory.refusals[host]
+        if host not in self._refusals:
+            self._refusals[host] = self._refusal_of_host(host)
+        return self._refusals[host]
 
     def _refusal_of_host(self, host: str) -> str:
-        if self.allowed_domains:
-            allowed = {normalized_host(domain) for domain in self.allowed_domains}
+        if self._allowed:
             # Whoever lists a private host by its name means it.
-            return "" if host in allowed else f"the host {host} is not among the allowed ones"
-        if self.allow_private:
+            return "" if host in self._allowed else f"the host {host} is not among the allowed ones"
+        if self._allow_private:
             return ""
         if host == "localhost" or host.endswith(".localhost"):
             return f"the host {host} is this machine itself"
         literal = literal_address(host)
         if literal is not None:
             return "" if is_public(literal) else f"{host} is not a public address"
-        if self._memory.seconds > ALL_LOOK_UPS_SECONDS:
+        if self._look_up_seconds > ALL_LOOK_UPS_SECONDS:
             return f"the host {host} was not looked up: too many hosts before it could not be looked up in time"
         began = time.monotonic()
         addresses = look_up(host)
-        self._memory.seconds += time.monotonic() - began
+        self._look_up_seconds += time.monotonic() - began
         if all(map(is_public, addresses)):
             return ""
         return f"the host {host} has an address that is not public"

@@ -266,7 +266,7 @@ def test_a_storm_of_refusals_is_weathered(stub: StubEndpoint) -> None:
             await asyncio.to_thread(stub.capacity, 0)
             await until(lambda: it.run.counts.waiting != "")
             assert it.run.counts.waiting == (
-                f"the endpoint {stub.url} asks for patience (503: too many requests in flight); "
+                f"the endpoint {stub.url} is overloaded (503: too many requests in flight); "
                 "asking again little by little"
             )
             asked = sum((await asyncio.to_thread(stub.counts)).values())

@@ -1,4 +1,4 @@
-"""Answers in an .xlsx file: every member as it is, and one sheet with more cells. Charts, pictures and macros stay."""
+"""Answers in an .xlsx file: one sheet gets more cells, every other member is copied. Charts, pictures, macros stay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from embedding_relay.batch.workbook.xlsx.sheet import next_row, parse_area, pars
 TAG: Final = re.compile(rb"""<(?:"[^"]*"|'[^']*'|[^>"'])*>""")
 SPANS: Final = re.compile(rb"""(\sspans\s*=\s*["'])\s*(\d+):(\d+)\s*(["'])""")
 REFERENCE: Final = re.compile(rb"""(\sref\s*=\s*["'])([^"']*)(["'])""")
-# A sheet in which so much stands between two elements was not written by a spreadsheet program.
+# No spreadsheet program writes so much between two elements.
 MOST_BETWEEN: Final = 8 * MIB
 CELL_CHARS: Final = 32_767
 SHOWN_WIDTH: Final = "20"

@@ -19,7 +19,7 @@ from embedding_relay.batch.workbook.xlsx.markup import Node, Parser, local, tree
 
 # How Excel writes a character that XML cannot hold, and an underscore that would look like such.
 ESCAPED: Final = re.compile(r"_x([0-9A-Fa-f]{4})_")
-# More than all cells of a sheet of a million rows would need.
+# More than a sheet of a million rows and fifty columns has cells.
 MOST_TEXTS: Final = 50_000_000
 ROOT_RELATIONS: Final = "_rels/.rels"
 
@@ -119,7 +119,7 @@ class Book:
 
 
 class Texts:
-    """The texts that cells refer to by number, kept in a file: a workbook may hold more of them than memory."""
+    """The texts that cells refer to by number, kept in a file: they may be larger than memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -167,7 +167,7 @@ def open_book(source: Path, limits: Limits) -> Iterator[Book]:
 def read_texts(container: Container, member: str, texts: Texts) -> None:
     pieces: list[str] = []
     wanted = False
-    aside = size = 0  # depth within what is no part of the text: how it is pronounced
+    aside = size = 0  # depth within phonetic hints, which are not part of the text
 
     def start(name: str, _: dict[str, str]) -> None:
         nonlocal wanted, aside, size
@@ -210,5 +210,5 @@ def unescaped(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """What reads as `text` in a spreadsheet, where underscores and a number stand for a character."""
+    """What a spreadsheet shows as `text`, for it takes `_x0041_` for a character."""
     return ESCAPED.sub(lambda found: f"_x005F_{found.group()[1:]}", text)

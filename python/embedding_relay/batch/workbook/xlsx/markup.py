@@ -1,4 +1,4 @@
-"""XML from strangers: expat without document types, and small parts as trees. Names lose their namespace prefixes."""
+"""Untrusted XML: expat without document types, and small parts as trees. Names lose their namespace prefixes."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def local(name: str) -> str:
 
 
 def whole_number(text: str) -> int | None:
-    """What an attribute counts with; longer numbers than any count are none."""
+    """A count in an attribute; None if it is no number, or longer than any count."""
     text = text.strip()
     return int(text) if text.isdecimal() and len(text) < MOST_DIGITS else None
 
 
 class Parser:
-    """expat for one part. A tag or comment that does not end is refused early: expat would look at it ever again."""
+    """expat for one part. A tag or comment without an end is refused early: expat scans it anew for each chunk."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ def chunks(stream: Readable) -> Iterator[bytes]:
 
 
 def tree(content: bytes, what: str) -> Node:
-    """All of a part; only for parts that are no sheets."""
+    """A whole part in memory; for parts that are small, so never for sheets."""
     root = Node("", {})
     open_nodes = [root]
     count = 0

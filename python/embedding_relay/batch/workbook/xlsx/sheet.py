@@ -16,7 +16,7 @@ from embedding_relay.batch.workbook.xlsx.pictures import SheetPictures, find_pic
 REFERENCE: Final = re.compile(r"\$?([A-Z]{1,3})\$?([0-9]{1,7})")
 MOST_ROWS: Final = 1_048_576
 MOST_COLUMNS: Final = 16_384
-# =IMAGE("https://…") shows a picture and has no value that a program could store.
+# =IMAGE("https://…") shows a picture; it has no stored value.
 IMAGE_FORMULA: Final = re.compile(r'(?:_xlfn\.)?IMAGE\(\s*"([^"]+)"', re.IGNORECASE)
 # What WPS writes for a picture in a cell.
 NAMED_PICTURE: Final = re.compile(r'(?:_xlfn\.)?DISPIMG\(\s*"([^"]+)"', re.IGNORECASE)
@@ -77,7 +77,7 @@ class SheetTable:
 
 
 def read_merged_areas(book: Book, member: str) -> list[Area]:
-    """They stand behind the rows that they concern. A sheet without the word is not parsed for them."""
+    """They come after the rows in the file, so it is read twice; but only if the word occurs in it at all."""
     if not mentions(book, member, b"mergeCell"):
         return []
     areas = list[Area]()
@@ -230,7 +230,7 @@ class _RowReader:
             try:
                 return Cell(date_text(from_excel(number, epoch, timedelta=duration)), is_text=False)
             except (OverflowError, ValueError):
-                pass  # no date that there is: Excel shows the number, too
+                pass  # not a date that exists; Excel shows the number then, too
         return Cell(number_text(number), is_text=False)
 
     def _here(self) -> str:
