@@ -22,6 +22,9 @@ import zmq
 warnings.simplefilter("ignore")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
 from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
@@ -29,12 +32,6 @@ from embedding_relay.memory.layout import BufferLayout  # noqa: E402
 from embedding_relay.memory.plane import Entry, Region  # noqa: E402
 from embedding_relay.protocol.messages import Address  # noqa: E402
 from embedding_relay.protocol.status import Status  # noqa: E402
-from embedding_relay.transport.manager import (  # noqa: E402
-    MooncakeEmbeddingBootstrapServer,
-    MooncakeEmbeddingManager,
-    MooncakeEmbeddingReceiver,
-    MooncakeEmbeddingSender,
-)
 
 HOST = "127.0.0.1"
 ENDED = (Status.SUCCESS, Status.FAILED)
@@ -70,7 +67,7 @@ def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int) -> t
     encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows), daemon=True)
     encode.start()
     small = BufferLayout(layout.hidden_size, layout.dtype, 0, layout.block_size, max(1, offer // layout.block_size))
-    manager = MooncakeEmbeddingManager.language(small, RelayConfig(), host=HOST, ranks=1, max_rows=rows)
+    manager = LanguageManager.open(small, RelayConfig(), host=HOST, ranks=1, max_rows=rows)
     manager.start()
     peer = f"{HOST}:{here.recv()}"
     poller = zmq.Poller()
@@ -96,7 +93,7 @@ def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int) -> t
 def encode_instance(pipe: Connection, layout: BufferLayout, rows: int) -> None:
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
     registry.start()
-    manager = MooncakeEmbeddingManager.encode(layout, RelayConfig(), host=HOST, bootstrap=Address(HOST, registry.port))
+    manager = EncodeManager.open(layout, RelayConfig(), host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
     source = source_rows(layout, rows)
     pipe.send(registry.port)

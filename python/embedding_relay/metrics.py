@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from embedding_relay.observer import Summary
+from embedding_relay.observer import Numbers, Summary
+from embedding_relay.protocol.counts import Event
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -19,7 +19,7 @@ BOTH: Final = (ENCODE, LANGUAGE)
 
 
 class Metric(NamedTuple):
-    """`source` is the name of a number that the observer hears, or a field of the summary of a request.
+    """`source` is the name of a size or a total that the observer hears, or a field of the summary of a request.
 
     A counter with a label of its own has many sources: whoever increments it looks it up by this one.
     """
@@ -75,8 +75,8 @@ METRICS: Final = (
     _gauge("overdue_rooms", "quarantine_overdue", "Those of them that have waited too long for the proof.", LANGUAGE),
     _gauge("remembered_rooms", "remembered", "Rooms that are over; each is remembered for a while, then forgotten."),
     _gauge("followed_rooms", "followed", "Rooms whose end the scheduler waits for."),
-    _gauge("open_requests", "tallies", "Requests that the transfer has been given and that have not ended.", ENCODE),
-    _gauge("open_requests", "arrivals", "Requests that the transfer has been given and that have not ended.", LANGUAGE),
+    _gauge("open_requests", "senders", "Requests that the transfer has and that have not ended.", ENCODE),
+    _gauge("open_requests", "receivers", "Requests that the transfer has and that have not ended.", LANGUAGE),
     _gauge("parked_requests", "parked", "Requests that the scheduler keeps aside until their transfer has ended."),
     _gauge("shared_rooms", "shared", "Rooms whose rows are kept for further samples of one request.", LANGUAGE),
     _gauge("transfers", "transfers", "Chunks that are being written.", ENCODE),
@@ -89,10 +89,10 @@ METRICS: Final = (
     _gauge("peers", "peers", "Encode instances that are known.", LANGUAGE),
     _gauge("connections", "connections", "Control connections to the other side that are open."),
     REQUESTS,
-    _counter("chunks_total", "rounds_total", "Chunks that were written (encode) or copied out (language)."),
-    _counter("resumes_total", "resumes_total", "Offers of more room, after the first one of a request.", LANGUAGE),
-    _counter("rows_total", "rows_total", "Token rows in those chunks."),
-    _counter("bytes_total", "bytes_total", "Bytes in those chunks."),
+    _counter("chunks_total", "chunks", "Chunks that were written (encode) or copied out (language)."),
+    _counter("resumes_total", "resumes", "Offers of more blocks, after the first one of a request.", LANGUAGE),
+    _counter("rows_total", "rows", "Token rows in those chunks."),
+    _counter("bytes_total", "bytes", "Bytes in those chunks."),
     EVENTS,
     _histogram(
         "wait_seconds",
@@ -106,26 +106,24 @@ METRICS: Final = (
     _histogram("request_bytes", "bytes", "Bytes of a request.", _BYTES),
 )
 
-EVENTS_BY_NAME: Final = {
-    "undecodable_total": "a control message was no message of this protocol",
-    "refused_clients_total": "a client with another key was refused at the control port (see security.md)",
-    "engines_renewed_total": "an engine was thrown away after a failed write, and made anew",
-    "handshake_refused": "a language rank registered whose block size, types or version do not fit",
-    "registration_refused": "there were too many sessions, or one was claimed that may be alive",
-    "session_displaced": "an idle session was forgotten for a new one, and must register again",
-    "message_for_unknown_room": "a message was about a room that is not, or not yet, under way",
-    "status_stale": "a report said nothing new",
-    "ack_ignored": "an abort was acknowledged that was never sent",
-    "abort_ignored": "a room was aborted by a rank that is not part of it",
-    "submit_repeated": "rows were handed to the transfer twice",
-    "queued_repeated": "a room that is known to wait for blocks was announced again, or too late",
-    "init_repeated": "a first offer came again",
-    "resume_ignored": "a resume came again, or did not continue where its room is",
-    "offer_for_ended_room": "room was offered to a request that is over",
-    "offer_turned_away": "room was offered by a rank that is not registered, or not part of the room",
+EVENTS_ABOUT: Final = {
+    Event.UNDECODABLE: "a control message was no message of this protocol",
+    Event.REFUSED_CLIENTS: "a client with another key was refused at the control port (see security.md)",
+    Event.ENGINES_RENEWED: "an engine was thrown away after a failed write, and made anew",
+    Event.HANDSHAKE_REFUSED: "a language rank registered whose block size, types or version do not fit",
+    Event.REGISTRATION_REFUSED: "there were too many sessions, or one was claimed that may be alive",
+    Event.SESSION_DISPLACED: "an idle session was forgotten for a new one, and must register again",
+    Event.MESSAGE_FOR_UNKNOWN_ROOM: "a message was about a room that is not, or not yet, under way",
+    Event.STATUS_STALE: "a report said nothing new",
+    Event.ACK_IGNORED: "an abort was acknowledged that was never sent",
+    Event.ABORT_IGNORED: "a room was aborted by a rank that is not part of it",
+    Event.SUBMIT_REPEATED: "rows were handed to the transfer twice",
+    Event.QUEUED_REPEATED: "a room that is known to wait for blocks was announced again, or too late",
+    Event.INIT_REPEATED: "a first offer came again",
+    Event.RESUME_IGNORED: "a resume came again, or did not continue where its room is",
+    Event.OFFER_FOR_ENDED_ROOM: "blocks were offered to a room that is over",
+    Event.OFFER_TURNED_AWAY: "blocks were offered by a rank that is not registered, or not part of the room",
 }
-
-_FAILURE: Final = re.compile(r"failed_(\d+)")
 
 
 class RelayMetrics:
@@ -138,7 +136,7 @@ class RelayMetrics:
         self._gauges: dict[str, prometheus.Gauge] = {}
         self._counters: dict[str, prometheus.Counter] = {}
         self._histograms: dict[str, prometheus.Histogram] = {}
-        self._seen: dict[str, float] = {}
+        self._seen: dict[str | Event | int, float] = {}
         where = registry or prometheus.REGISTRY
         for metric in METRICS:
             if mode not in metric.modes:
@@ -156,13 +154,22 @@ class RelayMetrics:
                     histogram = prometheus.Histogram(*about, registry=where, buckets=metric.buckets)
                     self._histograms[metric.source] = histogram.labels(**self._labels)
 
-    def counted(self, numbers: Mapping[str, float]) -> None:
-        for name, number in numbers.items():
+    def counted(self, numbers: Numbers) -> None:
+        for name, size in numbers.sizes.items():
             if (gauge := self._gauges.get(name)) is not None:
-                gauge.set(number)
-            elif (counter := self._counter(name)) is not None and number > self._seen.get(name, 0):
-                counter.inc(number - self._seen.get(name, 0))
-                self._seen[name] = number
+                gauge.set(size)
+        for name, total in numbers.totals.items():
+            self._raise(self._counters.get(name), name, total)
+        for event, times in numbers.events.items():
+            self._raise(self._counters[EVENTS.source].labels(**self._labels, event=event.value), event, times)
+        for code, rooms in numbers.failures.items():
+            self._raise(self._ended(code), code, rooms)
+
+    def _raise(self, counter: Any, key: str | Event | int, total: float) -> None:
+        """Counters can only be incremented: by what has come to the total since it was seen last."""
+        if counter is not None and (more := total - self._seen.get(key, 0)) > 0:
+            counter.inc(more)
+            self._seen[key] = total
 
     def succeeded(self, summary: Summary) -> None:
         self._ended(200).inc()
@@ -172,14 +179,6 @@ class RelayMetrics:
     def parked(self, tables: Mapping[str, int]) -> None:
         for name, size in tables.items():
             self._gauges[name].set(size)
-
-    def _counter(self, name: str) -> Any:
-        """None for a number that is no metric."""
-        if failed := _FAILURE.fullmatch(name):
-            return self._ended(int(failed[1]))
-        if name in EVENTS_BY_NAME:
-            return self._counters[EVENTS.source].labels(**self._labels, event=name.removesuffix("_total"))
-        return self._counters.get(name)
 
     def _ended(self, code: int) -> Any:
         return self._counters[REQUESTS.source].labels(**self._labels, status_code=code)
@@ -199,5 +198,5 @@ def page_tables() -> str:
         where = "both" if modes == set(BOTH) else " and ".join(sorted(modes))
         lines.append(f"| `{PREFIX}{metric.name}` | {kind} | {where} | {metric.about} |")
     lines += ["", "| event | what happened |", "| --- | --- |"]
-    lines += [f"| `{name.removesuffix('_total')}` | {about} |" for name, about in EVENTS_BY_NAME.items()]
+    lines += [f"| `{event.value}` | {about} |" for event, about in EVENTS_ABOUT.items()]
     return "\n".join(lines) + "\n"

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Final, Protocol
+
+from embedding_relay.protocol.counts import Event
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """What one rank counts. A key that is missing from `events` or `failures` is a zero."""
+
+    sizes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of tables and pools, at this moment."""
+    totals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of what was moved since the start."""
+    events: collections.Counter[Event] = dataclasses.field(default_factory=collections.Counter)
+    failures: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    """Rooms that failed, by the status code that their clients got."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Summary:
 class Observer(Protocol):
     """Called in the thread that is named; none of the calls may wait."""
 
-    def counted(self, numbers: Mapping[str, float]) -> None:
+    def counted(self, numbers: Numbers) -> None:
         """Control thread: what `metrics()` says from now on, soon after anything has changed."""
 
     def succeeded(self, summary: Summary) -> None:
@@ -41,7 +57,7 @@ class Observer(Protocol):
 
 
 class Nobody:
-    def counted(self, numbers: Mapping[str, float]) -> None: ...
+    def counted(self, numbers: Numbers) -> None: ...
 
     def succeeded(self, summary: Summary) -> None: ...
 

@@ -1,17 +1,20 @@
-"""The encode side at work: messages and commands go into the core, and what the core asks for is done here."""
+"""The encode side at work: what the scheduler and the language ranks say goes into the core, what it asks is done."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
+from embedding_relay.config import RelayConfig
+from embedding_relay.memory.buffers import SourceRows
+from embedding_relay.memory.engine import MooncakeDataPlane
+from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.quiet import Prover
-from embedding_relay.observer import Observer, Summary
+from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
+from embedding_relay.protocol.counts import Counts
 from embedding_relay.protocol.effects import (
     DropRows,
     EncodeEffect,
@@ -23,76 +26,119 @@ from embedding_relay.protocol.effects import (
 )
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
-from embedding_relay.transport.board import Publish
-from embedding_relay.transport.loop import ControlLoop
+from embedding_relay.registry.client import Announcer
+from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, open_rank
 from embedding_relay.transport.workers import ChunkJob, TransferWorker, TransferWorkers
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class _Tally:
-    """What the log line of a room says."""
+class MooncakeEmbeddingSender(RoomEnd):
+    """The encode scheduler's end of one room."""
 
-    expected_at: float
-    submitted_at: float | None = None
-    rows: int = 0
-    rounds: int = 0
-    bytes: int = 0
+    def __init__(self, manager: EncodeManager, room: int) -> None:
+        super().__init__(room)
+        self._manager = manager
+        self._is_ours = True
+        # For the log line; written by the control thread.
+        self.expected_at = 0.0
+        self.submitted_at: float | None = None
+        self.rows = self.rounds = self.bytes = 0
+
+    def init(self) -> None:
+        """This instance's half of the request has arrived."""
+        self._is_ours = self._manager.follow(self)
+        if self._is_ours:
+            self._manager.expect(self)
+
+    def send_embedding(self, source: SourceRows) -> None:
+        """The rows are there (or will be, when `source.ready` says so). Sending them twice is sending them once."""
+        if self._is_ours:
+            self._manager.send_embedding(self.room, source)
+
+    def refuse(self, failure: Failure) -> None:
+        """No rows will come: the language side hears it at once, or as soon as it asks."""
+        if self._is_ours:
+            self._manager.refuse(self.room, failure)
 
 
-class EncodeShell:
-    """Every method runs in the control thread, but for those under `any thread`."""
+class EncodeManager(MooncakeEmbeddingManager):
+    """The manager of an encode rank."""
 
-    def __init__(
-        self,
-        core: EncodeSide,
-        buffers: EmbeddingBuffers,
-        loop: ControlLoop,
-        publish: Publish,
-        make_worker: Callable[[str], TransferWorker],
-        observer: Observer,
-    ) -> None:
-        self._core = core
-        self._buffers = buffers
-        self._loop = loop
-        self._publish = publish
-        self._observer = observer
-        self._workers = TransferWorkers(make_worker)
-        self._prover = Prover(self.report_proof)
+    @classmethod
+    def open(
+        cls,
+        layout: BufferLayout,
+        config: RelayConfig,
+        *,
+        host: str,
+        bootstrap: Address,
+        rank: int = 0,
+        ib_device: str = "",
+        observer: Observer = NOBODY,
+    ) -> EncodeManager:
+        """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry."""
+        plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
+        return cls(open_rank(layout, config, host, plane), bootstrap, rank, observer)
+
+    def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, observer: Observer) -> None:
+        super().__init__(opened, observer)
+        handshake, config = self.layout.handshake(), self.config
+        self._core = EncodeSide(handshake=handshake, instance=self.instance, pool=self.pool, timing=config.timing)
+        self._announcer = Announcer(
+            bootstrap,
+            EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake),
+            config.bootstrap_timeout,
+            self.report_unhealthy,
+            config.keys.registry if config.keys else None,
+        )
+        self._workers = TransferWorkers(self.transfer_worker)
+        self._prover = Prover(self._report_proof)
+        self._senders: dict[int, MooncakeEmbeddingSender] = {}
         self._sources: dict[int, SourceRows] = {}
-        self._tallies: dict[int, _Tally] = {}
-        self._rounds_total = 0
-        self._rows_total = 0
-        self._bytes_total = 0
+        self._chunks = self._rows = self._bytes = 0
+
+    def start(self) -> None:
+        super().start()
+        self._closing.callback(self._announcer.close)
+        self._announcer.start()
+
+    def _close_helpers(self) -> None:
+        self._prover.close()
+        self._workers.close()
+        self._sources.clear()
+        self._senders.clear()
+
+    def reachable(self) -> bool:
+        """Language ranks can find this rank: it is in its registry."""
+        return self._announcer.announced
 
     # ---- any thread
 
-    def expect(self, room: int) -> None:
-        self._loop.post(functools.partial(self._expect, room))
+    def expect(self, sender: MooncakeEmbeddingSender) -> None:
+        """The encode half of this room's request is here."""
+        self._loop.post(functools.partial(self._expect, sender))
 
-    def submit(self, room: int, source: SourceRows) -> None:
+    def send_embedding(self, room: int, source: SourceRows) -> None:
+        source.check(self.layout)
         self._loop.post(functools.partial(self._submit, room, source))
 
     def refuse(self, room: int, failure: Failure) -> None:
         self._loop.post(lambda now: self._run(self._core.refuse(room, failure, now), now))
 
-    def report_quiet(self, session_id: str) -> None:
+    def _report_quiet(self, session_id: str) -> None:
         """No failed write to the session can land any more."""
         self._loop.post(lambda now: self._run(self._core.session_quiet(session_id, now), now))
 
-    def report_proof(self, asked: ProveGone, is_gone: bool) -> None:
-        """Whether the process that has a session by now is known to be gone."""
-        self._loop.post(lambda now: self._run(self._core.proven(asked.session_id, asked.address, is_gone, now), now))
+    def _report_proof(self, question: ProveGone, is_gone: bool) -> None:
+        self._loop.post(
+            lambda now: self._run(self._core.proven(question.session_id, question.address, is_gone, now), now)
+        )
 
-    def close(self) -> None:
-        """After the control thread has ended."""
-        self._prover.close()
-        self._workers.close()
-        self._sources.clear()
-
-    # ---- the control loop's handler
+    # ---- control thread: what happens
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
         self._run(self._core.receive(codec.decode_to_encode(frames), now), now)
@@ -103,34 +149,40 @@ class EncodeShell:
         self._workers.end_idle(now)
 
     def next_wakeup(self) -> float | None:
-        return min(
-            (at for at in (self._core.next_wakeup(), self._workers.next_wakeup()) if at is not None), default=None
-        )
+        due = (self._core.next_wakeup(), self._workers.next_wakeup())
+        return min((at for at in due if at is not None), default=None)
 
-    def metrics(self) -> dict[str, float]:
-        moved = {"rounds_total": self._rounds_total, "rows_total": self._rows_total, "bytes_total": self._bytes_total}
-        shell = {"workers": len(self._workers), "sources": len(self._sources), "tallies": len(self._tallies)}
-        return {**self._core.sizes(), **self._core.counts(), **shell, **moved}
-
-    # ---- commands
-
-    def _expect(self, room: int, now: float) -> None:
-        self._tallies[room] = _Tally(expected_at=now)
-        self._run(self._core.expect(room, now), now)
+    def _expect(self, sender: MooncakeEmbeddingSender, now: float) -> None:
+        sender.expected_at = now
+        self._senders[sender.room] = sender
+        self._run(self._core.expect(sender.room, now), now)
 
     def _submit(self, room: int, source: SourceRows, now: float) -> None:
         self._sources.setdefault(room, source)
-        if (tally := self._tallies.get(room)) is not None and tally.submitted_at is None:
-            tally.submitted_at, tally.rows = now, source.total
+        if (sender := self._senders.get(room)) is not None and sender.submitted_at is None:
+            sender.submitted_at, sender.rows = now, source.total
         self._run(self._core.submit(room, source.total, now), now)
 
-    # ---- effects
+    def _transferred(self, job: ChunkJob, now: float) -> None:
+        room = job.chunk.room
+        self._chunks += 1
+        self._rows += job.rows
+        self._bytes += job.bytes
+        if (sender := self._senders.get(room)) is not None:
+            sender.rounds += 1
+            sender.bytes += job.bytes
+        self._run(self._core.transferred(room, job.chunk.transfer_id, job.errors, now), now)
+        # Only now is the core ready to hear that nothing of a failed write can land any more.
+        for session_id in job.errors:
+            self._workers.report_when_quiet(session_id)
+
+    # ---- control thread: what the core asks for
 
     def _run(self, effects: Iterable[EncodeEffect], now: float) -> None:
         for effect in effects:
             match effect:
                 case Send():
-                    self._loop.send(effect.to, codec.encode(effect.message), to_stranger=effect.courtesy)
+                    self._loop.send(effect.to, codec.encode(effect.message), to_stranger=effect.to_stranger)
                 case StatusChanged():
                     self._changed(effect, now)
                 case TransferEmbeddingChunk():
@@ -144,7 +196,7 @@ class EncodeShell:
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
-        job = ChunkJob(chunk, self._sources[chunk.room], self._buffers, self._post_transferred)
+        job = ChunkJob(chunk, self._sources[chunk.room], self._buffers, self._report_transferred)
         for destination in chunk.destinations:
             session = self._core.session(destination.session_id)
             if session is None:
@@ -157,36 +209,41 @@ class EncodeShell:
                 functools.partial(job.done, destination.session_id),
             )
 
-    def _post_transferred(self, job: ChunkJob) -> None:
-        self._loop.post(functools.partial(self._transferred, job))
+    def transfer_worker(self, session_id: str) -> TransferWorker:
+        """A thread that writes to one destination session."""
+        return TransferWorker(session_id, self.plane, self._report_quiet, self.report_unhealthy)
 
-    def _transferred(self, job: ChunkJob, now: float) -> None:
-        self._rounds_total += 1
-        self._rows_total += job.rows
-        self._bytes_total += job.bytes
-        if (tally := self._tallies.get(job.chunk.room)) is not None:
-            tally.rounds += 1
-            tally.bytes += job.bytes
-        self._run(self._core.transferred(job.chunk.room, job.chunk.transfer_id, job.errors, now), now)
-        # Only now is the core ready to hear that nothing of a failed write can land any more.
-        for session_id in job.errors:
-            self._workers.report_when_quiet(session_id)
+    def _report_transferred(self, job: ChunkJob) -> None:
+        """The thread of the last worker to finish."""
+        self._loop.post(functools.partial(self._transferred, job))
 
     def _changed(self, effect: StatusChanged, now: float) -> None:
         if is_final(effect.status):
-            self._log_end(effect, self._tallies.pop(effect.room, None), now)
-        self._publish(effect.room, effect.status, effect.failure)
+            self._log_end(effect, self._senders.pop(effect.room, None), now)
+        self.update_status(effect.room, effect.status, effect.failure)
 
-    def _log_end(self, effect: StatusChanged, tally: _Tally | None, now: float) -> None:
+    def _log_end(self, effect: StatusChanged, sender: MooncakeEmbeddingSender | None, now: float) -> None:
         if effect.status is Status.FAILED:
             logger.info("relay-encode room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
-        elif tally is not None and tally.submitted_at is not None:
+        elif sender is not None and sender.submitted_at is not None:
             summary = Summary(
-                rows=tally.rows,
-                rounds=tally.rounds,
-                bytes=tally.bytes,
-                wait_s=tally.submitted_at - tally.expected_at,
-                transfer_s=now - tally.submitted_at,
+                rows=sender.rows,
+                rounds=sender.rounds,
+                bytes=sender.bytes,
+                wait_s=sender.submitted_at - sender.expected_at,
+                transfer_s=now - sender.submitted_at,
             )
             logger.info("relay-encode room=%d status=Success %s", effect.room, summary)
-            self._observer.succeeded(summary)
+            self.observer.succeeded(summary)
+
+    # ---- numbers
+
+    def _counts(self) -> Counts:
+        return self._core.counts
+
+    def _sizes(self) -> dict[str, int]:
+        mine = {"senders": len(self._senders), "sources": len(self._sources), "workers": len(self._workers)}
+        return {**self._core.sizes(), **mine}
+
+    def _totals(self) -> dict[str, int]:
+        return {"chunks": self._chunks, "rows": self._rows, "bytes": self._bytes}

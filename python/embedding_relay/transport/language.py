@@ -1,102 +1,121 @@
-"""The language side at work: messages and commands go into the core, and what the core asks for is done here."""
+"""The language side at work: what the scheduler and the encode ranks say goes into the core, what it asks is done."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
-from embedding_relay.memory.buffers import EmbeddingBuffers, ReceivedRows
-from embedding_relay.observer import Observer, Summary
+from embedding_relay.config import RelayConfig
+from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.memory.engine import MooncakeDataPlane
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
-from embedding_relay.protocol.effects import (
-    CopyOut,
-    Deliver,
-    LanguageEffect,
-    Note,
-    Resolve,
-    Send,
-    StatusChanged,
-)
-from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.counts import Counts
+from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Resolve, Send, StatusChanged
+from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.side import LanguageSide
-from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import PeerLookup
-from embedding_relay.transport.board import Publish
-from embedding_relay.transport.loop import ControlLoop
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, open_rank
 
 logger = logging.getLogger(__name__)
 
 
-class Receiver(Protocol):
-    """The scheduler's end of one room, as far as the control thread needs it."""
+class MooncakeEmbeddingReceiver(RoomEnd):
+    """The language scheduler's end of one room."""
 
-    room: int
-    bootstrap_addr: str
+    def __init__(self, manager: LanguageManager, bootstrap_addr: str, room: int) -> None:
+        super().__init__(room)
+        self.bootstrap_addr = bootstrap_addr
+        self._manager = manager
+        self._is_ours = False
+        # Written by the control thread.
+        self.target: ReceivedRows | None = None
+        """Where rows are copied to, from the first copy on."""
+        self.requested_at = 0.0
+        self.offered_at: float | None = None
+        self.resumes = self.rounds = self.bytes = 0
 
-    def init(self, embedding_indices: Sequence[int], allocated_tokens: int) -> None: ...
+    def start(self, hint_rows: int | None = None) -> None:
+        """Ask for the rows of this room; `hint_rows` is a guess at how many there are."""
+        self._is_ours = self._manager.follow(self)
+        if self._is_ours:
+            self._manager.request(self, hint_rows)
 
-    def resume_transfer(self, embedding_indices: Sequence[int], sent_tokens: int, allocated_tokens: int) -> None: ...
+    def rows(self) -> ReceivedRows:
+        if self.poll() is not Status.SUCCESS or self.target is None:
+            raise LocalError(f"room {self.room} has no rows: it is {self.poll().name}")
+        return self.target
 
-    def deliver(self, rows: ReceivedRows, rounds: int) -> None: ...
+    def abort(self, failure: Failure | None = None) -> None:
+        """Nobody wants the rows any more. The encode side stops, and the blocks wait until it says that it has."""
+        if self._is_ours and not is_final(self.poll()):
+            self._manager.cancel(self.room, failure)
+
+    # ---- control thread: an offer of this room is being sent
+
+    def init(self, embedding_indices: Sequence[int], allocated_tokens: int) -> None:
+        """The first blocks are on offer; the same blocks may be offered again."""
+        self.offered_at = self.offered_at or time.monotonic()
+
+    def resume_transfer(self, embedding_indices: Sequence[int], sent_tokens: int, allocated_tokens: int) -> None:
+        """Blocks are on offer for the rows after the first `sent_tokens`."""
+        self.resumes += 1
 
 
-@dataclasses.dataclass
-class _Arrival:
-    """A room whose rows are on their way, and what its log line will say."""
+class LanguageManager(MooncakeEmbeddingManager):
+    """The manager of a language rank."""
 
-    receiver: Receiver
-    requested_at: float
-    encode_address: Address | None = None
-    offered_at: float | None = None
-    rows: ReceivedRows | None = None
-    rounds: int = 0
-    bytes: int = 0
+    @classmethod
+    def open(
+        cls,
+        layout: BufferLayout,
+        config: RelayConfig,
+        *,
+        host: str,
+        ranks: int,
+        max_rows: int,
+        ib_device: str = "",
+        observer: Observer = NOBODY,
+    ) -> LanguageManager:
+        """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`."""
+        plane = MooncakeDataPlane(host, config.transport, ib_device)
+        return cls(open_rank(layout, config, host, plane), ranks, max_rows, observer)
 
+    def __init__(self, opened: OpenRank, ranks: int, max_rows: int, observer: Observer) -> None:
+        super().__init__(opened, observer)
+        self._core = LanguageSide(
+            register=Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake()),
+            pool=self.pool,
+            default_tokens=self.config.default_allocate_tokens,
+            max_rows=max_rows,
+            ranks=ranks,
+            timing=self.config.timing,
+        )
+        keys = self.config.keys
+        self._lookup = PeerLookup(self, self._loop.post, keys.registry if keys else None)
+        self._receivers: dict[int, MooncakeEmbeddingReceiver] = {}
+        self._chunks = self._resumes = self._rows = self._bytes = 0
 
-class LanguageShell:
-    """Every method runs in the control thread, but for those under `any thread`."""
-
-    def __init__(
-        self,
-        core: LanguageSide,
-        buffers: EmbeddingBuffers,
-        loop: ControlLoop,
-        publish: Publish,
-        observer: Observer,
-        registry_key: bytes | None,
-    ) -> None:
-        self._core = core
-        self._buffers = buffers
-        self._loop = loop
-        self._publish = publish
-        self._observer = observer
-        self._lookup = PeerLookup(self, loop.post, registry_key)
-        self._arrivals: dict[int, _Arrival] = {}
-        self._rounds_total = 0
-        self._resumes_total = 0
-        self._rows_total = 0
-        self._bytes_total = 0
+    def _close_helpers(self) -> None:
+        self._lookup.close()
+        self._receivers.clear()
 
     # ---- any thread
 
-    def request(self, receiver: Receiver, hint_rows: int | None) -> None:
+    def request(self, receiver: MooncakeEmbeddingReceiver, hint_rows: int | None) -> None:
         self._loop.post(functools.partial(self._request, receiver, hint_rows))
 
     def cancel(self, room: int, failure: Failure | None) -> None:
         self._loop.post(lambda now: self._run(self._core.cancel(room, now, failure), now))
 
-    def close(self) -> None:
-        """After the control thread has ended."""
-        self._lookup.close()
-        self._arrivals.clear()
-
-    # ---- the control loop's handler
+    # ---- control thread: what happens
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
         self._run(self._core.receive(codec.decode_to_language(frames), now), now)
@@ -107,15 +126,9 @@ class LanguageShell:
     def next_wakeup(self) -> float | None:
         return self._core.next_wakeup()
 
-    def metrics(self) -> dict[str, float]:
-        moved = {"rounds_total": self._rounds_total, "rows_total": self._rows_total, "bytes_total": self._bytes_total}
-        shell = {"arrivals": len(self._arrivals), "resumes_total": self._resumes_total}
-        return {**self._core.sizes(), **self._core.counts(), **shell, **moved}
-
-    # ---- commands
-
-    def _request(self, receiver: Receiver, hint_rows: int | None, now: float) -> None:
-        self._arrivals[receiver.room] = _Arrival(receiver, requested_at=now)
+    def _request(self, receiver: MooncakeEmbeddingReceiver, hint_rows: int | None, now: float) -> None:
+        receiver.requested_at = now
+        self._receivers[receiver.room] = receiver
         self._run(self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows), now)
 
     def peer_resolved(self, peer: str, address: Address, instance: str, now: float) -> None:
@@ -127,7 +140,7 @@ class LanguageShell:
     def peer_dead(self, peer: str, now: float) -> None:
         self._run(self._core.peer_dead(peer, now), now)
 
-    # ---- effects
+    # ---- control thread: what the core asks for
 
     def _run(self, effects: Iterable[LanguageEffect], now: float) -> None:
         """What a copy leads to comes behind what was asked for before it."""
@@ -135,10 +148,8 @@ class LanguageShell:
         while waiting:
             effect = waiting.popleft()
             match effect:
-                case Send(message=TransferEmbeddingInfo() as info):
-                    self._offer(effect.to, info, now)
                 case Send():
-                    self._loop.send(effect.to, codec.encode(effect.message))
+                    self._send(effect)
                 case StatusChanged():
                     self._changed(effect)
                 case Resolve():
@@ -150,63 +161,67 @@ class LanguageShell:
                 case Note():
                     logger.warning("relay %s", effect.text)
 
-    def _offer(self, to: Address, info: TransferEmbeddingInfo, now: float) -> None:
-        """An init or a resume leaves through the receiver's doors."""
-        arrival = self._arrivals[info.room]
-        arrival.encode_address = to
-        if info.is_resume:
-            self._resumes_total += 1
-            arrival.receiver.resume_transfer(info.dst_embedding_indices, info.sent_tokens, info.allocated_tokens)
+    def _send(self, effect: Send) -> None:
+        self._loop.send(effect.to, codec.encode(effect.message))
+        if not isinstance(info := effect.message, TransferEmbeddingInfo):
             return
-        arrival.offered_at = arrival.offered_at or now
-        arrival.receiver.init(info.dst_embedding_indices, info.allocated_tokens)
-
-    def transmit(self, info: TransferEmbeddingInfo) -> None:
-        """What the doors put on the wire."""
-        to = self._arrivals[info.room].encode_address
-        assert to is not None
-        self._loop.send(to, codec.encode(info))
+        receiver = self._receivers[info.room]
+        if info.is_resume:
+            self._resumes += 1
+            receiver.resume_transfer(info.dst_embedding_indices, info.sent_tokens, info.allocated_tokens)
+        else:
+            receiver.init(info.dst_embedding_indices, info.allocated_tokens)
 
     def _copy_out(self, effect: CopyOut, now: float) -> list[LanguageEffect]:
-        arrival = self._arrivals.get(effect.room)
-        if arrival is None:  # it failed meanwhile: only the blocks are still of interest
+        receiver = self._receivers.get(effect.room)
+        if receiver is None:  # it failed meanwhile: only the blocks are still of interest
             return self._core.copied(effect.room, 0, 0, now)
         try:
-            if arrival.rows is None:
+            if receiver.target is None:
                 aux = self._buffers.read_aux(effect.blocks[0])
                 if not 1 <= aux.total <= effect.max_rows:
                     return self._core.copied(effect.room, 0, aux.total, now)
-                arrival.rows = self._buffers.make_target(aux)
-            rows = min(effect.capacity, arrival.rows.total - effect.first_row)
-            copied = self._buffers.copy_out(arrival.rows, effect.blocks, effect.first_row, rows)
+                receiver.target = self._buffers.make_target(aux)
+            rows = min(effect.capacity, receiver.target.total - effect.first_row)
+            copied = self._buffers.copy_out(receiver.target, effect.blocks, effect.first_row, rows)
         except RuntimeError as error:  # torch has no memory left for a prompt of this length
             return self._core.copy_failed(effect.room, str(error), now)
-        arrival.rounds += 1
-        arrival.bytes += copied
-        self._rounds_total += 1
-        self._rows_total += rows
-        self._bytes_total += copied
-        return self._core.copied(effect.room, rows, arrival.rows.total, now)
+        receiver.bytes += copied
+        self._chunks += 1
+        self._rows += rows
+        self._bytes += copied
+        return self._core.copied(effect.room, rows, receiver.target.total, now)
 
     def _deliver(self, effect: Deliver, now: float) -> None:
-        arrival = self._arrivals[effect.room]
-        assert arrival.rows is not None
-        assert arrival.offered_at is not None
-        arrival.receiver.deliver(arrival.rows, effect.rounds)
+        receiver = self._receivers[effect.room]
+        assert receiver.offered_at is not None
+        receiver.rounds = effect.rounds
         summary = Summary(
             rows=effect.rows,
             rounds=effect.rounds,
-            bytes=arrival.bytes,
-            wait_s=arrival.offered_at - arrival.requested_at,
-            transfer_s=now - arrival.offered_at,
+            bytes=receiver.bytes,
+            wait_s=receiver.offered_at - receiver.requested_at,
+            transfer_s=now - receiver.offered_at,
         )
         logger.info("relay room=%d status=Success %s", effect.room, summary)
-        self._observer.succeeded(summary)
+        self.observer.succeeded(summary)
 
     def _changed(self, effect: StatusChanged) -> None:
+        receiver = self._receivers.pop(effect.room, None) if is_final(effect.status) else None
         if effect.status is Status.FAILED:
             # As JSON: a reason may quote anything, and the line must stay one line.
             logger.info("relay room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
-        if is_final(effect.status):
-            self._arrivals.pop(effect.room, None)
-        self._publish(effect.room, effect.status, effect.failure)
+            if receiver is not None:
+                receiver.target = None  # the scheduler may keep the receiver for a while, and needs only the reason
+        self.update_status(effect.room, effect.status, effect.failure)
+
+    # ---- numbers
+
+    def _counts(self) -> Counts:
+        return self._core.counts
+
+    def _sizes(self) -> dict[str, int]:
+        return {**self._core.sizes(), "receivers": len(self._receivers)}
+
+    def _totals(self) -> dict[str, int]:
+        return {"chunks": self._chunks, "resumes": self._resumes, "rows": self._rows, "bytes": self._bytes}

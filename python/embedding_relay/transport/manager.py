@@ -1,160 +1,193 @@
-"""The doors of the transfer: a manager per rank, and for each room a sender (encode) or a receiver (language)."""
+"""One rank of the transfer as its scheduler sees it: a manager, its rooms, and the thread that works for them.
+
+`encode.py` and `language.py` have the two kinds of manager. The scheduler asks and polls, and never waits; the control
+thread owns the protocol core and everything else here.
+"""
 
 from __future__ import annotations
 
+import abc
+import collections
 import contextlib
+import dataclasses
 import logging
+import threading
 import uuid
+from collections.abc import Sequence
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
-from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import DataPlane
-from embedding_relay.observer import NOBODY, Observer
+from embedding_relay.observer import Numbers, Observer
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.counts import Counts, Event
 from embedding_relay.protocol.effects import TransferEmbeddingChunk
-from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import CONFLICT, UNAVAILABLE, Failure, LocalError
-from embedding_relay.protocol.language.side import LanguageSide
-from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
-from embedding_relay.protocol.status import Status
-from embedding_relay.registry.client import Announcer
-from embedding_relay.registry.entry import EncodeRank
-from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.threads import WatchedThread
-from embedding_relay.transport.board import Board, Notice
-from embedding_relay.transport.encode import EncodeShell
-from embedding_relay.transport.language import LanguageShell
 from embedding_relay.transport.loop import ControlLoop
-from embedding_relay.transport.rooms import MooncakeEmbeddingReceiver, MooncakeEmbeddingSender
-from embedding_relay.transport.workers import TransferWorker
-
-__all__ = [
-    "MooncakeEmbeddingBootstrapServer",
-    "MooncakeEmbeddingManager",
-    "MooncakeEmbeddingReceiver",
-    "MooncakeEmbeddingSender",
-    "TransferEmbeddingChunk",
-    "TransferEmbeddingInfo",
-]
+from embedding_relay.transport.wakeup import WakeUp
 
 logger = logging.getLogger(__name__)
 
+# ---- where rooms stand
 
-class MooncakeEmbeddingManager:
-    """One side of the transfer in one rank: wires the pure core to memory, engine, sockets and threads.
 
-    The scheduler's thread calls what does not begin with an underscore; nothing but `start` and `close` waits.
+class RoomEnd:
+    """The scheduler's end of one room. The control thread says where the room stands, and the scheduler polls."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._status = Status.BOOTSTRAPPING
+        self._failure: Failure | None = None
+
+    def poll(self) -> Status:
+        return self._status
+
+    def failure(self) -> Failure | None:
+        return self._failure
+
+    def change(self, status: Status, failure: Failure | None) -> None:
+        self._failure = failure  # before the status: whoever sees FAILED finds the reason
+        self._status = status
+
+
+class StatusBoard:
+    """The rooms that the scheduler follows, until they end; and which of them have changed since it last looked."""
+
+    def __init__(self) -> None:
+        self.wakeup = WakeUp()
+        self._ends: dict[int, RoomEnd] = {}
+        self._changed: dict[int, None] = {}
+        self._lock = threading.Lock()
+        self._closed: Failure | None = None
+
+    def follow(self, end: RoomEnd) -> bool:
+        """Whether the room is the caller's from here on: one room cannot be used twice at a time."""
+        with self._lock:
+            is_taken = end.room in self._ends
+            if is_taken:
+                end.change(Status.FAILED, Failure(CONFLICT, f"room {end.room} is in use by another request"))
+                self._changed[end.room] = None
+            else:
+                self._ends[end.room] = end
+        if is_taken:
+            self.wakeup.set()
+        elif self._closed is not None:
+            self.change(end.room, Status.FAILED, self._closed)
+        return not is_taken
+
+    def change(self, room: int, status: Status, failure: Failure | None = None) -> None:
+        """A room that nobody here follows (yet, or any more) is none of the scheduler's business."""
+        with self._lock:
+            end = self._ends.get(room)
+            if end is None or (end.poll() is status and failure is None):
+                return
+            end.change(status, failure)
+            if is_final(status):
+                del self._ends[room]
+            self._changed[room] = None
+        self.wakeup.set()
+
+    def status(self, room: int) -> Status | None:
+        end = self._ends.get(room)
+        return end.poll() if end else None
+
+    def drain(self) -> list[int]:
+        """Rooms that changed since the last call."""
+        self.wakeup.clear()
+        with self._lock:
+            rooms = list(self._changed)
+            self._changed.clear()
+        return rooms
+
+    def fail_all(self, failure: Failure) -> None:
+        """Nobody will report anything any more: no poll may wait for it."""
+        self._closed = failure
+        for room in list(self._ends):
+            self.change(room, Status.FAILED, failure)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+
+# ---- what a rank has open
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRank:
+    """Memory, an engine that knows it, and a control port: opened before any thread of the rank starts."""
+
+    layout: BufferLayout
+    config: RelayConfig
+    buffers: EmbeddingBuffers
+    plane: DataPlane
+    board: StatusBoard
+    loop: ControlLoop
+    address: Address
+    """Of the control port."""
+    closing: contextlib.ExitStack
+
+
+def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane) -> OpenRank:
+    """`host`: an address of this machine that the other side can reach. Raises SettingError for what cannot work."""
+    board, buffers = StatusBoard(), EmbeddingBuffers(layout)
+    loop = ControlLoop(host, codec.MAX_FRAME_BYTES, config.keys.control if config.keys else None)
+    with contextlib.ExitStack() as opened:
+        opened.callback(board.wakeup.close)
+        board.wakeup.open()
+        opened.callback(buffers.release)
+        buffers.allocate()
+        opened.callback(plane.close)
+        plane.start(buffers.regions)
+        opened.callback(loop.close)
+        address = loop.open()
+        return OpenRank(layout, config, buffers, plane, board, loop, address, opened.pop_all())
+
+
+# ---- the manager
+
+
+class MooncakeEmbeddingManager(abc.ABC):
+    """One side of the transfer in one rank: the scheduler's way into it, and its control thread.
+
+    Nothing but `start` and `close` waits.
     """
 
-    def __init__(self, layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane) -> None:
-        self.config = config
-        self.layout = layout
+    def __init__(self, rank: OpenRank, observer: Observer) -> None:
+        self.config = rank.config
+        self.layout = rank.layout
+        self.address = rank.address
+        self.plane = rank.plane
+        self.pool = BlockPool(rank.layout.blocks)
         self.instance = uuid.uuid4().hex
-        self.pool = BlockPool(layout.blocks)
-        self.plane = plane
         self.unhealthy_reason: str | None = None
-        self.observer: Observer = NOBODY
-        self._buffers = EmbeddingBuffers(layout)
-        self._board = Board()
-        self._loop = ControlLoop(host, codec.MAX_FRAME_BYTES, config.keys.control if config.keys else None)
-        self._registry_key = config.keys.registry if config.keys else None
+        self.observer = observer
+        self._buffers = rank.buffers
+        self._board = rank.board
+        self._loop = rank.loop
+        self._closing = rank.closing
         self._thread = WatchedThread("relay-control", self.embedding_thread, self._end_all)
-        self._opened = contextlib.ExitStack()
-        self._registry: tuple[Address, int] | None = None
-        self._max_rows = self.ranks = 0
-        self._numbers: dict[str, float] = {}
-        self._announcer: Announcer | None = None
-        self._encode: EncodeShell | None = None
-        self._language: LanguageShell | None = None
-
-    @classmethod
-    def encode(
-        cls,
-        layout: BufferLayout,
-        config: RelayConfig,
-        *,
-        host: str,
-        bootstrap: Address,
-        rank: int = 0,
-        ib_device: str = "",
-    ) -> MooncakeEmbeddingManager:
-        """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry."""
-        plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
-        manager = cls(layout, config, host, plane)
-        manager._registry = bootstrap, rank
-        return manager
-
-    @classmethod
-    def language(
-        cls, layout: BufferLayout, config: RelayConfig, *, host: str, ranks: int, max_rows: int, ib_device: str = ""
-    ) -> MooncakeEmbeddingManager:
-        """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`."""
-        manager = cls(layout, config, host, MooncakeDataPlane(host, config.transport, ib_device))
-        manager.ranks, manager._max_rows = ranks, max_rows
-        return manager
-
-    # ---- beginning and end
+        self._numbers = Numbers()
 
     def start(self) -> None:
-        with contextlib.ExitStack() as opened:
-            opened.callback(self._board.wakeup.close)
-            self._board.wakeup.open()
-            opened.callback(self._buffers.release)
-            self._buffers.allocate()
-            opened.callback(self.plane.close)
-            self.plane.start(self._buffers.regions)
-            opened.callback(self._loop.close)
-            self.address = self._loop.open()
-            if self._registry is None:
-                self._assemble_language(opened)
-            else:
-                self._assemble_encode(opened, *self._registry)
-            self._opened = opened.pop_all()
-
-    def _assemble_encode(self, opened: contextlib.ExitStack, registry: Address, rank: int) -> None:
-        handshake = self.layout.handshake()
-        core = EncodeSide(handshake=handshake, instance=self.instance, pool=self.pool, timing=self.config.timing)
-        self._encode = EncodeShell(
-            core, self._buffers, self._loop, self.update_status, self.transfer_worker, self.observer
-        )
-        opened.callback(self._encode.close)
-        self._start_thread(opened)
-        who = EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake)
-        self._announcer = Announcer(
-            registry, who, self.config.bootstrap_timeout, self.report_illness, self._registry_key
-        )
-        opened.callback(self._announcer.close)
-        self._announcer.start()
-
-    def _assemble_language(self, opened: contextlib.ExitStack) -> None:
-        register = Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake())
-        core = LanguageSide(
-            register=register,
-            pool=self.pool,
-            default_tokens=self.config.default_allocate_tokens,
-            max_rows=self._max_rows,
-            ranks=self.ranks,
-            timing=self.config.timing,
-        )
-        self._language = LanguageShell(
-            core, self._buffers, self._loop, self.update_status, self.observer, self._registry_key
-        )
-        opened.callback(self._language.close)
-        self._start_thread(opened)
-
-    def _start_thread(self, opened: contextlib.ExitStack) -> None:
         self._count()
-        opened.callback(self._thread.join)
-        opened.callback(self._loop.stop)
+        self._closing.callback(self._close_helpers)
+        self._closing.callback(self._thread.join)
+        self._closing.callback(self._loop.stop)
         self._thread.start()
 
     def close(self) -> None:
         """Idempotent. A write under way is waited for: Mooncake ends it within its own timeout."""
-        self._opened.close()
+        self._closing.close()
         self._board.fail_all(Failure(UNAVAILABLE, "this instance is stopping"))
+
+    @abc.abstractmethod
+    def _close_helpers(self) -> None:
+        """After the control thread has ended: the threads that worked for it."""
 
     # ---- health and numbers
 
@@ -162,28 +195,41 @@ class MooncakeEmbeddingManager:
         return self.unhealthy_reason is None
 
     def reachable(self) -> bool:
-        """Others can find this rank: an encode rank is in its registry."""
-        return self._announcer is None or self._announcer.announced
+        """Others can find this rank."""
+        return True
 
-    def report_illness(self, reason: str) -> None:
+    def report_unhealthy(self, reason: str) -> None:
         """Any thread: something died that this rank cannot work without."""
         self.unhealthy_reason = self.unhealthy_reason or reason
-        logger.error("relay is ill: %s", reason)
+        logger.error("relay is unhealthy: %s", reason)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Numbers:
         """Numbers of a moment ago; never waits."""
         return self._numbers
 
     def _count(self) -> None:
-        side = self._encode or self._language
-        loop = {
-            "connections": self._loop.connections,
-            "undecodable_total": self._loop.undecodable,
-            "refused_clients_total": self._loop.refused_clients,
-        }
-        mine = {"blocks": self.pool.count, "followed": len(self._board), "engines_renewed_total": self.plane.renewals}
-        self._numbers = {**mine, **loop, **(side.metrics() if side else {})}
+        loop, counts = self._loop, self._counts()
+        events = collections.Counter(counts.events)
+        events[Event.UNDECODABLE] = loop.undecodable
+        events[Event.REFUSED_CLIENTS] = loop.refused_clients
+        events[Event.ENGINES_RENEWED] = self.plane.renewals
+        sizes = {"blocks": self.pool.count, "followed": len(self._board), "connections": loop.connections}
+        self._numbers = Numbers(
+            sizes={**sizes, **self._sizes()},
+            totals=self._totals(),
+            events=events,
+            failures=collections.Counter(counts.failures),
+        )
         self.observer.counted(self._numbers)
+
+    @abc.abstractmethod
+    def _counts(self) -> Counts: ...
+
+    @abc.abstractmethod
+    def _sizes(self) -> dict[str, int]: ...
+
+    @abc.abstractmethod
+    def _totals(self) -> dict[str, int]: ...
 
     # ---- statuses
 
@@ -193,58 +239,49 @@ class MooncakeEmbeddingManager:
         return self._board.wakeup.fileno()
 
     def drain_events(self) -> list[int]:
+        """Rooms that changed since the last call."""
         return self._board.drain()
 
-    def follow(self, room: int) -> tuple[Notice, bool]:
-        """The notice of a room, and whether the room is the caller's: one room cannot be used twice at a time."""
-        notice = self._board.open(room)
-        if notice is not None:
-            return notice, True
-        return self._board.refused(room, Failure(CONFLICT, f"room {room} is in use by another request")), False
+    def follow(self, end: RoomEnd) -> bool:
+        """Whether the room is the caller's from here on; if it is somebody else's, `end` has failed already."""
+        return self._board.follow(end)
 
     def update_status(self, room: int, status: Status, failure: Failure | None = None) -> None:
         self._board.change(room, status, failure)
 
     def check_status(self, room: int) -> Status | None:
         """The status of a room that has not ended."""
-        notice = self._board.get(room)
-        return notice.status if notice else None
+        return self._board.status(room)
 
-    # ---- threads
+    # ---- the control thread
 
     def embedding_thread(self) -> None:
-        """The control thread: owns the core, the sockets and the timers."""
-        side = self._encode or self._language
-        assert side is not None
-        self._loop.run(side, self._count)
+        """Owns the core, the sockets and the timers."""
+        self._loop.run(self, self._count)
 
     def _end_all(self, reason: str) -> None:
         """Without the control thread nothing is reported any more: every open room must get its answer now."""
-        self.report_illness(reason)
+        self.report_unhealthy(reason)
         self._board.fail_all(Failure(UNAVAILABLE, reason))
 
-    def transfer_worker(self, session_id: str) -> TransferWorker:
-        """A thread that writes to one destination session."""
-        return TransferWorker(session_id, self.plane, self.sending.report_quiet, self.report_illness)
+    @abc.abstractmethod
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        """A message from the other side; raises UndecodableFrames if it is none."""
 
-    def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
-        """Control thread: hand a chunk to the workers of its destinations."""
-        self.sending.add_transfer_request(chunk, now)
+    @abc.abstractmethod
+    def tick(self, now: float) -> None:
+        """A time has come that `next_wakeup` has named."""
 
-    # ---- what senders and receivers work with
+    @abc.abstractmethod
+    def next_wakeup(self) -> float | None: ...
+
+    # ---- what only the manager of an encode rank does
 
     def send_embedding(self, room: int, source: SourceRows) -> None:
-        source.check(self.layout)
-        self.sending.submit(room, source)
+        raise LocalError("the manager of a language rank sends no rows")
 
-    @property
-    def sending(self) -> EncodeShell:
-        if self._encode is None:
-            raise LocalError("this manager does not send, or was not started")
-        return self._encode
+    def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
+        raise LocalError("the manager of a language rank writes no rows")
 
-    @property
-    def receiving(self) -> LanguageShell:
-        if self._language is None:
-            raise LocalError("this manager does not receive, or was not started")
-        return self._language
+    def transfer_worker(self, session_id: str) -> threading.Thread:
+        raise LocalError("the manager of a language rank has no transfer workers")

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.observer import Numbers
 from support.forks import fork, spare_the_collector
 from support.loopback import language_rank
 
@@ -24,9 +25,9 @@ class LanguageProcess:
         theirs.close()
         self._pipe.recv()
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Numbers:
         self._pipe.send("metrics")
-        answer: dict[str, float] = self._pipe.recv()
+        answer: Numbers = self._pipe.recv()
         return answer
 
     def signal(self, number: int) -> None:

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from embedding_relay.protocol.effects import Send
 from embedding_relay.protocol.messages import TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import MooncakeEmbeddingReceiver
+from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.loopback import ENDED, EncodeInstance, LanguageRank
 from support.rows import Spec
 
@@ -37,8 +38,8 @@ class Offers:
     """What the language rank has offered to whom, seen where it goes on the wire: not asked from the pool."""
 
     def __init__(self, language: LanguageRank) -> None:
-        self._shell = language.manager.receiving
-        self._transmit = self._shell.transmit
+        self._manager = language.manager
+        self._send = self._manager._send
         column = language.manager._buffers._memory["input_embeddings"]
         self._memory = column.view(language.layout.blocks, -1)[:, ::4096]
         self._last: dict[int, tuple[int, ...]] = {}
@@ -46,19 +47,23 @@ class Offers:
         self.violations: list[str] = []
 
     def __enter__(self) -> Offers:
-        self._shell.transmit = self._note  # type: ignore[method-assign]
+        self._manager._send = self._note  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._shell.transmit = self._transmit  # type: ignore[method-assign]
+        self._manager._send = self._send  # type: ignore[method-assign]
 
-    def _note(self, info: TransferEmbeddingInfo) -> None:
+    def _note(self, effect: Send) -> None:
+        if isinstance(effect.message, TransferEmbeddingInfo):
+            self._check(effect.message)
+        self._send(effect)
+
+    def _check(self, info: TransferEmbeddingInfo) -> None:
         for room, receiver in self._frozen.items():
             both = set(self._last.get(room, ())) & set(info.dst_embedding_indices)
             if room != info.room and both and receiver.poll() is not Status.SUCCESS:
                 self.violations.append(f"blocks {both} of room {room} were offered to room {info.room}")
         self._last[info.room] = info.dst_embedding_indices
-        self._transmit(info)
 
     @contextmanager
     def frozen(self, receiver: MooncakeEmbeddingReceiver) -> Iterator[None]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import zmq
@@ -17,15 +17,14 @@ import zmq
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry
+from embedding_relay.observer import Numbers
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
-from embedding_relay.transport.manager import (
-    MooncakeEmbeddingBootstrapServer,
-    MooncakeEmbeddingManager,
-    MooncakeEmbeddingReceiver,
-    MooncakeEmbeddingSender,
-)
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
 from support.rows import Spec, difference, make_rows
@@ -34,6 +33,8 @@ torch.set_num_threads(1)  # two processes on two cores; and no pool of native th
 
 HOST = "127.0.0.1"
 DEFAULTS = RelayConfig()
+T = TypeVar("T")
+
 ENDED = (Status.SUCCESS, Status.FAILED)
 # More than Mooncake's TCP transport queues for one peer.
 TOO_MANY_ENTRIES = 5000
@@ -75,8 +76,8 @@ class EncodeInstance:
         self._pipe.send((question,))
         return self._pipe.recv()
 
-    def metrics(self) -> dict[str, float]:
-        answer: dict[str, float] = self.ask("metrics")
+    def metrics(self) -> Numbers:
+        answer: Numbers = self.ask("metrics")
         return answer
 
     def end_of(self, room: int) -> tuple[Status, Failure | None]:
@@ -137,7 +138,7 @@ def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) ->
     before = Leftovers.now()
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0, config.keys.registry if config.keys else None)
     registry.start()
-    manager = MooncakeEmbeddingManager.encode(layout, config, host=HOST, bootstrap=Address(HOST, registry.port))
+    manager = EncodeManager.open(layout, config, host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
     pipe.send(registry.port)
     _EncodeLoop(pipe, layout, manager).run()
@@ -154,7 +155,7 @@ def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) ->
 class _EncodeLoop:
     """What a scheduler does, without a model: rows exist as soon as the language side waits for them."""
 
-    def __init__(self, pipe: Connection, layout: BufferLayout, manager: MooncakeEmbeddingManager) -> None:
+    def __init__(self, pipe: Connection, layout: BufferLayout, manager: EncodeManager) -> None:
         self._pipe = pipe
         self._layout = layout
         self._manager = manager
@@ -227,7 +228,7 @@ class _EncodeLoop:
 class LanguageRank:
     """A language rank in this process."""
 
-    manager: MooncakeEmbeddingManager
+    manager: LanguageManager
     layout: BufferLayout
 
     def start(self, peer: str, *rooms: int, hint_rows: int | None = None) -> dict[int, MooncakeEmbeddingReceiver]:
@@ -263,7 +264,7 @@ class LanguageRank:
 def language_rank(
     layout: BufferLayout, config: RelayConfig = DEFAULTS, *, ranks: int = 1, max_rows: int = 1_000_000
 ) -> Iterator[LanguageRank]:
-    manager = MooncakeEmbeddingManager.language(layout, config, host=HOST, ranks=ranks, max_rows=max_rows)
+    manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows)
     manager.start()
     try:
         yield LanguageRank(manager, layout)
@@ -284,9 +285,7 @@ def wait_until(condition: Callable[[], bool], manager: MooncakeEmbeddingManager,
             manager.drain_events()
 
 
-def settle(
-    metrics: Callable[[], Mapping[str, float]], want: Callable[[Mapping[str, float]], bool], patience: float = 5.0
-) -> None:
+def settle(metrics: Callable[[], T], want: Callable[[T], bool], patience: float = 5.0) -> None:
     """Wait for the other side's last messages."""
     deadline = time.monotonic() + patience
     while not want(now := metrics()) and time.monotonic() < deadline:
@@ -300,6 +299,7 @@ def assert_all_given_back(*sides: EncodeInstance | LanguageRank) -> None:
         settle(side.metrics if isinstance(side, EncodeInstance) else side.manager.metrics, _is_as_at_start)
 
 
-def _is_as_at_start(metrics: Mapping[str, float]) -> bool:
-    tables = ("rooms", "waiting_for_blocks", "transfers", "followed", "sources", "tallies", "arrivals")
-    return metrics["blocks_free"] == metrics["blocks"] and not any(metrics.get(table, 0) for table in tables)
+def _is_as_at_start(numbers: Numbers) -> bool:
+    tables = ("rooms", "waiting_for_blocks", "transfers", "followed", "sources", "senders", "receivers")
+    sizes = numbers.sizes
+    return sizes["blocks_free"] == sizes["blocks"] and not any(sizes.get(table, 0) for table in tables)

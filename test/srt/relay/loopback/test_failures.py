@@ -14,10 +14,12 @@ import pytest
 import zmq
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.errors import Failure, SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import MooncakeEmbeddingManager
+from embedding_relay.transport.encode import EncodeManager
+from embedding_relay.transport.language import LanguageManager
 from support.dying import LanguageProcess
 from support.loopback import (
     HOST,
@@ -209,7 +211,7 @@ def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeIn
 def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: EncodeInstance, room: int) -> None:
     dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, room)
     encode.expect(Spec(room, 500_000))
-    settle(encode.metrics, lambda m: m["bytes_total"] > 100_000 and m["rooms"] == 1)
+    settle(encode.metrics, lambda m: m.totals["bytes"] > 100_000 and m.sizes["rooms"] == 1)
     dying.kill()
     status, failure = encode.end_of(room)
     assert status is Status.FAILED
@@ -222,7 +224,7 @@ def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room:
     holder, patient = next(_rooms), dataclasses.replace(QUICK, bootstrap_timeout=60, waiting_timeout=60)
     with encode_instance(LAYOUT, patient) as encode:
         dying = LanguageProcess(small_layout(blocks=1), patient, encode.peer, holder, room)
-        settle(encode.metrics, lambda m: m["rooms"] == 2)  # one is asked for, the other announced
+        settle(encode.metrics, lambda m: m.sizes["rooms"] == 2)  # one is asked for, the other announced
         encode.expect(Spec(holder, 100, held=True), Spec(room, 100, held=True))
         dying.kill()
         for waiting in (holder, room):
@@ -258,14 +260,14 @@ def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_ove
         stopped = LanguageProcess(wide, patient, encode.peer, warm, room, rows=2048)
         encode.expect(Spec(warm, 100))
         assert encode.end_of(warm)[0] is Status.SUCCESS
-        settle(encode.metrics, lambda m: m["rooms"] == 1)
+        settle(encode.metrics, lambda m: m.sizes["rooms"] == 1)
         stopped.signal(signal.SIGSTOP)
         encode.expect(Spec(room, 2048))
         assert encode.end_of(room)[0] is Status.FAILED
-        settle(encode.metrics, lambda m: m["unquiet"] == 1 and m["transfers"] == 0, patience=10)
+        settle(encode.metrics, lambda m: m.sizes["unquiet"] == 1 and m.sizes["transfers"] == 0, patience=10)
         stopped.signal(signal.SIGCONT)
-        settle(stopped.metrics, lambda m: m["quarantined_rooms"] == 0 and m["blocks_free"] == 32)
-        settle(encode.metrics, lambda m: m["unquiet"] == 0)
+        settle(stopped.metrics, lambda m: m.sizes["quarantined_rooms"] == 0 and m.sizes["blocks_free"] == 32)
+        settle(encode.metrics, lambda m: m.sizes["unquiet"] == 0)
         assert_all_given_back(encode)
         stopped.kill()
 
@@ -276,9 +278,9 @@ def test_an_engine_that_rejects_everything_is_renewed_and_the_chunk_goes_through
         language.receive(encode, Spec(room, 300))
         encode.ask("poison")
         language.receive(encode, Spec(next(_rooms), 5000), hint_rows=1024)
-        settle(encode.metrics, lambda m: m["engines_renewed_total"] == 1)
+        settle(encode.metrics, lambda m: m.events[Event.ENGINES_RENEWED] == 1)
         language.receive(encode, Spec(next(_rooms), 5000))
-        assert encode.metrics()["engines_renewed_total"] == 1
+        assert encode.metrics().events[Event.ENGINES_RENEWED] == 1
         assert_all_given_back(encode, language)
 
 
@@ -292,8 +294,8 @@ def test_nonsense_on_the_control_ports_is_counted_and_named_once(
                 for frames in ([b""], [b"None"] * 6, [b"1", b"\xff"], [b"x" * 100_000] * 7, [b"7"] * 40):
                     push.send_multipart(frames)
                 push.setsockopt(zmq.LINGER, 1000)
-        settle(encode.metrics, lambda m: m["undecodable_total"] >= 5)
-        settle(language.manager.metrics, lambda m: m["undecodable_total"] >= 5)
+        settle(encode.metrics, lambda m: m.events[Event.UNDECODABLE] >= 5)
+        settle(language.manager.metrics, lambda m: m.events[Event.UNDECODABLE] >= 5)
         complaints = [record for record in caplog.records if "dropped" in record.message]
         assert len(complaints) == 1, caplog.text
         assert HOST in complaints[0].message
@@ -326,7 +328,7 @@ def test_an_idle_manager_uses_no_cpu(encode: EncodeInstance, language: LanguageR
 def test_a_manager_that_cannot_start_leaves_nothing() -> None:
     with socket.socket() as probe, pytest.raises(OSError, match="assign"):
         probe.bind(("192.0.2.1", 0))
-    manager = MooncakeEmbeddingManager.language(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
+    manager = LanguageManager.open(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
     with pytest.raises(SettingError, match=r"192\.0\.2\.1"):
         manager.start()
     manager.close()
@@ -337,7 +339,7 @@ def test_a_manager_whose_registry_never_comes_is_ill() -> None:
         closed.bind((HOST, 0))
         nobody = Address(HOST, closed.getsockname()[1])
         quick = dataclasses.replace(QUICK, bootstrap_timeout=1)
-        manager = MooncakeEmbeddingManager.encode(LAYOUT, quick, host=HOST, bootstrap=nobody)
+        manager = EncodeManager.open(LAYOUT, quick, host=HOST, bootstrap=nobody)
         manager.start()
         deadline = time.monotonic() + 5
         while manager.healthy() and time.monotonic() < deadline:

@@ -12,6 +12,7 @@ import zmq
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol import codec
+from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import (
     Address,
@@ -124,7 +125,7 @@ def test_rooms_under_way_do_not_notice_a_flood(
     wait_until(lambda: receivers[long.room].poll() is Status.TRANSFERRING, language.manager, 10)
     known = words(language, where, long.room)
     lines = [line for file in sorted(CORPUS.glob("*.txt")) for line in read_corpus(file, known) if line.frames]
-    rng, undecodable = random.Random(1), encode.metrics()["undecodable_total"]
+    rng, undecodable = random.Random(1), encode.metrics().events[Event.UNDECODABLE]
     specs = [long]
     sent = 0
     for turn in range(25):
@@ -143,8 +144,8 @@ def test_rooms_under_way_do_not_notice_a_flood(
     assert sent > 4000
     language.wait(receivers.values(), timeout=60)
     language.check(receivers, specs)
-    settle(encode.metrics, lambda m: m["undecodable_total"] >= undecodable + 1000, patience=10)
-    assert language.manager.metrics()["undecodable_total"] > 1000
+    settle(encode.metrics, lambda m: m.events[Event.UNDECODABLE] >= undecodable + 1000, patience=10)
+    assert language.manager.metrics().events[Event.UNDECODABLE] > 1000
     assert_all_given_back(encode, language)
 
 
@@ -191,7 +192,7 @@ def test_a_rank_that_came_back_with_the_session_of_its_predecessor_is_let_in(
 
 def test_a_session_cannot_be_taken_from_a_living_process(encode: EncodeInstance, stranger: Stranger) -> None:
     where, owner = encode.ask("address"), Stranger()
-    refused = encode.metrics().get("registration_refused", 0)
+    refused = encode.metrics().events[Event.REGISTRATION_REFUSED]
     stranger.say(where, registration("mine:1", owner.address), registration("mine:1", stranger.address, 1 << 21))
     for _ in range(2):
         stranger.say(where, init("mine:1", stranger.address))
@@ -202,7 +203,7 @@ def test_a_session_cannot_be_taken_from_a_living_process(encode: EncodeInstance,
     failure = owner.hear().failure
     assert failure is not None
     assert failure.code == 503, "it still has its session"
-    assert encode.metrics()["registration_refused"] > refused
+    assert encode.metrics().events[Event.REGISTRATION_REFUSED] > refused
     owner.close()
     assert_all_given_back(encode)
 
@@ -220,5 +221,5 @@ def test_invented_addresses_cost_a_bounded_number_of_sockets(
     language.wait(receivers.values())
     language.check(receivers, [under_way])
     language.receive(encode, later)
-    settle(encode.metrics, lambda m: 0 < m["connections"] <= MAX_STRANGERS + 1)
+    settle(encode.metrics, lambda m: 0 < m.sizes["connections"] <= MAX_STRANGERS + 1)
     assert_all_given_back(encode, language)

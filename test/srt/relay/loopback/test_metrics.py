@@ -12,12 +12,10 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import (
-    MooncakeEmbeddingBootstrapServer,
-    MooncakeEmbeddingManager,
-    MooncakeEmbeddingReceiver,
-    MooncakeEmbeddingSender,
-)
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.loopback import ENDED, HOST, settle, small_layout
 from support.rows import Spec, make_rows
 
@@ -58,10 +56,10 @@ class Half:
 
     def unpublished(self) -> set[str]:
         """Numbers that the manager has and no metric says."""
-        known = {metric.source for metric in metrics.METRICS if self._mode in metric.modes} | set(
-            metrics.EVENTS_BY_NAME
-        )
-        return {name for name in self.manager.metrics() if name not in known and not name.startswith("failed_")}
+        known = {metric.source for metric in metrics.METRICS if self._mode in metric.modes}
+        numbers = self.manager.metrics()
+        unknown_events = {event.value for event in numbers.events if event not in metrics.EVENTS_ABOUT}
+        return ({*numbers.sizes, *numbers.totals} - known) | unknown_events
 
 
 class Pair:
@@ -106,8 +104,8 @@ def pair() -> Iterator[Pair]:
         registry.start()
         where = Address(HOST, registry.port)
         managers = (
-            MooncakeEmbeddingManager.encode(LAYOUT, CONFIG, host=HOST, bootstrap=where),
-            MooncakeEmbeddingManager.language(LAYOUT, CONFIG, host=HOST, ranks=1, max_rows=10_000),
+            EncodeManager.open(LAYOUT, CONFIG, host=HOST, bootstrap=where),
+            LanguageManager.open(LAYOUT, CONFIG, host=HOST, ranks=1, max_rows=10_000),
         )
         encode, language = (Half(mode, manager) for mode, manager in zip(metrics.BOTH, managers, strict=True))
         for manager in managers:

@@ -13,7 +13,7 @@ import torch
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import MooncakeEmbeddingReceiver
+from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.dying import LanguageProcess
 from support.faults import ROUNDS, SEED, Offers, Traffic, next_room, stopped, unhurried, wait_for_bytes
 from support.loopback import (

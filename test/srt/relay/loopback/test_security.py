@@ -33,7 +33,7 @@ from embedding_relay.registry import seal as seals
 from embedding_relay.registry.client import RegistryError, announce, look_up
 from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
-from embedding_relay.transport.manager import MooncakeEmbeddingManager
+from embedding_relay.transport.language import LanguageManager
 from support.loopback import (
     HOST,
     EncodeInstance,
@@ -116,7 +116,7 @@ def test_a_request_between_instances_without_a_common_secret_fails_in_time_and_s
 ) -> None:
     monkeypatch.setattr(registry_client, "_LOOKUP_PATIENCE", 0.0)
     instance, started = encode if theirs else open_encode, time.monotonic()
-    known = instance.metrics()["sessions"]
+    known = instance.metrics().sizes["sessions"]
     with language_rank(LAYOUT, dataclasses.replace(OPEN, keys=ours)) as language:
         receivers = language.start(instance.peer, room)
         language.wait(receivers.values())
@@ -126,7 +126,7 @@ def test_a_request_between_instances_without_a_common_secret_fails_in_time_and_s
         assert instance.peer in failure.text
         assert said in failure.text
         assert time.monotonic() - started < OPEN.bootstrap_timeout
-        assert instance.metrics()["sessions"] == known, "it reached the control port"
+        assert instance.metrics().sizes["sessions"] == known, "it reached the control port"
         assert_all_given_back(instance, language)
 
 
@@ -364,7 +364,7 @@ def test_our_own_ports_are_open_on_the_given_address_only() -> None:
 def test_what_the_security_page_says_about_mooncake_is_true() -> None:
     """Its ports are open on every address, whatever it is told; whoever knows a session reads and writes its memory."""
     before = listening()
-    manager = MooncakeEmbeddingManager.language(LAYOUT, SECURE, host=ELSEWHERE, ranks=1, max_rows=1000)
+    manager = LanguageManager.open(LAYOUT, SECURE, host=ELSEWHERE, ranks=1, max_rows=1000)
     manager.start()
     opened = listening() - before
     address = manager.address

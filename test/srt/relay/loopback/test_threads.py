@@ -14,11 +14,10 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.registry import client
-from embedding_relay.transport.manager import (
-    MooncakeEmbeddingBootstrapServer,
-    MooncakeEmbeddingManager,
-    MooncakeEmbeddingSender,
-)
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
+from embedding_relay.transport.language import LanguageManager
+from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.loopback import (
     HOST,
     EncodeInstance,
@@ -61,7 +60,7 @@ def encode_here() -> Iterator[tuple[MooncakeEmbeddingManager, MooncakeEmbeddingB
     """An encode rank and its registry in this process, for things to be done to them."""
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
     registry.start()
-    manager = MooncakeEmbeddingManager.encode(LAYOUT, PATIENT, host=HOST, bootstrap=Address(HOST, registry.port))
+    manager = EncodeManager.open(LAYOUT, PATIENT, host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
     try:
         yield manager, registry
@@ -81,7 +80,7 @@ def becomes_unhealthy(manager: MooncakeEmbeddingManager) -> str:
 @pytest.mark.parametrize("death", DEATHS)
 def test_control(encode: EncodeInstance, room: int, death: BaseException) -> None:
     """Every open room ends, and every later one at once."""
-    manager = MooncakeEmbeddingManager.language(LAYOUT, PATIENT, host=HOST, ranks=1, max_rows=1000)
+    manager = LanguageManager.open(LAYOUT, PATIENT, host=HOST, ranks=1, max_rows=1000)
     manager.start()
     rank = LanguageRank(manager, LAYOUT)
     try:
@@ -89,7 +88,7 @@ def test_control(encode: EncodeInstance, room: int, death: BaseException) -> Non
         encode.expect(Spec(room, 100, held=True))
         wait_until(lambda: receivers[room].poll() is Status.WAITING_FOR_INPUT, manager, 20)
         assert manager.healthy()
-        manager.receiving._loop.post(dies(death))
+        manager._loop.post(dies(death))
         rank.wait(receivers.values())
         later = rank.start(encode.peer, next(_rooms))
         rank.wait(later.values())

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from embedding_relay import metrics
-from embedding_relay.observer import Summary
+from embedding_relay.observer import Numbers, Summary
+from embedding_relay.protocol.counts import Event
 from support.protocol import encode_side, language_side
 from support.repo import SOURCE
 
@@ -43,15 +44,15 @@ def sources(mode: str, *kinds: str) -> set[str]:
 def test_a_gauge_says_the_last_number_and_a_counter_all_of_them() -> None:
     language = Served("language")
     for rooms, rounds in ((3, 10), (1, 15), (0, 15)):
-        language.metrics.counted({"rooms": rooms, "rounds_total": rounds})
+        language.metrics.counted(Numbers(sizes={"rooms": rooms}, totals={"chunks": rounds}))
     assert language.value("rooms") == 0
     assert language.value("chunks_total") == 15
 
 
 def test_failures_are_told_apart_by_status_code_and_successes_are_counted_with_them() -> None:
     encode = Served("encode")
-    encode.metrics.counted({"failed_400": 2, "failed_502": 1})
-    encode.metrics.counted({"failed_400": 3, "failed_502": 1})
+    encode.metrics.counted(Numbers(failures=Counter({400: 2, 502: 1})))
+    encode.metrics.counted(Numbers(failures=Counter({400: 3, 502: 1})))
     encode.metrics.succeeded(Summary(rows=100, rounds=2, bytes=5000, wait_s=0.02, transfer_s=0.2))
     found = {code: encode.value("requests_total", status_code=code) for code in ("200", "400", "502", "503")}
     assert found == {"200": 1, "400": 3, "502": 1, "503": None}
@@ -59,7 +60,7 @@ def test_failures_are_told_apart_by_status_code_and_successes_are_counted_with_t
 
 def test_events_have_their_names() -> None:
     encode = Served("encode")
-    encode.metrics.counted({"undecodable_total": 4, "resume_ignored": 2})
+    encode.metrics.counted(Numbers(events=Counter({Event.UNDECODABLE: 4, Event.RESUME_IGNORED: 2})))
     assert encode.value("events_total", event="undecodable") == 4
     assert encode.value("events_total", event="resume_ignored") == 2
 
@@ -68,7 +69,7 @@ def test_a_number_that_is_no_metric_harms_nobody() -> None:
     """This runs in the control thread: a new table, or a total that shrinks, must not end it."""
     encode = Served("encode")
     for size in (5, 2):
-        encode.metrics.counted({"a_new_table": size, "rounds_total": size})
+        encode.metrics.counted(Numbers(sizes={"a_new_table": size}, totals={"a_new_total": size, "chunks": size}))
     assert encode.value("chunks_total") == 5
 
 
@@ -110,24 +111,13 @@ def test_every_size_is_a_gauge() -> None:
     assert set(language_side().sizes()) <= sources("language", "gauge")
 
 
-def counted_names() -> Iterator[str]:
-    """The names in `self._counts["name"] += 1` of both cores."""
-    for path in (PACKAGES / "protocol").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            match node:
-                case ast.Subscript(value=ast.Attribute(attr="_counts"), slice=name):
-                    yield from (leaf.value for leaf in ast.walk(name) if isinstance(leaf, ast.Constant))
-
-
-def test_every_count_is_an_event() -> None:
-    names = set(counted_names())
-    assert "status_stale" in names
-    assert names <= set(metrics.EVENTS_BY_NAME)
+def test_every_event_has_its_line_on_the_page() -> None:
+    assert set(metrics.EVENTS_ABOUT) == set(Event)
 
 
 def test_no_event_is_invented() -> None:
-    code = "".join(path.read_text() for path in PACKAGES.rglob("*.py") if path.name != "metrics.py")
-    assert [name for name in metrics.EVENTS_BY_NAME if f'"{name}"' not in code] == []
+    code = "".join(path.read_text() for path in PACKAGES.rglob("*.py") if path.name not in ("metrics.py", "counts.py"))
+    assert [event.name for event in Event if f"Event.{event.name}" not in code] == []
 
 
 # ---- pages
@@ -170,10 +160,11 @@ CHILD = """
     import sys
     sys.path.insert(0, sys.argv[1])
     from embedding_relay.metrics import RelayMetrics
+    from embedding_relay.observer import Numbers
     assert "prometheus_client" not in sys.modules, "too early: SGLang has not said yet where its files go"
     served = RelayMetrics("language", {"model_name": "m"})
-    served.counted({"rooms": 7, "rounds_total": 7})
-    served.counted({"rooms": 2, "rounds_total": 9})
+    served.counted(Numbers(sizes={"rooms": 7}, totals={"chunks": 7}))
+    served.counted(Numbers(sizes={"rooms": 2}, totals={"chunks": 9}))
 """
 SCRAPE = """
     from prometheus_client import CollectorRegistry, generate_latest, multiprocess

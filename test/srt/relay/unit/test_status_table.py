@@ -79,7 +79,7 @@ def world_in(status: Status) -> tuple[World, EncodeNode, LanguageNode]:
 
 
 def messages_to_encode(language: LanguageNode) -> dict[str, ToEncode]:
-    register = language.core._register
+    register = language.core._shared.register
 
     def info(sent: int, ranks: int = 1, blocks: tuple[int, ...] = (0, 1)) -> TransferEmbeddingInfo:
         where = language.address

@@ -160,9 +160,9 @@ def take_role(_result: Any, scheduler: Any) -> None:
     scheduler.embedding_relay = None
     mode = modes.current()
     if mode is not None:
-        from sglang.srt.disaggregation.multimodal import roles
+        from sglang.srt.disaggregation.multimodal import instance
 
-        scheduler.embedding_relay = roles.start_role(scheduler, mode)
+        scheduler.embedding_relay = instance.start_role(scheduler, mode)
         scheduler.disaggregation_mode = type(scheduler.disaggregation_mode).NULL
 
 
@@ -180,9 +180,9 @@ def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kw
     return original(scheduler, req, *args, **kwargs)
 
 
-def step(_result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+def work_after_messages(_result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.turn()
+        scheduler.embedding_relay.after_messages()
 
 
 def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
@@ -235,7 +235,7 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),
     Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),
     Hook(f"{_SCHEDULER}._add_request_to_queue", queue_request, HookType.AROUND),
-    Hook(f"{_SCHEDULER}.ingest_requests", step, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.ingest_requests", work_after_messages, HookType.AFTER),
     Hook(f"{_SCHEDULER}.on_idle", sleep_while_only_we_wait, HookType.AFTER),
     Hook(f"{_SCHEDULER}.is_fully_idle", count_our_requests, HookType.AFTER),
     Hook(f"{_SCHEDULER}.abort_request", abort_ours, HookType.AFTER),

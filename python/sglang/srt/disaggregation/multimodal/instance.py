@@ -1,4 +1,4 @@
-"""The transfer manager of this instance, made from what SGLang decided: model, addresses, ranks."""
+"""The role of this instance in its scheduler, made from what SGLang decided: model, addresses, ranks."""
 
 from __future__ import annotations
 
@@ -8,39 +8,67 @@ from typing import Any
 
 from embedding_relay.config import SECRET_FILE, RelayConfig
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
-from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from embedding_relay.transport.sockets import numeric_address
+from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, LanguageManager
+from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
+from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
+from sglang.srt.disaggregation.multimodal.roles import Role
+from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 
 logger = logging.getLogger(__name__)
 
 
-def encode_manager(scheduler: Any) -> MooncakeEmbeddingManager:
+def start_role(scheduler: Any, mode: str) -> Role[Any]:
+    role: Role[Any]
+    if mode == modes.ENCODE:
+        role = EncodeRole(scheduler, open_encode_manager(scheduler), VisionTower.of(scheduler))
+    else:
+        role = LanguageRole(scheduler, open_language_manager(scheduler))
+    role.start()
+    held = sum(parameter.numel() for parameter in scheduler.tp_worker.model_runner.model.parameters())
+    logger.info("relay mode=%s parameters=%d", mode, held)
+    return role
+
+
+def open_encode_manager(scheduler: Any) -> EncodeManager:
     config, host = RelayConfig.from_environment(), reachable_host()
     warn_if_open(config, host)
-    return MooncakeEmbeddingManager.encode(
+    return EncodeManager.open(
         _layout(scheduler, config),
         config,
         host=host,
         bootstrap=Address(host, get_disagg().disaggregation_bootstrap_port),
         rank=get_parallel().tp_rank,
         ib_device=get_disagg().disaggregation_ib_device or "",
+        observer=_observer(scheduler, modes.ENCODE),
     )
 
 
-def language_manager(scheduler: Any) -> MooncakeEmbeddingManager:
+def open_language_manager(scheduler: Any) -> LanguageManager:
     config, host = RelayConfig.from_environment(), reachable_host()
     warn_if_open(config, host)
-    return MooncakeEmbeddingManager.language(
+    return LanguageManager.open(
         _layout(scheduler, config),
         config,
         host=host,
         ranks=get_parallel().tp_size,
         max_rows=scheduler.max_req_input_len,
         ib_device=get_disagg().disaggregation_ib_device or "",
+        observer=_observer(scheduler, modes.LANGUAGE),
     )
+
+
+def _observer(scheduler: Any, mode: str) -> Observer:
+    if not scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
+        return NOBODY
+    from embedding_relay.metrics import RelayMetrics
+
+    return RelayMetrics(mode, scheduler.metrics_collector.labels)
 
 
 def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:

@@ -15,8 +15,8 @@ from embedding_relay.protocol.errors import (
     Failure,
 )
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import MooncakeEmbeddingManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import instance, media, modes
+from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
+from sglang.srt.disaggregation.multimodal import media, modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
@@ -52,7 +52,7 @@ class EncodeRequest(msgspec.Struct):
 
 
 class MultimodalEmbeddingBootstrapQueue:
-    """Requests whose language side has not offered room yet. No tower time is spent on them."""
+    """Requests whose language side has not offered blocks yet. No tower time is spent on them."""
 
     def __init__(self) -> None:
         self.queue: list[EncodeRequest] = []
@@ -68,10 +68,10 @@ class MultimodalEmbeddingBootstrapQueue:
         return moved
 
 
-class EncodeRole(Role):
+class EncodeRole(Role[EncodeManager]):
     mode = modes.ENCODE
 
-    def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager, tower: VisionTower) -> None:
+    def __init__(self, scheduler: Any, manager: EncodeManager, tower: VisionTower) -> None:
         super().__init__(scheduler, manager)
         self.tower = tower
         self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue()
@@ -79,13 +79,7 @@ class EncodeRole(Role):
         self.inflight: list[EncodeRequest] = []
         self.before_reachable: list[Any] = []
 
-    @classmethod
-    def of(cls, scheduler: Any) -> EncodeRole:
-        return cls(scheduler, instance.encode_manager(scheduler), VisionTower.of(scheduler))
-
-    def take_over(self, recv_req: Any) -> bool:
-        if is_local(recv_req):
-            return not self.manager.healthy()  # unanswered: to SGLang any answer means health
+    def take_over_remote(self, recv_req: Any) -> bool:
         if recv_req.bootstrap_room is None:
             text = f"Disaggregated request received without bootstrap room id. {recv_req.rid=}"
             self.answer_with_failure(recv_req, Failure(BAD_REQUEST, text))
@@ -122,7 +116,7 @@ class EncodeRole(Role):
             return Failure(INTERNAL, f"SGLang's processor for {self.tower.name} does not say which tokens are media")
         return None
 
-    def step(self) -> None:
+    def act_on_changes(self) -> None:
         if self.manager.drain_events():
             self.tower_queue += self.bootstrap_queue.pop_bootstrapped()
             self._finish_ended()

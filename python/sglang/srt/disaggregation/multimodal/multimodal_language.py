@@ -12,10 +12,10 @@ from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
-from embedding_relay.transport.manager import MooncakeEmbeddingManager, MooncakeEmbeddingReceiver
-from sglang.srt.disaggregation.multimodal import instance, media, modes
+from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
+from sglang.srt.disaggregation.multimodal import media, modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
-from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Role, aborted
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,14 @@ class MultimodalLanguageRequest:
 class MultimodalLanguagePreallocQueue:
     """Rooms that have no receive blocks yet; the manager serves them first come, first served."""
 
-    def __init__(self, manager: MooncakeEmbeddingManager, default_allocate_tokens: int | None) -> None:
+    def __init__(self, manager: LanguageManager) -> None:
         self.manager = manager
-        self.default_allocate_tokens = default_allocate_tokens
         self.queue: dict[int, MultimodalLanguageRequest] = {}
+
+    @property
+    def default_allocate_tokens(self) -> int | None:
+        """How many rows the manager reserves blocks for at first; None learns it from recent requests."""
+        return self.manager.config.default_allocate_tokens
 
     def add(self, recv_req: Any) -> None:
         room, peer = recv_req.bootstrap_room, Address(recv_req.bootstrap_host, recv_req.bootstrap_port)
@@ -118,23 +122,19 @@ class MultimodalLanguageTransferQueue:
         return moved
 
 
-class LanguageRole(Role):
+class LanguageRole(Role[LanguageManager]):
     mode = modes.LANGUAGE
 
-    def __init__(self, scheduler: Any, manager: MooncakeEmbeddingManager) -> None:
+    def __init__(self, scheduler: Any, manager: LanguageManager) -> None:
         super().__init__(scheduler, manager)
-        self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, manager.config.default_allocate_tokens)
+        self.prealloc_queue = MultimodalLanguagePreallocQueue(manager)
         self.transfer_queue = MultimodalLanguageTransferQueue()
         self.shared: dict[int, MultimodalLanguageRequest] = {}
         self.keep_shared_s = manager.config.waiting_timeout
 
-    @classmethod
-    def of(cls, scheduler: Any) -> LanguageRole:
-        return cls(scheduler, instance.language_manager(scheduler))
-
-    def take_over(self, recv_req: Any) -> bool:
-        if is_local(recv_req) or not recv_req.need_wait_for_mm_inputs:
-            return is_local(recv_req) and not self.manager.healthy()  # unanswered: to SGLang any answer means health
+    def take_over_remote(self, recv_req: Any) -> bool:
+        if not recv_req.need_wait_for_mm_inputs:
+            return False
         if recv_req.bootstrap_host is None:
             self.answer_with_failure(recv_req, Failure(BAD_REQUEST, "the request names no bootstrap_host"))
             return True
@@ -161,7 +161,7 @@ class LanguageRole(Role):
     def _port(self, port: int | None) -> int:
         return int(self.scheduler.server_args.disaggregation_bootstrap_port if port is None else port)
 
-    def step(self) -> None:
+    def act_on_changes(self) -> None:
         if self.manager.drain_events():
             self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
             for room, request in self.transfer_queue.pop_transferred().items():

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import abc
-import logging
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import zmq
 
-from embedding_relay.observer import NOBODY, Observer
+from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
-from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
 from sglang.srt.runtime_context import get_serving
 
-logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=MooncakeEmbeddingManager)
 
 _LONGEST_SLEEP_MS: Final = 1000
 
 
-class Role(abc.ABC):
+class Role(abc.ABC, Generic[M]):
     """Owned by one scheduler; every method runs in the scheduler's own thread."""
 
     mode: ClassVar[str]
 
-    def __init__(self, scheduler: Any, manager: Any) -> None:
+    def __init__(self, scheduler: Any, manager: M) -> None:
         self.scheduler = scheduler
         self.manager = manager
         self.scheduler_idle = False
@@ -49,25 +48,32 @@ class Role(abc.ABC):
         self.pulse.close()
         self.manager.close()
 
-    @abc.abstractmethod
     def take_over(self, recv_req: Any) -> bool:
         """Look at a request before SGLang does; True: it is ours from here on."""
+        if is_local(recv_req):
+            # To SGLang any answer to a health request means health: an unhealthy instance takes it and gives none.
+            return not self.manager.healthy()
+        return self.take_over_remote(recv_req)
+
+    @abc.abstractmethod
+    def take_over_remote(self, recv_req: Any) -> bool:
+        """The same for a request that has another half at another instance, or might have."""
 
     def take_from_queue(self, req: Any) -> bool:
         """Look at a validated request before it is queued; True: it never enters SGLang's queue."""
         return False
 
-    def turn(self) -> None:
+    def after_messages(self) -> None:
         """Once per turn of the scheduler's loop, after it has read its messages."""
         self.pulse.beat()
-        self.step()
+        self.act_on_changes()
         if self.manager.observer is not NOBODY and (tables := self.tables()) != self._tables:
             self._tables = tables
             self.manager.observer.parked(tables)
 
     @abc.abstractmethod
-    def step(self) -> None:
-        """Act on what has changed since the last turn."""
+    def act_on_changes(self) -> None:
+        """Do what has become possible since the last turn of the scheduler's loop."""
 
     @abc.abstractmethod
     def tables(self) -> dict[str, int]:
@@ -93,7 +99,7 @@ class Role(abc.ABC):
         """No request is parked here."""
 
     def has_work(self) -> bool:
-        """The next `step` has something to do even if no message comes."""
+        """There is something to do in the next turn even if no message comes."""
         return False
 
     def sleep_until_something_happens(self) -> None:
@@ -128,28 +134,3 @@ def is_local(req: Any) -> bool:
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
     return bool(req.bootstrap_host == FAKE_BOOTSTRAP_HOST)
-
-
-def start_role(scheduler: Any, mode: str) -> Role:
-    role: Role
-    if mode == modes.ENCODE:
-        from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
-
-        role = EncodeRole.of(scheduler)
-    else:
-        from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
-
-        role = LanguageRole.of(scheduler)
-    role.manager.observer = _observer(scheduler, mode)
-    role.start()
-    held = sum(parameter.numel() for parameter in scheduler.tp_worker.model_runner.model.parameters())
-    logger.info("relay mode=%s parameters=%d", mode, held)
-    return role
-
-
-def _observer(scheduler: Any, mode: str) -> Observer:
-    if not scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
-        return NOBODY
-    from embedding_relay.metrics import RelayMetrics
-
-    return RelayMetrics(mode, scheduler.metrics_collector.labels)

@@ -83,7 +83,7 @@ def _refuse_if_taken(host: str, port: int, flag: str) -> None:
 
 
 def start_registry() -> Any:
-    from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+    from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingBootstrapServer
     from sglang.srt.runtime_context import get_disagg, get_serving
 
     keys = RelayConfig.from_environment().keys
