@@ -53,7 +53,7 @@ class Service:
             )
             session.mark_analyzed(analyze(source, kind, choices, self.settings.limits))
             if order:
-                session.begin_split(choices)  # nobody asks for the steps of a batch one by one
+                session.begin_split(choices)  # a batch goes through all steps by itself
             self.sessions.add(session)
         except BaseException:
             folder.remove()
@@ -63,7 +63,7 @@ class Service:
         return session
 
     def analyze_again(self, session_id: str, choices: Choices) -> Session:
-        """With other choices: another sheet has other columns."""
+        """With other choices; another sheet, for one, has other columns."""
         session = self.sessions.get(session_id)
         analysis = analyze(self._source(session), session.kind, choices, self.settings.limits)
         return self.sessions.change(session_id, lambda session: session.analyze_again(choices, analysis))
@@ -127,6 +127,6 @@ class Service:
     # ---- all
 
     def delete(self, session_id: str) -> None:
-        """Whoever works on it stops at its next step, because the session is gone."""
+        """A worker that is at it stops at its next step, because the record is gone."""
         self.sessions.delete(session_id)
         self.sessions.folder(session_id).remove()

@@ -1,4 +1,4 @@
-"""What one row asks, and what became of it: the two records that travel between the parts, a line of JSON each."""
+"""A task (what one row asks) and its result, as they are handed around and saved: a line of JSON each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import msgspec
 
 
 class Task(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One row's question. `row` is the row's number as its owner sees it: 1 is the first row of the sheet or line."""
+    """What one row asks. `row` is its number as the owner sees it: the first row or line is 1."""
 
     row: int
     prompt: str = ""
-    # In the order of the columns: http(s) URLs, data URIs, or the paths of files within the session's directory.
+    # In the order of the columns: http(s) URLs, data URIs, or paths of files within the session's folder.
     images: tuple[str, ...] = ()
     # A row that cannot be asked, and why. It is recorded as failed with this sentence.
     error: str = ""
@@ -29,7 +29,7 @@ class Outcome(enum.Enum):
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One row's end. Written once."""
+    """The final result of one row. Written once."""
 
     row: int
     outcome: Outcome
@@ -37,7 +37,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    # Of the last answer that the endpoint gave; 0 when there was none.
+    # Of the endpoint's last answer; 0 when there was none.
     http_status: int = 0
     custom_id: str = ""
     # The endpoint's whole answer, kept for tasks with a `body` only.

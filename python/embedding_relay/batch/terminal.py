@@ -1,4 +1,4 @@
-"""`sglang-relay batch run`: one workbook, answered in this process with a progress bar. It goes on where it stopped."""
+"""`sglang-relay batch run`: one workbook, answered in this process, with a progress bar; resumes an earlier run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 LOOK_EVERY: Final = 0.2
 FAILURES_SHOWN: Final = 5
 SUFFIXES: Final = {"xlsx": (".xlsx", ".xlsm"), "csv": (".csv", ".tsv", ".txt"), "jsonl": (".jsonl", ".ndjson")}
-# 128 + SIGINT, as a shell says it.
+# 128 + SIGINT: the exit status of an interrupted command.
 STOPPED: Final = 130
 
 
@@ -83,7 +83,7 @@ def _choices(arguments: argparse.Namespace) -> Choices:
 
 
 def _fingerprint(workbook: Path, choices: Choices, asking: Asking, endpoint: str) -> str:
-    """The same question about the same file is the same run, which goes on; anything else is another one."""
+    """Names the run: the same options for the same file resume it, anything else is another run."""
     with workbook.open("rb") as file:
         content = hashlib.file_digest(file, "sha256")
     content.update(msgspec.json.encode([choices, asking, endpoint]))
@@ -91,15 +91,15 @@ def _fingerprint(workbook: Path, choices: Choices, asking: Asking, endpoint: str
 
 
 def _forget_old_runs(places: Path, keep_seconds: float) -> None:
-    """No service sweeps here."""
+    """There is no service here that would remove expired sessions."""
     for place in places.glob("*"):
         if time.time() - place.stat().st_mtime > keep_seconds:
             shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Of several that begin the same run at once, one makes its session and the others find it."""
+def _locked(place: Path) -> Iterator[None]:
+    """If several processes begin the same run at once, one makes the session and the others find it."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -122,7 +122,7 @@ class _Terminal:
         worker = Worker(self._settings, store, sessions)
         service = Service(self._settings, sessions, wake=worker.wake)
         try:
-            with _alone(self._settings.cache_dir):
+            with _locked(self._settings.cache_dir):
                 session = await asyncio.to_thread(self._session, service)
             self._check_out(session.kind)
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -142,7 +142,7 @@ class _Terminal:
             store.close()
 
     def _session(self, service: Service) -> Session:
-        """The one that an earlier start has left, or a new one."""
+        """The session of an earlier start, or a new one."""
         for session in service.sessions.all():
             if session.stage is not Stage.FAILED:
                 return session
@@ -151,7 +151,7 @@ class _Terminal:
             return service.take_upload(file, self._workbook.name, self._choices)
 
     def _check_out(self, kind: str) -> None:
-        """The answers come in the workbook that was given, so another kind of file cannot be asked for."""
+        """The answers are added to the workbook that was given, so the output has its kind."""
         suffixes = SUFFIXES[kind]
         if self._out.suffix.lower() not in suffixes:
             raise Refusal(400, f"{self._out}: the answered workbook is {suffixes[0]}, as the one that was given")
@@ -184,7 +184,7 @@ class _Terminal:
             if session.split.is_ready() and session.stage.can_execute():
                 return service.start(session.session_id, self._asking)
         except Refusal:
-            # The same command in another window may have been quicker.
+            # The same command in another terminal may have done this step already.
             if service.sessions.get(session.session_id) == session:
                 raise
         return session

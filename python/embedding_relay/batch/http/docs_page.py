@@ -1,4 +1,4 @@
-"""The description of all calls as one plain page. FastAPI's own page loads its script from elsewhere; this has none."""
+"""The page /docs: all calls, as plain HTML. FastAPI's own page would load its script from another site."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pre { border-radius: .5rem; background: #8881 }
 
 
 def render(openapi: Schema, base_url: str) -> str:
-    """`base_url` is how whoever reads the page reaches the service, for lines to copy."""
+    """`base_url` is how the reader reaches the service; it is in the command lines to copy."""
     title = escape(openapi["info"]["title"])
     calls = "".join(
         _call(openapi, method, path, call, base_url.rstrip("/"))

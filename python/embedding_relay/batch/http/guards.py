@@ -1,4 +1,4 @@
-"""What stands before every call: the size of what is sent, the key, and pages of other sites."""
+"""Checks before every call: the API key, the size of the body, and requests that pages of other sites make."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_relay.batch.http.errors import error_answer
 
-# They show nothing of anybody's: the page asks for the key and then sends it with each call.
+# They show no data. The page asks for the key and sends it with each of its calls.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/docs", "/openapi.json", "/favicon.ico"})
 UPLOADS: Final = frozenset({"/api/analyze/upload", "/v1/files"})
-# The JSON of every other call. What it says is kept with the session, and read all the time.
+# For the JSON of every other call: it becomes part of the session's record, which is read all the time.
 MOST_JSON: Final = 2**20
-HARMLESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class _TooMuch(Exception):
+class _BodyTooLarge(Exception):
     pass
 
 
 class Guards:
-    """`most_bytes` is the largest upload that is read; `api_key` is empty when none is asked for."""
+    """`most_bytes` is the size of the largest upload; with an empty `api_key` no key is asked for."""
 
     def __init__(self, app: ASGIApp, most_bytes: int, api_key: str) -> None:
         self._app = app
@@ -42,7 +42,7 @@ class Guards:
                 scope["path"], 401, "this service wants an API key: send it as `Authorization: Bearer KEY`"
             )
             answer.headers["WWW-Authenticate"] = "Bearer"
-        elif scope["method"] not in HARMLESS and headers.get("sec-fetch-site") == "cross-site":
+        elif scope["method"] not in READING and headers.get("sec-fetch-site") == "cross-site":
             answer = error_answer(scope["path"], 403, "a page of another site may not use this service")
         elif _declared(headers) > self._most_of(scope):
             answer = self._too_large(scope)
@@ -59,7 +59,7 @@ class Guards:
         return scheme.lower() == "bearer" and any(known)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A body may be longer than it says, or say nothing; so it is counted while it comes."""
+        """A body may be longer than its header says, or there is no header: so its bytes are counted."""
         received, begun, most = 0, False, self._most_of(scope)
 
         async def counting() -> Message:
@@ -67,11 +67,11 @@ class Guards:
             message = await receive()
             received += len(message.get("body", b""))
             if received > most:
-                raise _TooMuch
+                raise _BodyTooLarge
             return message
 
         async def instead(message: Message) -> None:
-            """Whoever parses the body takes our exception for a broken form, and says so: 400."""
+            """The parser of the body takes our exception for a broken form and would answer 400: answer 413 instead."""
             nonlocal begun
             if received <= most:
                 await send(message)
@@ -79,7 +79,7 @@ class Guards:
                 begun = True
                 await self._too_large(scope)(scope, receive, send)
 
-        with contextlib.suppress(_TooMuch):
+        with contextlib.suppress(_BodyTooLarge):
             await self._app(scope, counting, instead)
             return
         await instead({})

@@ -1,4 +1,4 @@
-"""The service as a whole: one socket, several worker processes on it, and a parent that replaces those that end."""
+"""`sglang-relay batch serve`: one socket, several worker processes, and a parent that replaces those that end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from embedding_relay.batch.store.opening import open_store
 
 logger = logging.getLogger(__name__)
 
-# Time for calls that are under way when the service is asked to end; a live stream would go on for hours.
+# Time for calls under way when the service is stopped; a live stream would go on for hours.
 GRACE_SECONDS = 5
 # A worker that does not answer its parent for so long is replaced.
 HANGING_SECONDS = 30
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C. Runs that are under way go on when the service is started again."""
+    """Serve until SIGTERM or Ctrl-C. Runs under way go on when the service is started again."""
     _log_to_stderr()
     try:
-        Endpoint(settings.endpoint, api_key=settings.endpoint_api_key)  # a key that cannot be sent is one line as well
+        Endpoint(settings.endpoint, api_key=settings.endpoint_api_key)  # raises for a URL or a key that cannot be used
         settings.sessions_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(settings.store_place)
         store.keys("session:")
@@ -67,7 +67,7 @@ def run(settings: Settings) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before any worker starts: a port that is taken is one line and not a crash per worker."""
+    """Bound before any worker starts, so that a port in use is one error and not a crash of each worker."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -85,7 +85,7 @@ def _worker_app(settings: Settings) -> FastAPI:
 
 
 def _end_with_parent(parent: multiprocessing.process.BaseProcess) -> None:
-    """Without its parent a worker would serve on for ever, and nobody would replace it."""
+    """A worker whose parent was killed would serve on, and nobody would replace it when it ends."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -94,5 +94,5 @@ def _log_to_stderr() -> None:
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True
     )
-    # One line per call is of use to nobody while a page polls.
+    # A line per call is of no use while pages poll.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Batches of OpenAI's API. A batch is a session with an order; nothing about it is stored apart."""
+"""Batches of OpenAI's API: a batch is a session with a `BatchOrder`, and nothing about it is stored elsewhere."""
 
 from __future__ import annotations
 
@@ -26,13 +26,6 @@ MOMENTS: Final = (
     *("cancelling_at", "cancelled_at"),
 )
 Fields = dict[str, Any]
-
-
-class UnknownBatch(Mistake):
-    def __init__(self, batch_id: str) -> None:
-        super().__init__(
-            404, f"there is no batch {batch_id!r}: it was deleted, it expired, or it never was", "batch_id"
-        )
 
 
 # ---- what a client sends
@@ -67,7 +60,7 @@ def _metadata_of(given: object) -> dict[str, str] | None:
         if not isinstance(value, str) or len(key) > LONGEST_KEY or len(value) > LONGEST_VALUE:
             raise mistake
         if SURROGATES.search(key + value):
-            raise mistake  # halves of characters, which JSON can write and no record can hold
+            raise mistake  # lone surrogates: JSON can write them, a record in the store cannot hold them
     return given
 
 
@@ -110,7 +103,8 @@ class Batches:
     def get(self, batch_id: str) -> Session:
         session = self._service.sessions.find(batch_id.removeprefix(PREFIX)) if batch_id.startswith(PREFIX) else None
         if session is None or session.order is None:
-            raise UnknownBatch(batch_id)
+            why = "it was deleted, it expired, or it never existed"
+            raise Mistake(404, f"there is no batch {batch_id!r}: {why}", "batch_id")
         return session
 
     def all(self) -> list[Session]:

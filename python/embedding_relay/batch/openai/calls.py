@@ -1,4 +1,4 @@
-"""The calls under /v1: OpenAI's Files and Batches API, for its unmodified clients."""
+"""The calls under /v1: OpenAI's Files and Batches API, for OpenAI's unmodified clients."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def cancel_batch(request: Request, batch_id: str) -> Fields:
     return batch_view(_batches(request).cancel(batch_id))
 
 
-# ---- forms that all of them share
+# ---- lists
 
 
 def paged(items: list[Fields], after: str | None, limit: int) -> Fields:

@@ -1,4 +1,4 @@
-"""The lines of OpenAI's batch files: what is wrong with those that come in, and those that go out."""
+"""The lines of OpenAI's batch files: what is wrong with lines of an input, and the lines of output and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedding_relay.batch.session.records import LineError
 from embedding_relay.batch.tasks import Outcome, Result
 from embedding_relay.batch.workbook.jsonl_file import BOM, PLAIN
 
-# They are kept with the light state of the session, and who has mended so many lines asks again anyway.
+# They are part of the session's record in the store, so there must be an end to them.
 MOST_ERRORS: Final = 100
 SHOWN: Final = 200
 Fields = dict[str, Any]
@@ -23,7 +23,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 def input_errors(file: IO[bytes], endpoint: str, most_lines: int) -> list[LineError]:
-    """The first errors of a batch's input; without any of them it can be asked."""
+    """The first errors of a batch's input; without any it can be asked."""
     found: list[LineError] = []
     first_use: dict[str, int] = {}
     requests = 0
@@ -90,7 +90,7 @@ def _body_error(body: Fields, endpoint: str) -> tuple[str, str] | None:
 
 
 def is_output(result: Result) -> bool:
-    """Of the two files of a batch, whether the output is the one for it; the other one is for errors."""
+    """Whether a result belongs into the output file of its batch; else it belongs into the error file."""
     return result.outcome is Outcome.DONE
 
 
@@ -104,7 +104,7 @@ def line_of(result: Result, session_id: str) -> Fields:
 
 
 def _response(result: Result, request_id: str) -> Fields | None:
-    """What the endpoint said, if that is the result: its answer, or that it will not have this request."""
+    """The endpoint's answer or its refusal, if that is the result."""
     refused = result.outcome is Outcome.FAILED and 400 <= result.http_status < 500
     if result.outcome is not Outcome.DONE and not refused:
         return None
