@@ -118,7 +118,7 @@ class SchedulerWatch:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind("")  # Linux chooses a name, and the answer comes back to it
-        self._loop.add_reader(self._socket.fileno(), self._hear)
+        self._loop.add_reader(self._socket.fileno(), self._read_answer)
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
@@ -152,7 +152,7 @@ class SchedulerWatch:
                 self._asked_at = self._loop.time()
             self._ask()
             await asyncio.sleep(self._interval)
-            self._hear()  # this loop may have been the busy one, and the answer be there
+            self._read_answer()  # this loop may have been the busy one, and the answer be there
             silence = 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
             if silence >= self._silence:
                 self._trouble = f"the scheduler of this instance has not answered for {silence:.3g} s"
@@ -168,7 +168,7 @@ class SchedulerWatch:
                 self._is_connected = True
             self._socket.send(b"?")
 
-    def _hear(self) -> None:
+    def _read_answer(self) -> None:
         condition = self._latest_answer()
         if condition is None:
             return

@@ -1,4 +1,4 @@
-"""The columns of the token-indexed buffers: their order, their widths, and what both sides must agree on. No torch."""
+"""The columns of the buffers, a row per token: their order and widths, and what both sides must agree on. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data plane as the protocol's shell sees it: registered memory, and one-sided writes to a peer's session."""
+"""The data plane as an interface: memory that peers may write to, and links that write to theirs. What each promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proofs that nothing more can land at a peer: its process is gone, or it has read our connections to their end.
+"""Proofs that no earlier write can still land at a peer: its process is gone, or has read our connections to the end.
 
 Mooncake's `-1` does not stop a write: bytes lie in socket buffers, and the peer's engine writes them to its memory when
 it gets to them, even after our engine is gone. But the peer's engine closes its end of a connection when it has read

@@ -1,4 +1,4 @@
-"""The two who ask a bootstrap registry: an encode rank that announces itself, and language ranks that look one up.
+"""Requests to a bootstrap registry: an encode rank announces itself there, and language ranks look it up.
 
 Both do so in threads of their own, so that a registry that does not answer holds up nobody.
 """
@@ -182,7 +182,7 @@ class LookupAnswers(Protocol):
 
 
 class PeerLookup:
-    """Finds the encode rank behind a registry, and has the control thread hear of it."""
+    """Finds out which encode rank a registry has, and posts the answer to the control thread."""
 
     def __init__(
         self, answers: LookupAnswers, post: Callable[[Callable[[float], None]], None], key: bytes | None = None

@@ -1,4 +1,4 @@
-"""What the registry and those who ask it have in common: the entry of one encode rank, and where it is found."""
+"""The entry that a bootstrap registry keeps for each encode rank, and its HTTP path: what server and client share."""
 
 from __future__ import annotations
 
