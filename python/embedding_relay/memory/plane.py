@@ -1,4 +1,4 @@
-"""The data plane as an interface: memory that peers may write to, and links that write to theirs. What each promises."""
+"""The data plane as an interface: memory that peers may write to, links that write to theirs, and what both promise."""
 
 from __future__ import annotations
 

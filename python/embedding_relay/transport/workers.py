@@ -312,4 +312,8 @@ class TransferWorker(WatchedThread):
             self._on_quiet(self._session_id)
         elif time.monotonic() > self._look_until:
             self._look_until = None
-            logger.error("relay: no proof that %s is quiet; blocks stay in quarantine there", self._session_id)
+            logger.error(
+                "relay: %s has not read what was sent to it before a failed write; its blocks stay in quarantine until"
+                " it is restarted",
+                self._session_id,
+            )
