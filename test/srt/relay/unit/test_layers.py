@@ -72,20 +72,19 @@ def module_graph() -> Graph:
     }
 
 
-def folder_of(module: str) -> str:
-    """What a visitor sees of the package first; SGLang's directories are one place."""
-    if is_below(module, "sglang"):
-        return "sglang"
-    parts = module.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 else module
-
-
-def folder_graph() -> Graph:
-    graph: dict[str, set[str]] = {}
-    for module, used in module_graph().items():
-        here = graph.setdefault(folder_of(module), set())
-        here.update(folder for folder in map(folder_of, used) if folder not in (folder_of(module), PACKAGE))
-    return graph
+def folders(graph: Graph) -> dict[str, dict[str, set[str]]]:
+    """For each folder the graph of what lies in it: files, and folders as one thing each."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for module, used in graph.items():
+        for other in used:
+            here, there = module.split("."), other.split(".")
+            depth = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), None)
+            if depth is None:
+                continue  # a package's own `__init__`, which says what the package is and imports nothing
+            inside = found.setdefault(".".join(here[:depth]), {})
+            inside.setdefault(here[depth], set()).add(there[depth])
+            inside.setdefault(there[depth], set())
+    return found
 
 
 def circles(graph: Graph) -> list[list[str]]:
@@ -107,7 +106,7 @@ def reachable(graph: Graph, start: str) -> set[str]:
 def test_there_is_something_to_look_at() -> None:
     graph = module_graph()
     assert len(graph) > 100
-    assert f"{PACKAGE}.protocol" in folder_graph()["sglang"]
+    assert "protocol" in folders(graph)[PACKAGE]["transport"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
@@ -115,9 +114,16 @@ def test_no_two_modules_import_each_other() -> None:
     assert circles(module_graph()) == []
 
 
-def test_every_arrow_between_folders_points_down() -> None:
-    """There is a down, because no two folders need each other; and nothing points at SGLang's directories."""
-    assert circles(folder_graph()) == []
+def test_every_arrow_points_down() -> None:
+    """In no folder do two things need each other, be they files or folders: so there is a down everywhere."""
+    found = {folder: circles(inside) for folder, inside in folders(module_graph()).items()}
+    assert {folder: groups for folder, groups in found.items() if groups} == {}
+
+
+def test_packages_say_what_they_are_and_import_nothing() -> None:
+    inits = {name: path for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert [name for name, path in inits.items() if list(imports(path))] == []
+    assert [name for name, path in inits.items() if ast.get_docstring(ast.parse(path.read_text())) is None] == []
 
 
 def test_nothing_that_ships_needs_the_simulated_world() -> None:
