@@ -1,4 +1,4 @@
-"""What callers are refused with, and what tells a worker that its work has become somebody else's."""
+"""What callers are refused with, and what makes a worker stop: work that was taken over, a disk that fails."""
 
 
 class Refusal(Exception):
@@ -29,3 +29,7 @@ class TooLarge(Refusal):
 
 class StaleJob(Exception):
     """A worker works on a part that is over or that another worker has taken over: it must stop, changing nothing."""
+
+
+class NotWhatWasSaved(Exception):
+    """What was read back is not what was written: the disk is full or failing, or somebody else changed it."""

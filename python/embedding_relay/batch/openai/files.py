@@ -14,9 +14,9 @@ from typing import IO, Final, Literal
 
 import msgspec
 
-from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.errors import NotWhatWasSaved, Refusal
 from embedding_relay.batch.openai.lines import is_output, line_of
-from embedding_relay.batch.session.folder import Folder, NotWhatWasSaved
+from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import Session
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings

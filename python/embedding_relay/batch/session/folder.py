@@ -19,6 +19,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from embedding_relay.batch.errors import NotWhatWasSaved
 from embedding_relay.batch.session.records import Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
@@ -30,10 +31,6 @@ MANIFEST: Final = "manifest.json"
 FAILED_MARK: Final = _encode(Outcome.FAILED)
 # So much must be free on the disk before anything is asked: an answer that cannot be kept was paid for in vain.
 PROBE_BYTES: Final = 2**20
-
-
-class NotWhatWasSaved(Exception):
-    """What was read back is not what was written: the disk is full or failing, or somebody else changed it."""
 
 
 class Batch(msgspec.Struct, frozen=True):

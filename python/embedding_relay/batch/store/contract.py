@@ -16,7 +16,7 @@ class StoreAway(Exception):
 
 
 class Store(Protocol):
-    """Two implementations, one contract (test/srt/batch/service/test_stores.py). Any process may call any method."""
+    """Two implementations, one contract (test/srt/batch/service/test_store.py). Any process may call any method."""
 
     def create(self, key: str, value: bytes, seconds: float) -> bool:
         """Keep `value` for `seconds`, unless the key is there already; the answer is whether it was kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from embedding_relay.batch.errors import NotWhatWasSaved
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Analysis
 from embedding_relay.batch.workbook.limits import GIB, Limits
@@ -15,10 +16,6 @@ NAMES: Final = ("answer", "status", "error", "prompt_tokens", "completion_tokens
 OURS: Final = Limits(
     expanded_bytes=64 * GIB, members=10**9, rows=10**9, columns=10**9, cell_chars=2 * GIB, part_bytes=GIB
 )
-
-
-class NotTheAnswers(Exception):
-    """The saved workbook does not hold what was to be saved."""
 
 
 def values(result: Result) -> tuple[str, str, str, int, int]:
@@ -53,7 +50,7 @@ class Ascending:
     def expect_none(self) -> None:
         """Raise if a result is left whose row the file does not have: it was paid for and would be lost."""
         if self._next is not None:
-            raise NotTheAnswers(f"there is an answer to row {self._next.row}, and no such row")
+            raise NotWhatWasSaved(f"there is an answer to row {self._next.row}, and no such row")
 
     def _pop(self) -> Result:
         result = self._next

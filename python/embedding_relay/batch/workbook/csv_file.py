@@ -13,10 +13,10 @@ from typing import IO, Final, NamedTuple
 
 import msgspec
 
-from embedding_relay.batch.errors import TooLarge, Unreadable
+from embedding_relay.batch.errors import NotWhatWasSaved, TooLarge, Unreadable
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Analysis
-from embedding_relay.batch.workbook.answers import OURS, Ascending, NotTheAnswers, answer_names, values
+from embedding_relay.batch.workbook.answers import OURS, Ascending, answer_names, values
 from embedding_relay.batch.workbook.cells import Cell, Row, clean_text
 from embedding_relay.batch.workbook.limits import MIB, Limits
 
@@ -286,5 +286,5 @@ def check(out: Path, analysis: Analysis, results: Iterable[Result]) -> None:
             elif record.number == analysis.header_row:
                 expected = answer_names(analysis)
             if record.fields[analysis.width :] != list(expected):
-                raise NotTheAnswers(f"row {record.number} of the saved file does not hold its answer")
+                raise NotWhatWasSaved(f"row {record.number} of the saved file does not hold its answer")
         pending.expect_none()

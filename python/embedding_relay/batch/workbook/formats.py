@@ -53,7 +53,7 @@ def write_answers(source: Path, kind: Kind, analysis: Analysis, results: Iterabl
 
 
 def check_answers(out: Path, kind: Kind, analysis: Analysis, results: Iterable[Result]) -> None:
-    """Read `out` back; Unreadable if it is damaged, NotTheAnswers if it does not hold exactly these answers."""
+    """Read `out` back; Unreadable if it is damaged, NotWhatWasSaved if it does not hold exactly these answers."""
     match kind:
         case "xlsx":
             xlsx_answers.check(out, analysis, results)

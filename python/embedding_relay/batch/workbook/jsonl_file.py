@@ -8,10 +8,10 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from embedding_relay.batch.errors import TooLarge, Unreadable
+from embedding_relay.batch.errors import NotWhatWasSaved, TooLarge, Unreadable
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Analysis
-from embedding_relay.batch.workbook.answers import OURS, Ascending, NotTheAnswers, answer_names, values
+from embedding_relay.batch.workbook.answers import OURS, Ascending, answer_names, values
 from embedding_relay.batch.workbook.cells import SURROGATES, Cell, Row, number_text
 from embedding_relay.batch.workbook.limits import Limits
 
@@ -173,5 +173,5 @@ def check(out: Path, analysis: Analysis, results: Iterable[Result]) -> None:
         result = pending.at(line.number) if line.fields is not None else None
         found = {name: (line.fields or {})[name] for name in names if name in (line.fields or {})}
         if found != ({} if result is None else fields(names, result)):
-            raise NotTheAnswers(f"line {line.number} of the saved file does not hold its answer")
+            raise NotWhatWasSaved(f"line {line.number} of the saved file does not hold its answer")
     pending.expect_none()

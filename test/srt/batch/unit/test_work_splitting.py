@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_relay.batch.errors import StaleJob
+from embedding_relay.batch.errors import NotWhatWasSaved, StaleJob
 from embedding_relay.batch.session import folder as folder_module
-from embedding_relay.batch.session.folder import NotWhatWasSaved
 from embedding_relay.batch.session.records import Session, SplitStatus, Stage, new_session_id
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings

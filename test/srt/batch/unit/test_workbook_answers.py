@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_relay.batch.workbook.answers import NAMES, NotTheAnswers
+from embedding_relay.batch.errors import NotWhatWasSaved
+from embedding_relay.batch.workbook.answers import NAMES
 from support.workbooks import (
     done,
     received,
@@ -29,7 +30,7 @@ def test_an_answered_workbook_can_be_asked_again(tmp_path: Path) -> None:
 def test_a_result_without_its_row_is_no_silent_loss(tmp_path: Path) -> None:
     csv = tmp_path / "a.csv"
     csv.write_text("prompt\nhello\n")
-    with pytest.raises(NotTheAnswers, match="row 9"):
+    with pytest.raises(NotWhatWasSaved, match="row 9"):
         received(csv).answered([done(9)])
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_relay.batch.errors import Unreadable
+from embedding_relay.batch.errors import NotWhatWasSaved, Unreadable
 from embedding_relay.batch.tasks import Outcome, Result
-from embedding_relay.batch.workbook.answers import NotTheAnswers
 from embedding_relay.batch.workbook.formats import check_answers
 from support.workbooks import (
     done,
@@ -38,7 +37,7 @@ def test_reading_back_finds_what_is_missing_wrong_or_too_much(tmp_path: Path, ki
         [Result(2, Outcome.FAILED, "a", prompt_tokens=3, completion_tokens=5), given[1]],
         [Result(2, Outcome.DONE, "a", prompt_tokens=3, completion_tokens=6), given[1]],
     ):
-        with pytest.raises(NotTheAnswers):
+        with pytest.raises(NotWhatWasSaved):
             check_answers(out, book.kind, book.analysis, wrong)
     if kind == "xlsx":
         content = out.read_bytes()

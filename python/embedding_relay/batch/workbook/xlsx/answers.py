@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Final
 from xml.sax.saxutils import escape, quoteattr
 
-from embedding_relay.batch.errors import Unreadable
+from embedding_relay.batch.errors import NotWhatWasSaved, Unreadable
 from embedding_relay.batch.tasks import Result
 from embedding_relay.batch.workbook.analysis import Analysis
-from embedding_relay.batch.workbook.answers import OURS, Ascending, NotTheAnswers, answer_names, values
+from embedding_relay.batch.workbook.answers import OURS, Ascending, answer_names, values
 from embedding_relay.batch.workbook.cells import Cell, clean_text, column_letter
 from embedding_relay.batch.workbook.container import verify
 from embedding_relay.batch.workbook.limits import MIB
@@ -87,7 +87,7 @@ def check(out: Path, analysis: Analysis, results: Iterable[Result]) -> None:
             found = [row.cells.get(column, EMPTY).text for column in range(analysis.width, analysis.width + 5)]
             # A cell of nothing but blanks reads as an empty one.
             if [text.strip() for text in found] != [text.strip() for text in expected or [""] * 5]:
-                raise NotTheAnswers(f"row {row.number} of the saved workbook does not hold its answer")
+                raise NotWhatWasSaved(f"row {row.number} of the saved workbook does not hold its answer")
         pending.expect_none()
 
 
