@@ -34,6 +34,8 @@ from typing import Any
 
 from aiohttp import web
 
+from embedding_relay.tools.local_process import LocalProcess, free_ports, wait_all_ready
+
 MODEL = "stub"
 CONTROL = "/control"
 
@@ -224,9 +226,6 @@ def main() -> None:
 
 class StubEndpoint:
     def __init__(self, log: Path, port: int | None = None) -> None:
-        # The server's process has no use for it, and imports a whole SGLang with it.
-        from embedding_relay.tools.local_process import LocalProcess, free_ports
-
         if port is None:
             (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
@@ -235,8 +234,6 @@ class StubEndpoint:
         self._process = LocalProcess("stub", command, self.url, log, path)
 
     def start(self, seconds: float = 30.0) -> None:
-        from embedding_relay.tools.local_process import wait_all_ready
-
         self._process.start()
         wait_all_ready([self._process], seconds)
 

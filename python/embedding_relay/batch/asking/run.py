@@ -18,14 +18,17 @@ from embedding_relay.batch.asking.schedule import PATIENCE_SECONDS, Row, Schedul
 from embedding_relay.batch.session.records import Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
+# A task's request: a path and a JSON object. Called in a thread when pictures have to be read.
+RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
+
+# Seconds between two questions whether an endpoint that was away is back.
+FIRST_LOOK: Final = 1.0
+LONGEST_LOOK: Final = 30.0
 CHUNK: Final = 64
 PACE_SECONDS: Final = 60.0
 # With fewer rows than this in that time the rate looks further back.
 PACE_ROWS: Final = 8
-# A task's request: a path and a JSON object. Called in a thread when pictures have to be read.
-RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
-FIRST_LOOK: Final = 1.0
-LONGEST_LOOK: Final = 30.0
+
 _encode = msgspec.json.Encoder().encode
 
 

@@ -30,7 +30,6 @@ PICTURE_DATA: Final = re.compile(r"data:image/", re.IGNORECASE)
 PICTURE_PATH: Final = re.compile(rf"[^\n]{{1,400}}\.({'|'.join(SUFFIXES)})", re.IGNORECASE)
 # Several pictures in one cell: a line each, or URLs behind blanks, commas or semicolons.
 BETWEEN: Final = re.compile(r"\s*[\r\n]+\s*|[\s,;|]+(?=https?://)", re.IGNORECASE)
-Maker = Callable[[str], str]
 PICTURES: Final = "pictures"
 SHOWN: Final = 120
 SCHEME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
@@ -152,7 +151,7 @@ class ImageFinder:
         saved = [self._once(f"member {member}", self._extract, member) for member in cell.pictures]
         return saved + [self._named(reference) for reference in split_references(cell.text)]
 
-    def _once(self, key: str, make: Maker, argument: str) -> str:
+    def _once(self, key: str, make: Callable[[str], str], argument: str) -> str:
         if key not in self._known:
             try:
                 self._known[key] = make(argument)

@@ -1,25 +1,21 @@
 """This lane starts the real batch service, with its worker processes, against an endpoint that answers at once."""
 
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
+from support.batch_service import active_log_tails
 from support.installed import require_installed
-
-if TYPE_CHECKING:
-    from support.stub_endpoint import StubEndpoint
+from support.stub_endpoint import StubEndpoint, stub_endpoint
 
 
 def pytest_configure() -> None:
-    # Before anything of ours is imported, hence the late imports below. The service itself is the installed one.
+    # The service that is started is the installed one.
     require_installed()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    from support.batch_service import active_log_tails
-
     report = yield
     if report.failed:
         report.sections.extend(active_log_tails())
@@ -27,9 +23,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[StubEndpoint]":
-    from support.stub_endpoint import stub_endpoint
-
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubEndpoint]:
     with stub_endpoint(tmp_path_factory.mktemp("stub")) as endpoint:
         yield endpoint
 

@@ -47,7 +47,7 @@ def terminal(tmp_path: Path, stub: StubEndpoint) -> Terminal:
 
 
 def test_a_workbook_from_end_to_end(terminal: Terminal) -> None:
-    """By its real name, which imports SGLang before it goes on without."""
+    """By the name that it is installed under."""
     prompts = [f"row {number}" for number in range(40)]
     terminal.out = terminal.where / "answers.xlsx"
     ended = terminal.run(terminal.file(workbook_of(prompts), "prompts.xlsx"), by=INSTALLED)
