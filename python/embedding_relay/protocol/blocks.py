@@ -1,4 +1,4 @@
-"""The blocks of a pool: who holds which. It hands out numbers; the memory behind them is somebody else's."""
+"""The blocks of a pool: who holds which. It hands out numbers; the memory behind them is not its concern."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class BlockPool:
     def _checked(self, blocks: Iterable[int], owner: Hashable) -> list[int]:
         """Nothing is changed unless all of it may be changed."""
         held = list(blocks)
-        jailed = self._quarantine.get(owner, set())
+        in_quarantine = self._quarantine.get(owner, set())
         for block in held:
-            if block not in self._owners or self._owners[block] != owner or block in jailed:
+            if block not in self._owners or self._owners[block] != owner or block in in_quarantine:
                 raise LeaseError(f"{owner} does not hold block {block}")
         if len(set(held)) != len(held):
             raise LeaseError(f"{owner} names a block twice: {held}")

@@ -1,4 +1,4 @@
-"""What the two sides of the protocol ask their shell to do. Data only: the shell owns sockets, threads and memory."""
+"""What the two sides of the protocol ask for. Data only: the transport, which owns sockets and memory, does it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class StatusChanged(msgspec.Struct, frozen=True):
-    """The room moved; the shell publishes it for `poll()`."""
+    """The room has another status; the transport publishes it for `poll()`."""
 
     room: int
     status: Status
@@ -61,7 +61,7 @@ class ChunkDestination(msgspec.Struct, frozen=True):
 
 
 class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
-    """One unit of work of a transfer worker; the shell answers with `EncodeSide.transferred`."""
+    """One unit of work of the transfer workers; the answer is `EncodeSide.transferred`."""
 
     room: int
     transfer_id: int
@@ -76,7 +76,7 @@ class DropRows(msgspec.Struct, frozen=True):
 
 
 class ProveGone(msgspec.Struct, frozen=True):
-    """Somebody else claims this session: answer with `proven`, whether the process at `address` is known to be gone."""
+    """Another process claims this session. The answer is `proven`: is the process at `address` known to be gone?"""
 
     session_id: str
     address: Address
@@ -97,7 +97,7 @@ class CopyOut(msgspec.Struct, frozen=True):
     """Rows landed: copy up to `capacity` of them, from row `first_row` on, out of `blocks`; answer with `copied`.
 
     When `first_row` is 0 the true length is in the aux row of `blocks[0]`, and the room's tensor is made from it. A
-    length that is not in `1..max_rows` came from nobody we trust: allocate nothing, and answer with 0 rows.
+    length that is not in `1..max_rows` came from no correct peer: allocate nothing, and answer with 0 rows.
     """
 
     room: int

@@ -1,4 +1,4 @@
-"""Which bytes go where: geometry only. Offsets are relative to a column's base; the shell adds the addresses."""
+"""Which bytes go where: geometry only. Offsets are relative to a column's base; whoever writes adds the addresses."""
 
 from __future__ import annotations
 

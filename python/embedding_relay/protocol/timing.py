@@ -1,4 +1,4 @@
-"""The deadlines of the protocol, and the alarm clock that both sides wind up. Neither reads a clock."""
+"""The deadlines of the protocol, and the table of what is due when. Neither reads a clock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unasked(self) -> float:
-        """How long a room waits for its first word."""
+        """How long a room waits until a language rank says anything about it."""
         return min(self.first_word, self.bootstrap)
 
     @property

@@ -1,4 +1,4 @@
-"""Who is a session of the encode side: registrations, the proof that a second one needs, and silence."""
+"""Which language ranks are sessions of an encode rank: registration, rival registrations, and silence."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Admission:
         return [ProveGone(message.session_id, known.register.address)]
 
     def keep_waiting(self, message: TransferEmbeddingInfo | Queued) -> bool:
-        """The answer to a contender's word waits for the proof; a 421 then makes it ask again, whoever has won."""
+        """The answer to a contender's message waits for the proof; a 421 then makes it ask again, whoever has won."""
         contender = self._sessions.contenders.get(message.session_id)
         if contender is None or contender.register.address != message.address:
             return False

@@ -1,4 +1,4 @@
-"""The language ranks that an encode rank knows: their buffers, their last word, and the blocks they have on offer."""
+"""The language ranks that an encode rank knows: their buffers, when they were last heard, and the blocks they offer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rooms that language ranks have asked for before this instance heard of the request: anybody can invent those."""
+"""Rooms that language ranks have asked for before their request has come here. Anybody can invent such: bounded."""
 
 from __future__ import annotations
 

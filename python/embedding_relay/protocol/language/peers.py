@@ -38,7 +38,7 @@ class Peer:
     """A lookup is under way; all requests share it."""
     heard: float = 0.0
     unanswered: int = 0
-    """Pings since its last word."""
+    """Pings since it was last heard."""
     queued: set[int] = dataclasses.field(default_factory=set)
     announced: set[int] = dataclasses.field(default_factory=set)
     """Those of the queued rooms that this instance has been told of."""
@@ -52,7 +52,7 @@ class Peer:
         return not (self.queued or self.under_way)
 
     @property
-    def is_watched(self) -> bool:
+    def is_checked(self) -> bool:
         return bool(self.announced or self.under_way)
 
     def hear(self, now: float) -> None:
@@ -101,8 +101,8 @@ class Peers:
 
     def for_new_room(self, name: str, now: float) -> Peer:
         peer = self._peers.setdefault(name, Peer(name))
-        if not peer.is_watched and now - peer.heard > self._timing.silence:
-            peer.address = None  # nobody has watched it: it may have been restarted
+        if not peer.is_checked and now - peer.heard > self._timing.silence:
+            peer.address = None  # it has not been checked on: it may have been restarted
         return peer
 
     def look_up(self, peer: Peer) -> list[LanguageEffect]:
@@ -117,14 +117,14 @@ class Peers:
             peer.announced.clear()
         peer.address, peer.instance = address, instance
         peer.hear(now)
-        self._watch(peer, now)
+        self._set_check(peer, now)
 
     def announce(self, peer: Peer, rooms: Iterable[int], now: float) -> None:
-        self._begin_watch(peer, now)
+        self._begin_checks(peer, now)
         peer.announced.update(rooms)
 
     def begin(self, peer: Peer, room: int, now: float) -> None:
-        self._begin_watch(peer, now)
+        self._begin_checks(peer, now)
         peer.queued.discard(room)
         peer.announced.discard(room)
         peer.under_way.add(room)
@@ -145,8 +145,8 @@ class Peers:
         if peer.under_way and peer.address is None:
             self._alarms.set(peer.name, now + self._timing.silence)
             return PeerCheck.SEARCH
-        if peer.is_watched:
-            self._watch(peer, now)
+        if peer.is_checked:
+            self._set_check(peer, now)
             if peer.unanswered >= self._timing.heartbeat_max_failures:
                 return PeerCheck.LOST
             peer.unanswered += 1
@@ -158,12 +158,12 @@ class Peers:
         self.forget_if_useless(peer)
         return PeerCheck.NOTHING
 
-    def _begin_watch(self, peer: Peer, now: float) -> None:
+    def _begin_checks(self, peer: Peer, now: float) -> None:
         """A message about a room is going there: from here on the peer's silence counts."""
-        if not peer.is_watched:
+        if not peer.is_checked:
             peer.hear(now)
             self._alarms.set(peer.name, now + self._timing.heartbeat_interval)
 
-    def _watch(self, peer: Peer, now: float) -> None:
-        patience = self._timing.heartbeat_interval if peer.is_watched else self._timing.forget_session
+    def _set_check(self, peer: Peer, now: float) -> None:
+        patience = self._timing.heartbeat_interval if peer.is_checked else self._timing.forget_session
         self._alarms.set(peer.name, now + patience)

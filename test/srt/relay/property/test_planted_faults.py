@@ -364,7 +364,7 @@ def queued_room_left_in_the_table_of_its_session(patch: Patch) -> None:
 
 
 def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
-    patch.setattr(Peer, "is_watched", property(lambda self: bool(self.under_way)))
+    patch.setattr(Peer, "is_checked", property(lambda self: bool(self.under_way)))
 
 
 def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], TransferEmbeddingChunk]) -> None:

@@ -1,4 +1,4 @@
-"""What both modes do in SGLang's tokenizer manager, so that no request waits for somebody who will not answer."""
+"""Both modes in SGLang's tokenizer manager: the other half hears of failures, and a dead scheduler is answered for."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _first(value: Any) -> Any:
 
 
 def _as_message(refusal: Refusal) -> Any:
-    """An abort of nobody: of all that SGLang's two processes can tell each other, the one with room for a reason."""
+    """An abort of no request: of all that SGLang's two processes can tell each other, the one that carries a reason."""
     room, host, port, failure = refusal
     return abort_message(f"relay-refused-{room}", failure, relay_room=room, relay_host=host, relay_port=port)
 
@@ -131,7 +131,7 @@ def reason_of(recv_req: Any) -> Failure | None:
 
 
 def abort_message(rid: str, failure: Failure, **more: Any) -> Any:
-    """SGLang's word for a request that ends with this failure, in either direction between its two processes."""
+    """SGLang's message for a request that ends with this failure, in either direction between its two processes."""
     from sglang.srt.managers.io_struct import AbortReq
 
     reason = {"type": "abort", "status_code": failure.code, "message": failure.text}

@@ -31,7 +31,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     """Around SGLang's tokenizing and image processing: whatever that raises about an image is the request's fault.
 
     SGLang answers a ValueError with 400. Anything else would be a 500, after which the router tries the same image on
-    the next instance, and then takes both for ill.
+    the next instance, and then takes both for unhealthy.
     """
     try:
         return await original(manager, obj)

@@ -1,0 +1,89 @@
+"""The page docs/life-of-a-request.md names the files that a request really goes through, and no others."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from embedding_relay.config import RelayConfig
+from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.status import Status
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from support.loopback import ENDED, HOST, small_layout
+from support.repo import REPO, SOURCE
+from support.rows import Spec, make_rows
+
+PACKAGE = SOURCE / "embedding_relay"
+PAGE = REPO / "docs/life-of-a-request.md"
+LAYOUT = small_layout()
+# Used before the request comes, or when it does not go well; pulse.py is the HTTP process's.
+BESIDE = {"config.py", "protocol/errors.py", "protocol/counts.py", "pulse.py"}
+# It says what a data plane promises, and has no code of its own to be called.
+INTERFACE = {"memory/plane.py"}
+SPEC = Spec(room=1, total=3000)
+
+
+@contextmanager
+def noting_files() -> Iterator[set[str]]:
+    """Files of the package of which a function is called, in whatever thread."""
+    seen: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(f"{PACKAGE}/"):
+            seen.add(frame.f_code.co_filename.removeprefix(f"{PACKAGE}/"))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]  # the stubs of this Python know no way to end it
+
+
+def until(condition: Callable[[], bool], *managers: EncodeManager | LanguageManager) -> None:
+    poller = zmq.Poller()
+    for manager in managers:
+        poller.register(manager.wakeup_fd, zmq.POLLIN)
+    while not condition():
+        assert poller.poll(30_000), "nothing came of it"
+        for manager in managers:
+            manager.drain_events()
+
+
+def test_the_page_names_the_files_of_the_way() -> None:
+    config = RelayConfig(default_allocate_tokens=1024)
+    with ExitStack() as opened, noting_files() as seen:
+        registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
+        opened.callback(registry.close)
+        registry.start()
+        where = Address(HOST, registry.port)
+        encode = EncodeManager.open(LAYOUT, config, host=HOST, bootstrap=where)
+        opened.callback(encode.close)
+        language = LanguageManager.open(LAYOUT, config, host=HOST, ranks=1, max_rows=10_000)
+        opened.callback(language.close)
+        encode.start()
+        language.start()
+        sender, receiver = (
+            MooncakeEmbeddingSender(encode, SPEC.room),
+            MooncakeEmbeddingReceiver(language, str(where), SPEC.room),
+        )
+        sender.init()
+        receiver.start()
+        until(lambda: sender.poll() is Status.WAITING_FOR_INPUT, encode, language)
+        sender.send_embedding(make_rows(LAYOUT, SPEC))
+        until(lambda: sender.poll() in ENDED and receiver.poll() in ENDED, encode, language)
+        assert receiver.poll() is Status.SUCCESS
+        assert receiver.rounds > 1, "the way of a resume is part of the page"
+    named = {name for name in re.findall(r"`([a-z_/]+\.py)`", PAGE.read_text()) if (PACKAGE / name).exists()}
+    assert seen - BESIDE - named == set(), "used, and not on the page"
+    assert named - BESIDE - INTERFACE - seen == set(), "on the page, and not used"
