@@ -1,10 +1,17 @@
-"""One side of the protocol alone, driven message by message."""
+"""One side of the protocol alone, driven message by message: sides to begin with, messages, and what comes of them."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 from embedding_relay.protocol.blocks import BlockPool
-from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged
+from embedding_relay.protocol.effects import (
+    CopyOut,
+    EncodeEffect,
+    LanguageEffect,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.language.side import LanguageSide
@@ -12,6 +19,7 @@ from embedding_relay.protocol.messages import (
     PROTOCOL_VERSION,
     Address,
     Handshake,
+    Ping,
     Queued,
     Register,
     StatusReport,
@@ -26,6 +34,10 @@ BLOCK = 4
 TIMING = Timing(bootstrap=30.0, first_word=10.0, waiting=60.0, heartbeat_interval=5.0, heartbeat_max_failures=2)
 ENCODE = Address("encode", 1)
 ROOM = 7
+SESSION, KNOWN_AT = "language-0:1", Address("language", 100)
+PEER, SECOND = "registry:80", "registry2:80"
+
+# ---- messages
 
 
 def handshake(**changes: object) -> Handshake:
@@ -59,8 +71,49 @@ def queued(rank: int = 0, room: int = ROOM) -> Queued:
     return Queued(room, who.address, who.session_id)
 
 
+def ping(side: EncodeSide, now: float) -> None:
+    """The session of rank 0 is heard of."""
+    side.receive(Ping(KNOWN_AT, SESSION, "x"), now)
+
+
+# Another process that registers the session of rank 0.
+RIVAL_AT = Address("language", 999)
+RIVAL = Register(RIVAL_AT, SESSION, (3 << 20, 3 << 21), handshake())
+
+
+def rival_offer(room: int) -> TransferEmbeddingInfo:
+    return TransferEmbeddingInfo(room, RIVAL_AT.host, RIVAL_AT.port, SESSION, (0, 1), 1, 0, 8)
+
+
+def report(status: Status, rows: int | None, room: int = ROOM) -> StatusReport:
+    return StatusReport(room, status, rows)
+
+
+# ---- an encode side
+
+
 def encode_side(blocks: int = 8, timing: Timing = TIMING) -> EncodeSide:
     return EncodeSide(handshake=handshake(), instance="encode-1", pool=BlockPool(blocks), timing=timing)
+
+
+def encode_side_with(*ranks: int, blocks: int = 8) -> EncodeSide:
+    """These language ranks are registered; without any, rank 0."""
+    side = encode_side(blocks)
+    for rank in ranks or (0,):
+        side.receive(register(rank), 0.0)
+    return side
+
+
+def encode_side_that_writes(total: int = 20, allocated: int = 8) -> tuple[EncodeSide, TransferEmbeddingChunk]:
+    """The first write of its room is under way."""
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(allocated, 0, 1), 0.0)
+    (chunk,) = only(side.submit(ROOM, total, 0.0), TransferEmbeddingChunk)
+    return side, chunk
+
+
+# ---- a language side
 
 
 def language_side(
@@ -76,6 +129,39 @@ def language_side(
     )
 
 
+def request_and_resolve(side: LanguageSide, *rooms: int, now: float = 0.0) -> list[LanguageEffect]:
+    """The rooms are requested, then their peer is found."""
+    for room in rooms or (ROOM,):
+        side.request(room, PEER, now)
+    return side.peer_resolved(PEER, ENCODE, "encode-1", now)
+
+
+def first_offers(side: LanguageSide, *rooms: int) -> dict[int, TransferEmbeddingInfo]:
+    """What each room has on offer after its init."""
+    messages = sent(request_and_resolve(side, *rooms))
+    return {message.room: message for message in messages if isinstance(message, TransferEmbeddingInfo)}
+
+
+def receive_chunk(side: LanguageSide, rows: int, total: int, now: float = 0.0) -> list[LanguageEffect]:
+    """A chunk arrives that ends at `rows`, and is copied out."""
+    last = rows == total
+    effects = side.receive(report(Status.SUCCESS if last else Status.TRANSFERRING, rows), now)
+    (copy,) = only(effects, CopyOut)
+    return side.copied(ROOM, min(copy.capacity, total - copy.first_row), total, now)
+
+
+def waiting_room(room: int = 8) -> LanguageSide:
+    """Another peer's room has all blocks, so that this peer has nothing but a room that waits."""
+    side = language_side(blocks=2)
+    side.request(1, SECOND, 0.0)
+    side.peer_resolved(SECOND, Address("other", 1), "encode-2", 0.0)
+    assert sent(request_and_resolve(side, room)) == [register(blocks=2), queued(room=room)]
+    return side
+
+
+# ---- what came of it
+
+
 def counted(side: EncodeSide | LanguageSide) -> dict[str | int, int]:
     """Everything that the side has counted: events by name, failed rooms by status code."""
     counts = side.counts
@@ -89,6 +175,12 @@ def only(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect], kind: type[
 def sent(effects: Sequence[EncodeEffect] | Sequence[LanguageEffect]) -> list[object]:
     """The messages among the effects."""
     return [effect.message for effect in only(effects, Send)]
+
+
+def offer_in(effects: Sequence[LanguageEffect]) -> TransferEmbeddingInfo:
+    """The only init or resume among the effects."""
+    (info,) = [message for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)]
+    return info
 
 
 def reported_failures(effects: Sequence[EncodeEffect]) -> list[Failure]:

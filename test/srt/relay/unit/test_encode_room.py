@@ -1,0 +1,354 @@
+"""One room of the encode side: when it begins, which rows it writes where, how aborts end it, and its deadlines."""
+
+import pytest
+
+from embedding_relay.protocol.effects import (
+    DropRows,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.messages import (
+    Abort,
+    AbortAck,
+    Address,
+    Ping,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
+from support.protocol import (
+    RIVAL_AT,
+    ROOM,
+    TIMING,
+    counted,
+    encode_side,
+    encode_side_that_writes,
+    encode_side_with,
+    failure_of,
+    offer,
+    only,
+    ping,
+    queued,
+    register,
+    reported_failures,
+    sent,
+)
+
+# ---- getting together
+
+
+@pytest.mark.parametrize("expect_first", [True, False])
+def test_a_room_waits_for_its_own_half_and_for_every_rank(expect_first: bool) -> None:
+    side = encode_side_with(0, 1)
+    steps = [
+        lambda: side.expect(ROOM, 0.0),
+        lambda: side.receive(offer(8, 0, 1, rank=0, ranks=2), 0.0),
+        lambda: side.receive(offer(8, 0, 1, rank=1, ranks=2), 0.0),
+    ]
+    *early, last = steps if expect_first else reversed(steps)
+    assert [step() for step in early] == [[], []]
+    assert last() == [StatusChanged(ROOM, Status.WAITING_FOR_INPUT)]
+
+
+def test_ranks_that_disagree_about_their_number_fail_the_room() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(4, 0, rank=1, ranks=3), 0.0)
+    effects = side.receive(offer(4, 0, ranks=2), 0.0)
+    failure = Failure(502, f"the ranks of room {ROOM} disagree about their number: 3 and 2")
+    assert reported_failures(effects) == [failure, failure], "both ranks are told"
+    assert failure_of(effects) == failure
+    assert side.is_empty()
+
+
+def test_a_queued_room_is_taken_up_as_if_it_had_been_asked_for_at_once() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 1.0)
+    assert side.receive(offer(8, 0, 1), 12.0) == [StatusChanged(ROOM, Status.WAITING_FOR_INPUT)]
+    assert side.receive(queued(), 13.0) == [], "late"
+    (chunk,) = only(side.submit(ROOM, 8, 13.0), TransferEmbeddingChunk)
+    assert side.receive(queued(), 13.0) == [], "later"
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 14.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
+    assert reported_failures(side.receive(queued(), 15.0)) == [Failure(409, f"room {ROOM} was used before")]
+    assert counted(side) == {"queued_repeated": 2, "offer_for_ended_room": 1}
+    side.tick(14.0 + TIMING.silence)
+    assert side.is_empty()
+
+
+def test_the_first_message_about_a_room_may_come_before_the_request() -> None:
+    side = encode_side_with()
+    assert side.receive(queued(), 0.0) == []
+    assert side.receive(queued(), 1.0) == []
+    assert counted(side) == {"queued_repeated": 1}
+    ping(side, 25.0)
+    assert side.expect(ROOM, 25.0) == []
+    ping(side, 30.0)
+    assert failure_of(side.tick(30.0)) is not None, "counted from the beginning of the room"
+
+    side = encode_side_with()
+    side.receive(queued(), 0.0)
+    ping(side, 30.0)
+    (failure,) = reported_failures(side.tick(30.0))
+    assert failure == Failure(503, f"the request of room {ROOM} did not reach the encode instance within 30 s")
+
+
+def test_whoever_else_is_queued_does_not_matter_to_a_room_that_is_complete() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(queued(rank=1), 0.0)
+    side.receive(offer(8, 0, 1), 10.0)
+    ping(side, 16.0)
+    assert side.tick(16.0) == []
+    (failure,) = reported_failures(side.receive(queued(rank=1), 16.0))
+    assert "has all of its 1 destinations" in failure.text
+    assert not side.is_empty()
+
+
+# ---- sending
+
+
+def test_first_and_later_chunks_follow_the_same_rule() -> None:
+    side, chunk = encode_side_that_writes(total=20, allocated=7)
+    (destination,) = chunk.destinations
+    assert (destination.start_row, destination.stop_row, destination.with_aux) == (0, 7, True)
+    assert chunk.window.stage
+    effects = side.transferred(ROOM, chunk.transfer_id, {}, 1.0)
+    assert effects == [
+        Send(Address("language", 100), StatusReport(ROOM, Status.TRANSFERRING, rows=7)),
+        StatusChanged(ROOM, Status.TRANSFERRING),
+    ]
+    (chunk,) = only(side.receive(offer(7, 2, 3, sent=7), 2.0), TransferEmbeddingChunk)
+    (destination,) = chunk.destinations
+    assert (destination.start_row, destination.stop_row, destination.with_aux) == (7, 14, False)
+    assert not chunk.window.stage, "all rows are in our blocks already"
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 3.0)) == [
+        StatusReport(ROOM, Status.TRANSFERRING, rows=14)
+    ]
+    (chunk,) = only(side.receive(offer(8, 0, 1, sent=14), 4.0), TransferEmbeddingChunk)
+    assert side.transferred(ROOM, chunk.transfer_id, {}, 5.0) == [
+        Send(Address("language", 100), StatusReport(ROOM, Status.SUCCESS, rows=20)),
+        StatusChanged(ROOM, Status.SUCCESS),
+        DropRows(ROOM),
+    ]
+    assert side.is_empty()
+
+
+@pytest.mark.parametrize("total", [7, 8, 9])
+def test_last_means_that_what_remains_fits(total: int) -> None:
+    side, chunk = encode_side_that_writes(total=total, allocated=8)
+    (report,) = sent(side.transferred(ROOM, chunk.transfer_id, {}, 1.0))
+    assert isinstance(report, StatusReport)
+    assert report.status is (Status.SUCCESS if total <= 8 else Status.TRANSFERRING)
+    assert report.rows == min(total, 8)
+
+
+def test_a_prompt_longer_than_the_pool_moves_through_a_window_and_is_reported_once_per_chunk() -> None:
+    side = encode_side_with(blocks=2)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(20, 0, 1, 2, 3, 4), 0.0)
+    effects = side.submit(ROOM, 30, 0.0)
+    windows = []
+    while chunks := only(effects, TransferEmbeddingChunk):
+        (chunk,) = chunks
+        (destination,) = chunk.destinations
+        windows.append((chunk.window.first_row, chunk.window.rows, destination.start_row, destination.stop_row))
+        effects = side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert windows == [(0, 8, 0, 8), (8, 8, 8, 16), (16, 8, 16, 20)]
+    assert sent(effects) == [StatusReport(ROOM, Status.TRANSFERRING, rows=20)]
+
+
+def test_ranks_wait_for_each_other_and_may_offer_different_amounts() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, rank=0, ranks=2), 0.0)
+    side.receive(offer(4, 5, rank=1, ranks=2), 0.0)
+    (chunk,) = only(side.submit(ROOM, 12, 0.0), TransferEmbeddingChunk)
+    assert [(d.start_row, d.stop_row) for d in chunk.destinations] == [(0, 8), (0, 4)]
+    assert [d.with_aux for d in chunk.destinations] == [True, True]
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert side.receive(offer(4, 5, rank=1, ranks=2, sent=4), 0.0) == []
+    (chunk,) = only(side.receive(offer(8, 0, 1, rank=0, ranks=2, sent=8), 0.0), TransferEmbeddingChunk)
+    assert [(d.start_row, d.stop_row) for d in chunk.destinations] == [(8, 12), (4, 8)]
+    reports = sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0))
+    assert reports == [
+        StatusReport(ROOM, Status.SUCCESS, rows=12),
+        StatusReport(ROOM, Status.TRANSFERRING, rows=8),
+    ]
+    (chunk,) = only(side.receive(offer(4, 6, rank=1, ranks=2, sent=8), 0.0), TransferEmbeddingChunk)
+    assert [(d.session_id, d.start_row, d.stop_row) for d in chunk.destinations] == [("language-1:1", 8, 12)]
+    assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), StatusChanged)[-1].status is Status.SUCCESS
+
+
+@pytest.mark.parametrize("again", [offer(8, 0, 1), offer(8, 4, 5), offer(8, 4, 5, sent=8), offer(8, 4, 5, sent=4)])
+def test_nothing_is_sent_twice_while_a_write_is_under_way(again: TransferEmbeddingInfo) -> None:
+    side, chunk = encode_side_that_writes()
+    assert side.receive(again, 0.0) == []
+    assert side.submit(ROOM, 20, 0.0) == []
+    assert len(sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0))) == 1
+
+
+@pytest.mark.parametrize("again", [offer(8, 0, 1), offer(8, 4, 5, sent=7), offer(8, 4, 5, sent=9)])
+def test_only_the_resume_that_goes_on_from_here_is_accepted(again: TransferEmbeddingInfo) -> None:
+    side, chunk = encode_side_that_writes()
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert side.receive(again, 0.0) == []
+    assert only(side.receive(offer(8, 4, 5, sent=8), 0.0), TransferEmbeddingChunk)
+    assert side.receive(offer(8, 4, 5, sent=8), 0.0) == []
+
+
+def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
+    side = encode_side_with(blocks=1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(4, 0), 0.0)
+    (chunk,) = only(side.submit(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    (chunk,) = only(side.receive(offer(8, 0, 1, sent=4), 0.0), TransferEmbeddingChunk)
+    assert side.receive(offer(8, 6, 7, sent=4), 0.0) == []
+    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert chunk.destinations[0].blocks == (0, 1)
+    assert counted(side) == {"resume_ignored": 1}
+
+
+# ---- aborts
+
+
+def test_an_abort_during_a_write_is_acknowledged_when_the_write_has_come_back() -> None:
+    side, chunk = encode_side_that_writes()
+    who = register()
+    effects = side.receive(Abort(ROOM, who.address, who.session_id), 1.0)
+    assert failure_of(effects) == Failure(499, f"room {ROOM} was dropped by the language side")
+    assert not only(effects, DropRows), "the write still reads the rows"
+    assert side.sizes()["blocks_leased"] == 5
+    assert side.receive(Abort(ROOM, who.address, who.session_id), 2.0) == []
+    effects = side.transferred(ROOM, chunk.transfer_id, {}, 3.0)
+    assert effects == [DropRows(ROOM), Send(who.address, AbortAck(ROOM))]
+    assert side.sizes()["blocks_leased"] == 0
+
+
+def test_an_abort_says_why_and_the_other_ranks_are_told() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    for rank in (0, 1):
+        side.receive(offer(8, 0, 1, rank=rank, ranks=2), 0.0)
+    who, failure = register(0), Failure(503, "no receive blocks within 30 s")
+    effects = side.receive(Abort(ROOM, who.address, who.session_id, failure), 0.0)
+    assert effects == [
+        StatusChanged(ROOM, Status.FAILED, failure),
+        Send(Address("language", 101), StatusReport(ROOM, Status.FAILED, failure=failure)),
+        Send(who.address, AbortAck(ROOM)),
+    ]
+
+
+def test_a_rank_that_leaves_the_queue_is_not_told_what_it_has_said_itself() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 0.0)
+    who, failure = register(), Failure(499, "the client is gone")
+    assert side.receive(Abort(ROOM, who.address, who.session_id, failure), 1.0) == [
+        StatusChanged(ROOM, Status.FAILED, failure),
+        Send(who.address, AbortAck(ROOM)),
+    ]
+
+
+def test_strangers_cannot_abort_a_room_that_has_all_of_its_ranks() -> None:
+    side, chunk = encode_side_that_writes()
+    assert side.receive(Abort(ROOM, RIVAL_AT, "stranger:1"), 0.0) == []
+    assert counted(side) == {"abort_ignored": 1}
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 1.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)]
+
+
+def test_before_that_anyone_may_abort_because_a_rank_may_never_have_offered() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    failure = Failure(503, "no receive blocks within 30 s")
+    effects = side.receive(Abort(ROOM, RIVAL_AT, "queued:1", failure), 0.0)
+    assert failure_of(effects) == failure
+    assert sent(effects) == [AbortAck(ROOM)]
+
+
+# ---- deadlines
+
+
+def test_no_request_ever_came() -> None:
+    side = encode_side_with()
+    side.receive(offer(8, 0, 1), 0.0)
+    side.receive(Ping(Address("language", 100), "language-0:1", "x"), TIMING.bootstrap)
+    (failure,) = reported_failures(side.tick(TIMING.bootstrap))
+    assert failure == Failure(503, f"the request of room {ROOM} did not reach the encode instance within 30 s")
+
+
+def test_not_every_rank_asked() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, ranks=2), 0.0)
+    side.receive(Ping(Address("language", 100), "language-0:1", "x"), TIMING.bootstrap)
+    assert failure_of(side.tick(29.9)) is None
+    assert side.next_wakeup() == 30.0
+    assert failure_of(side.tick(30.0)) == Failure(502, f"only 1 of 2 language ranks asked for room {ROOM} within 30 s")
+
+
+def test_nobody_asked() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 5.0)
+    side.expect(ROOM, 6.0)
+    assert side.next_wakeup() == 15.0
+    assert failure_of(side.tick(15.0)) == Failure(503, f"no language instance has asked for room {ROOM} within 10 s")
+
+
+def test_a_short_bootstrap_deadline_is_short_for_the_first_message_too() -> None:
+    side = encode_side(timing=Timing(bootstrap=2.0, first_word=10.0))
+    side.expect(ROOM, 0.0)
+    assert failure_of(side.tick(2.0)) == Failure(503, f"no language instance has asked for room {ROOM} within 2 s")
+
+
+def test_after_the_first_message_blocks_may_take_until_the_bootstrap_deadline() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    assert side.receive(queued(), 9.0) == []
+    for now in (15.0, 29.9):
+        ping(side, now)
+        assert side.tick(now) == []
+    effects = side.tick(30.0)
+    failure = Failure(503, f"the language side had no receive blocks for room {ROOM} within 30 s")
+    assert failure_of(effects) == failure
+    assert reported_failures(effects) == [failure], "the rank that waits is told"
+    assert side.is_empty()
+
+
+def test_the_tower_never_ran() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 5.0)
+    ping(side, 64.9)
+    assert side.tick(64.9) == []
+    ping(side, 65.0)
+    assert failure_of(side.tick(65.0)) == Failure(500, f"the encoder had no rows for room {ROOM} within 60 s")
+
+
+def test_no_source_block_came_free() -> None:
+    side = encode_side_with(blocks=1)
+    for room in (1, 2):
+        side.expect(room, 0.0)
+        side.receive(offer(4, room, room=room), 0.0)
+        side.submit(room, 4, 5.0 * room)
+    ping(side, 65.0)
+    assert failure_of(side.tick(65.0)) == Failure(502, "a write of room 1 did not end within 60 s")
+    ping(side, 70.0)
+    assert failure_of(side.tick(70.0)) == Failure(503, "no source blocks for room 2 within 60 s")
+    assert not side.is_empty(), "the write is still under way"
+    assert side.transferred(1, 1, {}, 71.0) == [DropRows(1)]
+    assert side.is_empty()
+
+
+def test_no_resume_came() -> None:
+    side, chunk = encode_side_that_writes()
+    side.transferred(ROOM, chunk.transfer_id, {}, 10.0)
+    ping(side, 69.9)
+    assert side.tick(69.9) == []
+    ping(side, 70.0)
+    failure = failure_of(side.tick(70.0))
+    assert failure == Failure(502, f"the language side offered no blocks for more rows of room {ROOM} within 60 s")

@@ -1,0 +1,39 @@
+"""Rooms that language ranks ask for before their request is here: how many of them an encode rank keeps."""
+
+import msgspec
+
+from embedding_relay.protocol.effects import (
+    StatusChanged,
+)
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.status import Status
+from support.protocol import (
+    ROOM,
+    TIMING,
+    encode_side,
+    offer,
+    register,
+    reported_failures,
+)
+
+
+def test_rooms_that_nobody_expects_are_bounded_in_number_and_the_oldest_ends() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_unexpected_rooms=2))
+    side.receive(register(), 0.0)
+    side.expect(ROOM, 0.0)
+    for room in (ROOM, 1, 2):
+        side.receive(offer(4, room, room=room), 0.0)
+    assert side.sizes()["unexpected"] == 2
+    (failure,) = reported_failures(side.receive(offer(4, 3, room=3), 0.0))
+    assert failure == Failure(503, "no request of room 1 has come, and too many rooms wait for theirs")
+    assert side.expect(2, 0.0) == [StatusChanged(2, Status.WAITING_FOR_INPUT)]
+    assert side.sizes()["unexpected"] == 1
+    assert side.sizes()["rooms"] == 3
+
+
+def test_rooms_that_nobody_expects_are_bounded_in_blocks() -> None:
+    side = encode_side(timing=msgspec.structs.replace(TIMING, max_unexpected_blocks=8))
+    side.receive(register(), 0.0)
+    assert side.receive(offer(4, 0, 1, 2, 3, 4, room=1), 0.0) == []
+    assert len(reported_failures(side.receive(offer(4, 0, 1, 2, 3, room=2), 0.0))) == 1
+    assert side.sizes()["unexpected"] == 1

@@ -1,0 +1,43 @@
+"""How many rows the language side reserves before the length of a request is known."""
+
+from embedding_relay.protocol.language.reserve import DefaultReservation
+from embedding_relay.protocol.messages import (
+    TransferEmbeddingInfo,
+)
+from support.protocol import (
+    PEER,
+    ROOM,
+    first_offers,
+    language_side,
+    receive_chunk,
+    sent,
+)
+
+
+def test_a_fixed_default_never_changes() -> None:
+    reservation = DefaultReservation(1024, 65536)
+    reservation.observe(5)
+    assert reservation.rows(1000) == 1024
+
+
+def test_auto_learns_a_high_quantile_within_a_fair_share() -> None:
+    reservation = DefaultReservation(None, 40_000)
+    assert reservation.rows(1) == 8192
+    assert reservation.rows(10) == 4000
+    for total in range(1, 101):
+        reservation.observe(total)
+    assert reservation.rows(1) == 91
+    for _ in range(256):
+        reservation.observe(30_000)
+    assert reservation.rows(1) == 30_000
+    assert reservation.rows(4) == 10_000
+    assert reservation.rows(100_000) == 1
+
+
+def test_auto_is_used_for_first_offers() -> None:
+    side = language_side(default=None)
+    assert first_offers(side)[ROOM].allocated_tokens == 32
+    receive_chunk(side, 5, 5)
+    (init,) = sent(side.request(8, PEER, 1.0))
+    assert isinstance(init, TransferEmbeddingInfo)
+    assert init.allocated_tokens == 5

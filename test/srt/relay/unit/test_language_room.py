@@ -1,0 +1,363 @@
+"""One room of the language side: the queue, reports, copies, what does not add up, quarantine, and its deadlines."""
+
+import pytest
+
+from embedding_relay.protocol.effects import (
+    CopyOut,
+    Deliver,
+    LanguageEffect,
+    Note,
+    Resolve,
+    Send,
+    StatusChanged,
+)
+from embedding_relay.protocol.errors import Failure, LocalError
+from embedding_relay.protocol.language.side import LanguageSide
+from embedding_relay.protocol.messages import (
+    Abort,
+    AbortAck,
+    Address,
+    Pong,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.status import Status
+from support.protocol import (
+    ENCODE,
+    PEER,
+    ROOM,
+    counted,
+    failure_of,
+    first_offers,
+    language_side,
+    offer_in,
+    only,
+    queued,
+    receive_chunk,
+    register,
+    report,
+    request_and_resolve,
+    sent,
+    waiting_room,
+)
+
+# ---- queued
+
+
+def test_a_queued_room_ends_with_its_other_half_and_nobody_is_told() -> None:
+    side = waiting_room()
+    failure = Failure(400, "the image cannot be decoded")
+    failed = StatusReport(8, Status.FAILED, failure=failure)
+    assert side.receive(failed, 1.0) == [StatusChanged(8, Status.FAILED, failure)]
+    assert side.sizes()["waiting_for_blocks"] == 0
+    assert side.receive(failed, 1.0) == []
+    assert failure_of(side.request(8, PEER, 2.0)) == Failure(409, "room 8 was used before")
+
+
+def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
+    side = waiting_room()
+    for message in (report(Status.TRANSFERRING, None, 8), report(Status.SUCCESS, 5, 8), AbortAck(8)):
+        assert side.receive(message, 1.0) == []
+    side.request(9, "registry3:80", 1.0)
+    failed = StatusReport(9, Status.FAILED, failure=Failure(400, "an old one"))
+    assert side.receive(failed, 1.0) == [], "nobody has been asked for room 9"
+    assert counted(side) == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
+
+
+def test_a_room_that_leaves_the_queue_tells_a_known_peer_but_waits_for_no_answer() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, 1, 2)
+    effects = side.cancel(2, 0.0, Failure(503, "busy"))
+    assert sent(effects) == [Abort(2, Address("language", 100), "language-0:1", Failure(503, "busy"))]
+    side = language_side()
+    side.request(1, PEER, 0.0)
+    assert sent(side.cancel(1, 0.0)) == []
+    assert side.is_empty()
+
+
+# ---- a session that the encode side has forgotten
+
+
+def test_a_queued_room_of_a_forgotten_session_is_announced_again_once() -> None:
+    side = waiting_room()
+    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "not registered"))
+    assert side.receive(misdirected, 0.0) == [Send(ENCODE, register(blocks=2)), Send(ENCODE, queued(room=8))]
+    effects = side.receive(misdirected, 0.0)
+    assert failure_of(effects) == Failure(502, "not registered")
+    assert [type(message) for message in sent(effects)] == [Abort], "the other half does not know"
+
+
+def test_a_queued_room_of_a_lost_peer_is_announced_when_it_is_found() -> None:
+    side = waiting_room()
+    side.receive(Pong("encode-9", "encode-1"), 1.0)
+    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "not registered"))
+    assert side.receive(misdirected, 1.0) == []
+    assert sent(side.peer_resolved(PEER, ENCODE, "encode-9", 2.0)) == [register(blocks=2), queued(room=8)]
+
+
+def test_an_init_right_behind_a_queued_message_may_be_misdirected_with_it() -> None:
+    """Both were on their way when the encode side answered the first that it has forgotten the session."""
+    side = language_side(blocks=2)
+    request_and_resolve(side, 1, ROOM)
+    side.receive(report(Status.SUCCESS, 5, room=1), 0.0)
+    init = offer_in(side.copied(1, 5, 5, 0.0))
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    again = [Send(ENCODE, register(blocks=2)), Send(ENCODE, init)]
+    assert side.receive(misdirected, 0.0) == again
+    assert side.receive(misdirected, 0.0) == again
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+
+
+def test_a_session_that_was_forgotten_registers_again_with_the_same_offer_once() -> None:
+    side = language_side()
+    init = first_offers(side)[ROOM]
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    assert side.receive(misdirected, 0.0) == [Send(ENCODE, register()), Send(ENCODE, init)]
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+
+
+def test_after_rows_there_is_no_second_try() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    receive_chunk(side, 8, 20)
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+
+
+# ---- rows
+
+
+def test_one_transfer_of_everything() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    assert side.receive(report(Status.SUCCESS, 8), 0.0) == [CopyOut(ROOM, (0, 1), 0, 8, 1000)]
+    assert side.copied(ROOM, 8, 8, 0.0) == [Deliver(ROOM, 8, 1), StatusChanged(ROOM, Status.SUCCESS)]
+    assert side.is_empty()
+    assert side.sizes()["blocks_free"] == 8
+
+
+def test_a_resume_says_how_many_rows_have_arrived_and_how_much_space_there_is() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    effects = side.receive(report(Status.TRANSFERRING, 8), 0.0)
+    assert effects == [StatusChanged(ROOM, Status.TRANSFERRING), CopyOut(ROOM, (0, 1), 0, 8, 1000)]
+    resume = offer_in(side.copied(ROOM, 8, 20, 0.0))
+    assert (resume.sent_tokens, resume.allocated_tokens, len(resume.dst_embedding_indices)) == (8, 12, 3)
+    assert side.receive(report(Status.TRANSFERRING, 8), 0.0) == [], "the same report again"
+    effects = side.receive(report(Status.SUCCESS, 20), 0.0)
+    assert effects == [CopyOut(ROOM, resume.dst_embedding_indices, 8, 12, 1000)]
+    assert only(side.copied(ROOM, 12, 20, 0.0), Deliver) == [Deliver(ROOM, 20, 2)]
+
+
+def test_reports_without_rows_do_as_long_as_none_is_repeated() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, None), 0.0)
+    assert side.receive(report(Status.TRANSFERRING, None), 0.0) == [], "while it is being copied"
+    assert offer_in(side.copied(ROOM, 8, 9, 0.0)).sent_tokens == 8
+    assert only(side.receive(report(Status.SUCCESS, None), 0.0), CopyOut)
+    assert only(side.copied(ROOM, 1, 9, 0.0), Deliver)
+
+
+@pytest.mark.parametrize(("total", "blocks"), [(9, 1), (12, 1), (13, 2), (16, 2), (17, 3), (1000, 7)])
+def test_a_resume_has_no_more_blocks_than_it_needs_and_leaves_one(total: int, blocks: int) -> None:
+    side = language_side()
+    request_and_resolve(side)
+    assert len(offer_in(receive_chunk(side, 8, total)).dst_embedding_indices) == blocks
+
+
+def test_nothing_grows_while_somebody_waits_and_nobody_waits_for_growth() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, ROOM, 8)
+    resume = offer_in(receive_chunk(side, 8, 100))
+    assert resume.room == ROOM
+    assert len(resume.dst_embedding_indices) == 2
+
+
+def test_blocks_that_are_not_needed_any_more_go_to_the_room_that_waits() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, ROOM, 8)
+    first, second = (m for m in sent(receive_chunk(side, 8, 9)) if isinstance(m, TransferEmbeddingInfo))
+    assert (first.room, len(first.dst_embedding_indices)) == (ROOM, 1)
+    assert (second.room, len(second.dst_embedding_indices)) == (8, 1)
+
+
+# ---- what does not add up
+
+
+@pytest.mark.parametrize(
+    ("status", "rows"),
+    [(Status.TRANSFERRING, 7), (Status.TRANSFERRING, 9), (Status.SUCCESS, 9)],
+)
+def test_a_report_that_contradicts_the_offer_fails_the_room(status: Status, rows: int) -> None:
+    side = language_side()
+    request_and_resolve(side)
+    failure = failure_of(side.receive(report(status, rows), 0.0))
+    assert failure == Failure(502, f"room {ROOM} is said to have {rows} rows, but rows 0..8 were on offer")
+
+
+@pytest.mark.parametrize(
+    ("status", "reported", "rows", "total", "code"),
+    [
+        (Status.TRANSFERRING, 8, 8, 8, 502),
+        (Status.TRANSFERRING, 8, 7, 20, 502),
+        (Status.TRANSFERRING, 8, 5, 5, 502),
+        (Status.SUCCESS, 8, 8, 20, 502),
+        (Status.SUCCESS, 7, 8, 8, 502),
+        (Status.SUCCESS, 8, 7, 8, 502),
+        (Status.SUCCESS, None, 8, 9, 502),
+        (Status.SUCCESS, 8, 0, 0, 502),
+        (Status.SUCCESS, 8, 0, -5, 502),
+        (Status.TRANSFERRING, 8, 0, 1001, 400),
+    ],
+)
+def test_what_does_not_add_up_never_reaches_the_model(
+    status: Status, reported: int | None, rows: int, total: int, code: int
+) -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(status, reported), 0.0)
+    effects = side.copied(ROOM, rows, total, 0.0)
+    failure = failure_of(effects)
+    assert failure is not None
+    assert failure.code == code
+    assert [type(message) for message in sent(effects)] == [Abort]
+    assert not only(effects, Deliver)
+    assert side.sizes()["blocks_quarantined"] == 2
+
+
+def test_the_true_length_may_not_change() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    receive_chunk(side, 8, 20)
+    side.receive(report(Status.SUCCESS, 19), 0.0)
+    assert failure_of(side.copied(ROOM, 11, 19, 0.0)) == Failure(
+        502, f"room {ROOM} has 19 rows, and 20 were announced before"
+    )
+
+
+def test_a_copy_that_fails_fails_the_room() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.SUCCESS, 8), 0.0)
+    assert failure_of(side.copy_failed(ROOM, "no memory", 0.0)) == Failure(
+        500, f"the rows of room {ROOM} could not be copied: no memory"
+    )
+    with pytest.raises(LocalError, match="no rows to be copied"):
+        side.copied(ROOM, 8, 8, 0.0)
+
+
+def test_a_late_failure_cannot_undo_what_has_arrived() -> None:
+    """A repeated init of a room that is over is answered with 409; here the success came first."""
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.SUCCESS, 8), 0.0)
+    used = StatusReport(ROOM, Status.FAILED, failure=Failure(409, f"room {ROOM} was used before"))
+    assert side.receive(used, 0.0) == []
+    assert only(side.copied(ROOM, 8, 8, 0.0), Deliver) == [Deliver(ROOM, 8, 1)]
+    assert counted(side) == {"status_stale": 1}
+
+
+# ---- quarantine
+
+
+def failed_room(side: LanguageSide) -> list[LanguageEffect]:
+    request_and_resolve(side)
+    return side.receive(StatusReport(ROOM, Status.FAILED, failure=Failure(502, "the write failed")), 0.0)
+
+
+def test_blocks_of_a_failed_room_are_free_only_when_the_writer_says_so() -> None:
+    side = language_side()
+    effects = failed_room(side)
+    failure = Failure(502, "the write failed")
+    assert effects == [
+        StatusChanged(ROOM, Status.FAILED, failure),
+        Send(ENCODE, Abort(ROOM, Address("language", 100), "language-0:1", failure)),
+    ]
+    assert side.sizes()["blocks_quarantined"] == 2
+    assert side.receive(report(Status.SUCCESS, 8), 0.0) == []
+    assert side.receive(AbortAck(ROOM), 0.0) == []
+    assert side.sizes()["blocks_free"] == 8
+    assert side.receive(AbortAck(ROOM), 0.0) == []
+    assert counted(side) == {502: 1, "status_stale": 1, "message_for_unknown_room": 1}
+
+
+def test_an_abort_is_repeated_ever_more_slowly_and_the_quarantine_is_reported_once() -> None:
+    side = language_side()
+    failed_room(side)
+    aborts, notes = [], []
+    for second in range(200):
+        side.receive(Pong("encode-1", "encode-1"), float(second))
+        effects = side.tick(float(second))
+        aborts += [second for message in sent(effects) if isinstance(message, Abort)]
+        notes += only(effects, Note)
+    assert aborts == [1, 3, 7, 15, 31, 63, 95, 127, 159, 191]
+    assert notes == [
+        Note(f"2 blocks of room {ROOM} stay in quarantine: {PEER} has not acknowledged its abort for 63 s")
+    ]
+    assert side.sizes()["quarantine_overdue"] == 1
+    assert side.sizes()["blocks_quarantined"] == 2
+
+
+def test_blocks_that_are_being_read_are_not_free_either() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, 8), 0.0)
+    side.cancel(ROOM, 0.0)
+    assert side.receive(AbortAck(ROOM), 0.0) == []
+    assert side.sizes()["blocks_quarantined"] == 2
+    assert side.copied(ROOM, 8, 20, 0.0) == []
+    assert side.sizes()["blocks_free"] == 8
+    assert side.is_empty()
+
+
+def test_a_copy_that_fails_after_the_room_has_ended_only_frees_its_blocks() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, 8), 0.0)
+    side.cancel(ROOM, 0.0)
+    side.receive(AbortAck(ROOM), 0.0)
+    assert side.copy_failed(ROOM, "no memory", 0.0) == []
+    assert side.is_empty()
+
+
+# ---- deadlines
+
+
+def test_deadlines_say_what_was_waited_for() -> None:
+    side = language_side()
+    side.request(1, PEER, 0.0)
+    assert failure_of(side.tick(30.0)) == Failure(502, f"bootstrap registry {PEER} did not answer within 30 s")
+    assert side.request(2, PEER, 31.0) == [Resolve(PEER)], "the next one asks again"
+
+    side = language_side(blocks=2)
+    request_and_resolve(side, 1, 2)
+    side.receive(Pong("encode-1", "encode-1"), 30.0)
+    assert failure_of(side.tick(30.0)) == Failure(503, "no receive blocks within 30 s")
+
+    side.receive(report(Status.WAITING_FOR_INPUT, None, room=1), 60.0)
+    failure = failure_of(side.tick(60.0))
+    assert failure == Failure(502, f"encode instance {PEER} sent no more rows of room 1 within 60 s")
+
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.SUCCESS, 8), 10.0)
+    assert failure_of(side.tick(70.0)) == Failure(500, f"rows of room {ROOM} were not copied within 60 s")
+
+
+def test_a_report_moves_the_deadline_too() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, 8), 50.0)
+    side.receive(Pong("encode-1", "encode-1"), 109.0)
+    assert failure_of(side.tick(109.0)) is None
+    assert failure_of(side.tick(110.0)) is not None
+
+
+def test_progress_moves_the_deadline() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    receive_chunk(side, 8, 100, now=50.0)
+    side.receive(Pong("encode-1", "encode-1"), 109.0)
+    assert failure_of(side.tick(109.0)) is None
+    assert failure_of(side.tick(110.0)) is not None
