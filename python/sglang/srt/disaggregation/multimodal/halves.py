@@ -24,7 +24,7 @@ _TOWERS: Final = {
 }
 
 
-class NoTower(torch.nn.Module):
+class NoTower(torch.nn.Module):  # type: ignore[misc]  # torch is left out of the type check
     """Stands where the vision tower would be; asked to encode, it says so."""
 
     def __init__(self, *_: Any, **__: Any) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
@@ -64,7 +63,6 @@ class MultimodalLanguageRequest:
         self.receiver = receiver
         self.uses_left = 1
         self.waiting: list[Any] = []
-        self.rows: ReceivedRows | None = None
         self.over_since = 0.0
 
 
@@ -171,8 +169,6 @@ class LanguageRole(Role[LanguageManager]):
     def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
         if not request.waiting:
             return  # nobody wants it any more
-        if request.receiver.failure() is None:
-            request.rows = request.receiver.rows()
         request.over_since = time.monotonic()
         self.shared[room] = request
         for recv_req in request.waiting:
@@ -187,8 +183,7 @@ class LanguageRole(Role[LanguageManager]):
         if (failure := request.receiver.failure()) is not None:
             self.answer_with_failure(recv_req, failure)
             return
-        assert request.rows is not None
-        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(request.rows)
+        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(request.receiver.rows())
         recv_req.need_wait_for_mm_inputs = False
         self.scheduler.handle_generate_request(recv_req)
 

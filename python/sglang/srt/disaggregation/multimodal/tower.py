@@ -38,7 +38,7 @@ class VisionTower:
             batch.append(req)
         return batch
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is left out of the type check
     def encode(self, reqs: list[Any]) -> list[list[torch.Tensor]]:
         """For every request one tensor per item, in the order of its items."""
         items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
