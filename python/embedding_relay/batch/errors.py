@@ -27,6 +27,15 @@ class TooLarge(Refusal):
         super().__init__(413, detail)
 
 
+class OpenAIRefusal(Refusal):
+    """A refusal in the form of OpenAI's API, which names the parameter at fault."""
+
+    def __init__(self, status: int, detail: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, detail)
+        self.param = param
+        self.code = code
+
+
 class StaleJob(Exception):
     """A worker works on a part that is over or that another worker has taken over: it must stop, changing nothing."""
 

@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from embedding_relay.batch.errors import Refusal
-from embedding_relay.batch.openai.files import Mistake
+from embedding_relay.batch.errors import OpenAIRefusal, Refusal
 from embedding_relay.batch.store.contract import StoreAway
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def _openai_error(
 
 def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(Mistake, _openai_mistake)
+    app.add_exception_handler(OpenAIRefusal, _openai_refusal)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _wrong_request)
     app.add_exception_handler(StoreAway, _store_away)
@@ -50,8 +49,8 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
     return error_answer(request.url.path, error.status, error.detail)
 
 
-def _openai_mistake(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, Mistake)
+def _openai_refusal(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OpenAIRefusal)
     return _openai_error(error.status, error.detail, "invalid_request_error", error.param, error.code)
 
 

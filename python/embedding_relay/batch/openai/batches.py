@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from embedding_relay.batch.errors import Refusal
-from embedding_relay.batch.openai.files import Files, Mistake, UnknownFile, output_id
+from embedding_relay.batch.errors import OpenAIRefusal, Refusal
+from embedding_relay.batch.openai.files import Files, output_id
 from embedding_relay.batch.openai.lines import input_errors
 from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.records import BatchOrder, LineError, Session, Stage, new_session_id
@@ -33,14 +33,14 @@ Fields = dict[str, Any]
 
 def order_of(body: Mapping[str, Any]) -> BatchOrder:
     if unknown := body.keys() - set(OPTIONS):
-        raise Mistake(400, f"unknown parameter {sorted(unknown)[0]!r}; known are: {', '.join(OPTIONS)}")
+        raise OpenAIRefusal(400, f"unknown parameter {sorted(unknown)[0]!r}; known are: {', '.join(OPTIONS)}")
     for name in OPTIONS[:3]:
         if not isinstance(body.get(name), str):
-            raise Mistake(400, f"{name!r} must be given, as a text", name, "missing_required_parameter")
+            raise OpenAIRefusal(400, f"{name!r} must be given, as a text", name, "missing_required_parameter")
     if body["endpoint"] not in ENDPOINTS:
-        raise Mistake(400, f"the endpoint must be one of: {', '.join(ENDPOINTS)}", "endpoint", "invalid_value")
+        raise OpenAIRefusal(400, f"the endpoint must be one of: {', '.join(ENDPOINTS)}", "endpoint", "invalid_value")
     if body["completion_window"] != WINDOW:
-        raise Mistake(400, f"the completion_window must be {WINDOW!r}", "completion_window", "invalid_value")
+        raise OpenAIRefusal(400, f"the completion_window must be {WINDOW!r}", "completion_window", "invalid_value")
     return BatchOrder(
         input_file_id=body["input_file_id"],
         endpoint=body["endpoint"],
@@ -53,14 +53,14 @@ def _metadata_of(given: object) -> dict[str, str] | None:
     if given is None:
         return None
     rule = f"at most {MOST_METADATA} pairs of text, of {LONGEST_KEY} and {LONGEST_VALUE} characters"
-    mistake = Mistake(400, f"metadata may be {rule}", "metadata", "invalid_value")
+    refusal = OpenAIRefusal(400, f"metadata may be {rule}", "metadata", "invalid_value")
     if not isinstance(given, dict) or len(given) > MOST_METADATA:
-        raise mistake
+        raise refusal
     for key, value in given.items():
         if not isinstance(value, str) or len(key) > LONGEST_KEY or len(value) > LONGEST_VALUE:
-            raise mistake
+            raise refusal
         if SURROGATES.search(key + value):
-            raise mistake  # lone surrogates: JSON can write them, a record in the store cannot hold them
+            raise refusal  # lone surrogates: JSON can write them, a record in the store cannot hold them
     return given
 
 
@@ -74,12 +74,9 @@ class Batches:
 
     def create(self, order: BatchOrder) -> Session:
         """A file that cannot be used makes a batch that has failed, as it does at OpenAI; not an error of this call."""
-        try:
-            stored, path = self._files.get(order.input_file_id)
-        except UnknownFile:
-            raise UnknownFile(order.input_file_id, "input_file_id") from None
+        stored, path = self._files.get(order.input_file_id, "input_file_id")
         if stored.purpose != "batch":
-            raise Mistake(400, "the input file was not uploaded with the purpose 'batch'", "input_file_id")
+            raise OpenAIRefusal(400, "the input file was not uploaded with the purpose 'batch'", "input_file_id")
         with path.open("rb") as file:
             errors = input_errors(file, order.endpoint, self._service.settings.rows)
             if not errors:
@@ -104,7 +101,7 @@ class Batches:
         session = self._service.sessions.find(batch_id.removeprefix(PREFIX)) if batch_id.startswith(PREFIX) else None
         if session is None or session.order is None:
             why = "it was deleted, it expired, or it never existed"
-            raise Mistake(404, f"there is no batch {batch_id!r}: {why}", "batch_id")
+            raise OpenAIRefusal(404, f"there is no batch {batch_id!r}: {why}", "batch_id")
         return session
 
     def all(self) -> list[Session]:

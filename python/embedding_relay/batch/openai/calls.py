@@ -7,8 +7,9 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Body, File, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse
 
+from embedding_relay.batch.errors import OpenAIRefusal
 from embedding_relay.batch.openai.batches import Batches, batch_view, order_of
-from embedding_relay.batch.openai.files import Files, Mistake, StoredFile
+from embedding_relay.batch.openai.files import Files, StoredFile
 
 router = APIRouter(prefix="/v1")
 
@@ -43,9 +44,9 @@ def create_file(
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=HOUR, le=720 * HOUR)] = None,
 ) -> Fields:
     if purpose != "batch":
-        raise Mistake(400, "this service takes files with the purpose 'batch' only", "purpose", "invalid_value")
+        raise OpenAIRefusal(400, "this service takes files with the purpose 'batch' only", "purpose", "invalid_value")
     if anchor != "created_at":
-        raise Mistake(400, "the anchor of expires_after must be 'created_at'", "expires_after", "invalid_value")
+        raise OpenAIRefusal(400, "the anchor of expires_after must be 'created_at'", "expires_after", "invalid_value")
     return file_view(_files(request).add(file.file, file.filename or "", seconds))
 
 
@@ -123,7 +124,7 @@ def cancel_batch(request: Request, batch_id: str) -> Fields:
 def paged(items: list[Fields], after: str | None, limit: int) -> Fields:
     ids = [item["id"] for item in items]
     if after is not None and after not in ids:
-        raise Mistake(400, f"there is no {after!r} in this list, to go on behind it", "after", "invalid_value")
+        raise OpenAIRefusal(400, f"there is no {after!r} in this list, to go on behind it", "after", "invalid_value")
     begin = 0 if after is None else ids.index(after) + 1
     page = items[begin : begin + limit]
     return {

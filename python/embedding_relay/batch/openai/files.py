@@ -14,7 +14,7 @@ from typing import IO, Final, Literal
 
 import msgspec
 
-from embedding_relay.batch.errors import NotWhatWasSaved, Refusal
+from embedding_relay.batch.errors import NotWhatWasSaved, OpenAIRefusal
 from embedding_relay.batch.openai.lines import is_output, line_of
 from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import Session
@@ -31,20 +31,6 @@ Part = Literal["out", "err"]
 PARTS: Final[tuple[Part, Part]] = ("out", "err")
 
 _encode = msgspec.json.Encoder().encode
-
-
-class Mistake(Refusal):
-    """A refusal in the form of OpenAI's API, which names the parameter at fault."""
-
-    def __init__(self, status: int, detail: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, detail)
-        self.param = param
-        self.code = code
-
-
-class UnknownFile(Mistake):
-    def __init__(self, file_id: str, param: str = "file_id") -> None:
-        super().__init__(404, f"there is no file {file_id!r}: it was deleted, it expired, or it never existed", param)
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -82,10 +68,12 @@ class Files:
             raise
         return stored
 
-    def get(self, file_id: str) -> tuple[StoredFile, Path]:
+    def get(self, file_id: str, param: str = "file_id") -> tuple[StoredFile, Path]:
+        """`param` is what the caller calls the id."""
         found = self._find(file_id)
         if found is None or not found[1].exists():
-            raise UnknownFile(file_id)
+            why = "it was deleted, it expired, or it never existed"
+            raise OpenAIRefusal(404, f"there is no file {file_id!r}: {why}", param)
         return found
 
     def delete(self, file_id: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_relay.batch.openai.files import Files, UnknownFile, output_id, output_path, save_batch_files
+from embedding_relay.batch.errors import OpenAIRefusal
+from embedding_relay.batch.openai.files import Files, output_id, output_path, save_batch_files
 from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import (
     BatchOrder,
@@ -88,15 +89,15 @@ def test_an_upload_is_kept_listed_and_deleted(place: Place) -> None:
     place.files.delete(stored.file_id)
     assert place.files.all() == []
     assert not path.exists()
-    with pytest.raises(UnknownFile):
+    with pytest.raises(OpenAIRefusal, match="there is no file"):
         place.files.get(stored.file_id)
 
 
 @pytest.mark.parametrize("file_id", ["", "file-", "file-../../x", "file-" + "0" * 24, "file-out-" + "0" * 16])
 def test_unknown_ids(place: Place, file_id: str) -> None:
-    with pytest.raises(UnknownFile):
+    with pytest.raises(OpenAIRefusal, match="there is no file"):
         place.files.get(file_id)
-    with pytest.raises(UnknownFile):
+    with pytest.raises(OpenAIRefusal, match="there is no file"):
         place.files.delete(file_id)
 
 
@@ -159,7 +160,7 @@ def test_there_is_no_output_before_it_is_saved(place: Place) -> None:
     save_batch_files(folder, 1, [Result(1, Outcome.DONE, custom_id="a")])
     place.sessions.add(session)
     assert output_id(session, "out") is None
-    with pytest.raises(UnknownFile):
+    with pytest.raises(OpenAIRefusal, match="there is no file"):
         place.files.get(f"file-out-{session.session_id}")
 
 

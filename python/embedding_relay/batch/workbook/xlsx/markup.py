@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from typing import IO, Final
 from xml.parsers import expat
 
 import msgspec
 
 from embedding_relay.batch.errors import TooLarge, Unreadable
+from embedding_relay.batch.workbook.container import CheckedStream
 
 CHUNK: Final = 2**16
 MOST_DIGITS: Final = 12
@@ -17,10 +18,6 @@ MOST_TOKEN: Final = 2**23
 MOST_NODES: Final = 2_000_000
 
 Start = Callable[[str, dict[str, str]], object]
-
-
-class Readable(Protocol):
-    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class Node(msgspec.Struct):
@@ -85,7 +82,7 @@ class Parser:
     def close(self) -> None:
         self._parse(b"", True)
 
-    def read(self, stream: Readable) -> None:
+    def read(self, stream: IO[bytes] | CheckedStream) -> None:
         for chunk in chunks(stream):
             self.feed(chunk)
         self.close()
@@ -100,7 +97,7 @@ class Parser:
         raise Unreadable(f"{self._what} declares a document type, which no spreadsheet program writes")
 
 
-def chunks(stream: Readable) -> Iterator[bytes]:
+def chunks(stream: IO[bytes] | CheckedStream) -> Iterator[bytes]:
     while chunk := stream.read(CHUNK):
         yield chunk
 
