@@ -24,7 +24,7 @@ from typing import Final
 import pytest
 
 from embedding_relay.tools import local_cluster, tiny_model
-from embedding_relay.tools.local_cluster import LocalCluster
+from embedding_relay.tools.local_cluster import LocalCluster, Options
 from stress.growth import MIB, Verdict, Watch
 from stress.traffic import Clients, Disturbances, Prompt, Target, burst, learn_prompts, outcomes_table
 from support import servers
@@ -64,7 +64,9 @@ def say(text: str) -> None:
 
 @pytest.fixture
 def pair(logs: Path) -> Iterator[LocalCluster]:
-    options = servers.options(tiny_model.cached(FAMILY), logs / "soak", "--enable-metrics", **SMALL_POOL)
+    # As a user starts it: what makes other tests' servers start quickly makes their memory move more.
+    arguments = ("--enable-metrics",)
+    options = Options(tiny_model.cached(FAMILY), logs / "soak", servers.CPU, arguments, SMALL_POOL)
     with servers.running(local_cluster.relay(options)) as cluster:
         yield cluster
 

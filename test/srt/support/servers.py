@@ -1,25 +1,32 @@
 """Real servers for tests: the product's recipes, with log files kept and nothing left running."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from embedding_relay.tools.local_cluster import LocalCluster, Options
 
-__all__ = ["CPU", "active_log_tails", "options", "running"]
+__all__ = ["CPU", "QUICK_START", "active_log_tails", "options", "running"]
 
 CPU = "cpu"  # also on a machine with an accelerator: the lane tests the same thing everywhere
+_PATHS = (str(Path(__file__).with_name("quick_start")), os.environ.get("PYTHONPATH"))
+QUICK_START = {"PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
 _active: list[LocalCluster] = []
 
 
 def options(model: Path, logs: Path, *arguments: str, **environ: str) -> Options:
     """What the members of a cluster have in common."""
-    return Options(model=model, logs=logs, device=CPU, arguments=arguments, environ=environ)
+    return Options(model=model, logs=logs, device=CPU, arguments=arguments, environ=QUICK_START | environ)
 
 
 @contextmanager
 def running(cluster: LocalCluster, seconds: float = 300) -> Iterator[LocalCluster]:
-    """The cluster, ready; stopped afterwards, and then no process of its groups may be left."""
+    """The cluster, ready; stopped afterwards, and then no process of its groups may be left.
+
+    All members start at the same time, whatever the stages of the recipe: the router waits for its servers by itself.
+    """
+    cluster = LocalCluster(cluster.url, [cluster.members])
     _active.append(cluster)
     try:
         cluster.start(seconds)

@@ -1,35 +1,30 @@
-"""This lane starts real servers from the installed package."""
+"""This lane starts real servers from the installed package. A pair serves every module that names its settings.
 
-from collections.abc import Generator
+Pytest runs the tests of one pair after each other, in whatever module they are, and stops it when another one is asked
+for: `parametrize` it with `indirect=True` and `scope="session"`. A test that kills or freezes a server starts its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from support.installed import require_installed
+from support.server_lane import logs, pytest_configure, pytest_runtest_makereport  # noqa: F401
+
+if TYPE_CHECKING:
+    from support.pairs import Pair
 
 # Two servers that start on two cores take half a minute; a test adds its own work to that.
 SECONDS = 600
-
-
-def pytest_configure() -> None:
-    # Before anything of ours is imported, hence the late imports below.
-    require_installed()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SECONDS))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    from support.servers import active_log_tails
-
-    report = yield
-    if report.failed:
-        report.sections.extend(active_log_tails())
-    return report
 
 
 @pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
@@ -44,6 +39,10 @@ def model(family: str) -> Path:
     return tiny_model.cached(family)
 
 
-@pytest.fixture(scope="module")
-def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2] + "-logs")
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest, logs: Path) -> Iterator[Pair]:  # noqa: F811  (the fixture, by its name)
+    """The running pair of the settings that a test names."""
+    from support import pairs
+
+    with pairs.running(request.param, logs) as running:
+        yield running

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.servers import QUICK_START
+
 DEMO = [sys.executable, "-m", "embedding_relay.tools.cli", "demo", "--device", "cpu"]
 
 
@@ -35,7 +37,7 @@ class Demo:
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         name, _, value = self.mark.partition("=")
-        environ = os.environ | {name: value}
+        environ = os.environ | QUICK_START | {name: value}
         self.process = subprocess.Popen(
             [*DEMO, *arguments], stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True
         )

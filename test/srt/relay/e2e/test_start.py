@@ -17,6 +17,7 @@ import pytest
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ARGUMENTS, CPU_ENVIRON, HOST
 from embedding_relay.tools.local_process import free_ports
+from support import servers
 
 PREFIX = "sglang-embedding-relay: "
 MODULE = ("-m", "sglang.launch_server")
@@ -60,7 +61,7 @@ class Launch:
         command = [sys.executable, *self.start, "--model-path", str(model), "--host", HOST, *CPU_ARGUMENTS]
         command += ["--port", port, "--disaggregation-bootstrap-port", bootstrap]
         command += [str(taken) if argument == TAKEN else argument for argument in self.arguments]
-        environment = os.environ | COMMON_ENVIRON | CPU_ENVIRON | self.environ
+        environment = os.environ | servers.QUICK_START | COMMON_ENVIRON | CPU_ENVIRON | self.environ
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

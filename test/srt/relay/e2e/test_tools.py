@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,31 +17,23 @@ import openpyxl
 import openpyxl.drawing.image
 import pytest
 
-from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import ask, data_uri, post
-from embedding_relay.tools.local_cluster import LocalCluster
 from support import servers
+from support.pairs import LARGE, Pair
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories
 from support.server_numbers import not_at_rest, numbers_of
 
-FAMILY = "qwen2_5_vl"
 REQUESTS = 12
 BURST = 200
-BLOCKS = 8
 
-
-@pytest.fixture(scope="module")
-def pair(logs: Path) -> Iterator[LocalCluster]:
-    arguments = ("--tokenizer-worker-num", "2", "--enable-metrics")
-    pool = {"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(BLOCKS), "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "256"}
-    options = servers.options(tiny_model.cached(FAMILY), logs, *arguments, **pool)
-    with servers.running(local_cluster.relay(options)) as cluster:
-        yield cluster
+# Two tokenizer workers at each half, and a pool that a burst has to wait for.
+pytestmark = pytest.mark.parametrize("pair", [LARGE], ids=[LARGE.name], indirect=True, scope="session")
 
 
 @pytest.mark.parametrize("half", ["encode", "language"])
-def test_health(pair: LocalCluster, half: str) -> None:
+def test_health(pair: Pair, half: str) -> None:
     """A tokenizer worker says 503 until its own start is over, and the second one starts after the first."""
     for path in ("/health", "/health_generate"):
         wait_until(lambda url=pair[half].url + path: is_well(url))  # type: ignore[misc]
@@ -56,22 +48,22 @@ def is_well(url: str) -> bool:
         return False
 
 
-def test_two_tokenizer_workers(pair: LocalCluster) -> None:
+def test_two_tokenizer_workers(pair: Pair) -> None:
     """More requests than workers, so that both see some, the refused kind too."""
-    question = Question("again", (squares(FAMILY, 5, 5, 1), "what"))
+    question = Question("again", (squares(pair.family, 5, 5, 1), "what"))
     texts = {question.ask(pair.url).text for _ in range(6)}
     assert len(texts) == 1
     assert question.ask(pair.url, n=3).status == 200
     assert {ask(pair.url, ["data:image/png;base64,AAAA"], "what").status for _ in range(4)} == {400}
 
 
-def test_a_batch_of_token_ids(pair: LocalCluster) -> None:
+def test_a_batch_of_token_ids(pair: Pair) -> None:
     """Several rooms in one request. (The router takes no batch of texts.)"""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model.cached(FAMILY))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.cached(pair.family))
     ids = tokenizer("<|vision_start|><|image_pad|><|vision_end|>what is this")["input_ids"]
-    pictures = [data_uri(squares(FAMILY, 5, 5, seed)) for seed in (2, 3)]
+    pictures = [data_uri(squares(pair.family, 5, 5, seed)) for seed in (2, 3)]
     # Log-probabilities of the prompt too: the router looks for them in the answers of both halves.
     options = {
         "sampling_params": {"max_new_tokens": 8, "temperature": 0},
@@ -89,27 +81,28 @@ def test_a_batch_of_token_ids(pair: LocalCluster) -> None:
         assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
 
 
-def test_a_constrained_answer(pair: LocalCluster) -> None:
+def test_a_constrained_answer(pair: Pair) -> None:
     """The grammar is for the language half. Random weights would not find one of these words on their own."""
-    question = Question("constrained", (squares(FAMILY, 5, 5, 4), "what"))
+    question = Question("constrained", (squares(pair.family, 5, 5, 4), "what"))
     answer = question.ask(pair.url, regex="(north|south)")
     assert answer.status == 200, answer.body
     assert answer.text in ("north", "south")
 
 
-def test_bench_serving(pair: LocalCluster, tmp_path: Path) -> None:
+def test_bench_serving(pair: Pair, tmp_path: Path) -> None:
     result = tmp_path / "bench.jsonl"
-    model = str(tiny_model.cached(FAMILY))
+    model = str(tiny_model.cached(pair.family))
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", pair.url]
     command += ["--model", model, "--tokenizer", model, "--dataset-name", "image", "--image-count", "2"]
     command += ["--image-resolution", "112x112", "--num-prompts", str(REQUESTS), "--max-concurrency", "4"]
     command += ["--random-input-len", "32", "--random-output-len", "8", "--output-file", str(result)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environ = os.environ | servers.QUICK_START
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert json.loads(result.read_text().splitlines()[-1])["completed"] == REQUESTS
 
 
-def test_a_workbook_of_pictures(pair: LocalCluster, tmp_path: Path) -> None:
+def test_a_workbook_of_pictures(pair: Pair, tmp_path: Path) -> None:
     """Each row's answer is what the pair says when it is asked for that row alone."""
     rows = [("what is this", 6, 500), ("count the squares", 9, 501), ("and this", 4, 502), ("what is this", 7, 503)]
     book = openpyxl.Workbook()
@@ -118,7 +111,7 @@ def test_a_workbook_of_pictures(pair: LocalCluster, tmp_path: Path) -> None:
     for at, (prompt, side, seed) in enumerate(rows, 2):
         sheet.append([prompt])
         shown = io.BytesIO()
-        squares(FAMILY, side, side, seed).save(shown, "PNG")
+        squares(pair.family, side, side, seed).save(shown, "PNG")
         sheet.add_image(openpyxl.drawing.image.Image(shown), f"B{at}")
     book.save(tmp_path / "prompts.xlsx")
     command = [str(Path(sys.executable).with_name("sglang-relay")), "batch", "run", str(tmp_path / "prompts.xlsx")]
@@ -131,11 +124,11 @@ def test_a_workbook_of_pictures(pair: LocalCluster, tmp_path: Path) -> None:
     assert header[:2] == ["prompt", "picture"]
     answers = [row[header.index("answer")] for row in answered.iter_rows(min_row=2, values_only=True)]
     assert answers == [
-        Question("row", (squares(FAMILY, side, side, seed), text)).ask(pair.url).text for text, side, seed in rows
+        Question("row", (squares(pair.family, side, side, seed), text)).ask(pair.url).text for text, side, seed in rows
     ]
 
 
-def burst_questions() -> list[Question]:
+def burst_questions(family: str) -> list[Question]:
     """From a handful of token rows to 3000, the long ones of many small pictures."""
     sizes = [
         (1, 2),
@@ -153,14 +146,14 @@ def burst_questions() -> list[Question]:
         (30, 10),
     ]
     return [
-        Question(f"{count} of {side}", (*(squares(FAMILY, side, side, 50 * at + one) for one in range(count)), "what"))
+        Question(f"{count} of {side}", (*(squares(family, side, side, 50 * at + one) for one in range(count)), "what"))
         for at, (count, side) in enumerate(sizes)
     ]
 
 
-def test_two_hundred_at_once(pair: LocalCluster) -> None:
+def test_two_hundred_at_once(pair: Pair) -> None:
     """The pool takes 1024 rows. Nobody is refused, nobody starves, and every answer is the one to its own question."""
-    questions = burst_questions()
+    questions = burst_questions(pair.family)
     alone = [question.ask(pair.url) for question in questions]
     assert [answer.status for answer in alone] == [200] * len(questions), [answer.body for answer in alone]
     assert max(answer.prompt_tokens for answer in alone) > 3000
@@ -174,7 +167,7 @@ def test_two_hundred_at_once(pair: LocalCluster) -> None:
     told = stories(pair["language"].log_text())[before:]
     assert sorted(story.rows for story in told) == sorted(answer.prompt_tokens for answer in answers)
     print(
-        f"{BURST} at once on {BLOCKS} blocks: {sum(story.rows for story in told)} rows,"
+        f"{BURST} at once on {pair.settings.blocks} blocks: {sum(story.rows for story in told)} rows,"
         f" worst wait for a block {max(story.wait_ms for story in told) / 1000:.1f} s,"
         f" worst answer {max(answer.seconds for answer in answers):.1f} s, most rounds {max(s.rounds for s in told)}"
     )
