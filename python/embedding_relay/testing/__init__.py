@@ -1,1 +1,1 @@
-"""For tests, and shipped: a clock that a test turns, and both sides over a network in memory."""
+"""For tests, and shipped: a clock that a test advances, and both sides over a network in memory."""

@@ -37,8 +37,8 @@ from embedding_relay.testing.plane import Clock, MemoryDataPlane, MemoryFabric
 from embedding_relay.testing.watch import AUX, COLUMNS, MAX_ROWS, Journal, Memory, Truth, Violation
 
 
-class Surroundings(Protocol):
-    """What a node knows of the world that it is in."""
+class WorldOfNode(Protocol):
+    """What a node uses of the world that it is part of."""
 
     block_size: int
     ranks: int
@@ -63,7 +63,7 @@ class Surroundings(Protocol):
 class EncodeNode:
     """An encode instance: its core, its memory, and the work that waits for a test to let it happen."""
 
-    def __init__(self, world: Surroundings, name: str, address: Address, instance: str, blocks: int) -> None:
+    def __init__(self, world: WorldOfNode, name: str, address: Address, instance: str, blocks: int) -> None:
         self.world = world
         self.name = name
         self.address = address
@@ -80,7 +80,7 @@ class EncodeNode:
         self.jobs: list[tuple[TransferEmbeddingChunk, dict[str, Register | None]]] = []
         self.sources: dict[int, Truth] = {}
         self.failed_sessions: set[str] = set()
-        self.doubts: list[ProveGone] = []
+        self.proofs: list[ProveGone] = []
 
     def run(self, effects: Sequence[EncodeEffect]) -> None:
         for effect in effects:
@@ -93,7 +93,7 @@ class EncodeNode:
             elif isinstance(effect, TransferEmbeddingChunk):
                 self.jobs.append((effect, {d.session_id: self.core.session(d.session_id) for d in effect.destinations}))
             elif isinstance(effect, ProveGone):
-                self.doubts.append(effect)
+                self.proofs.append(effect)
             elif isinstance(effect, DropRows):
                 self.sources.pop(effect.room, None)
                 if any(chunk.room == effect.room for chunk, _ in self.jobs):
@@ -158,8 +158,8 @@ class EncodeNode:
             link.write([Entry(here[r.column] + r.source, there[r.column] + r.destination, r.length) for r in batch])
 
     def prove(self, index: int = 0) -> None:
-        """Is the process that had a session gone? Not if it is only out of reach."""
-        asked = self.doubts.pop(index)
+        """Is the process that had a session gone? Not if it only cannot be reached."""
+        asked = self.proofs.pop(index)
         is_gone = self.world.is_refused(asked.address)
         self.run(self.core.proven(asked.session_id, asked.address, is_gone, self.world.clock.now))
 
@@ -174,9 +174,7 @@ class EncodeNode:
 class LanguageNode:
     """One language rank."""
 
-    def __init__(
-        self, world: Surroundings, address: Address, session_id: str, blocks: int, default: int | None
-    ) -> None:
+    def __init__(self, world: WorldOfNode, address: Address, session_id: str, blocks: int, default: int | None) -> None:
         self.world = world
         self.address = address
         self.pool = BlockPool(blocks)
@@ -198,7 +196,7 @@ class LanguageNode:
         self.targets: dict[int, list[bytearray]] = {}
         self.delivered: dict[int, Deliver] = {}
         self.trusts_rows = True
-        """Off: somebody forges its peers' messages, so that what it delivers may be anything."""
+        """Off: somebody forges the messages of its peers, so that what it delivers may be anything."""
         self.offers: list[TransferEmbeddingInfo] = []
         """Every init and resume that it sent, in order."""
 
@@ -223,7 +221,7 @@ class LanguageNode:
         if before is not None and len(info.dst_embedding_indices) > len(before.dst_embedding_indices):
             sizes = self.core.sizes()
             if sizes["waiting_for_blocks"] or not sizes["blocks_free"]:
-                raise Violation(f"L2: room {info.room} grows at the expense of others: {sizes}")
+                raise Violation(f"L2: room {info.room} takes blocks that others wait for: {sizes}")
         if any(self.pool.owner_of(block) != info.room for block in info.dst_embedding_indices):
             raise Violation(f"S2: room {info.room} offers blocks that are not its own")
 

@@ -1,4 +1,4 @@
-"""For tests: a clock that the test turns, and a data plane that moves real bytes between memories of this process.
+"""For tests: a clock that the test advances, and a data plane that moves real bytes between memories of this process.
 
 What the data plane does not reproduce: time (a write lands at once, or when the test says so), bandwidth, an entry torn
 in the middle, entries of one call landing in another order, and a source that is read again after a failed write (what
@@ -54,9 +54,9 @@ class MemoryFabric:
         self.planes: dict[str, MemoryDataPlane] = {}
         self.faults: dict[str, list[Fault]] = {}
         self.label: object = None
-        """Whatever a test wants to be told again when the bytes of a write arrive."""
+        """Whatever a test wants handed back when the bytes of a write arrive."""
         self.on_landing: Callable[[object, str, Entry], None] | None = None
-        """Called before bytes arrive: (label, session, where). For tests that watch over memory."""
+        """Called before bytes arrive: (label, session, where). For tests that check what is written where."""
         self._late: list[_LateWrite] = []
 
     def fail_next(self, session_id: str, fault: Fault) -> None:
@@ -105,7 +105,7 @@ class MemoryFabric:
 
 
 class MemoryDataPlane:
-    """A `data_plane.DataPlane`: addresses are real, and nothing outside the registered regions can be touched."""
+    """A `memory.plane.DataPlane`: addresses are real, and nothing outside the registered regions can be touched."""
 
     def __init__(self, fabric: MemoryFabric, session_id: str) -> None:
         self.fabric = fabric
@@ -136,7 +136,7 @@ class MemoryDataPlane:
 
 
 class MemoryLink:
-    """A `data_plane.Link`."""
+    """A `memory.plane.Link`."""
 
     def __init__(self, plane: MemoryDataPlane, session_id: str) -> None:
         self._plane = plane

@@ -1,4 +1,4 @@
-"""What the simulated world knows about right and wrong: the rows that were encoded, and the moves that were made."""
+"""What the simulated world checks against: the rows that were encoded, and the statuses that each side published."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Journal:
     def note(self, effect: StatusChanged) -> None:
         before = self.statuses.get(effect.room)
         if before is None:
-            raise Violation(f"{self.name}: room {effect.room} is {effect.status.name}, and nobody here asked for it")
+            raise Violation(
+                f"{self.name}: room {effect.room} is {effect.status.name}, and its request has not arrived here"
+            )
         try:
             self.statuses[effect.room] = move(before, effect.status)
         except IllegalMove as error:

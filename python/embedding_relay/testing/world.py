@@ -1,9 +1,9 @@
-"""Encode and language sides of the protocol in one process, over a network that the test holds in its hands.
+"""Encode and language sides of the protocol in one process, over a simulated network that the test controls.
 
-Every message goes through the codec, every row through memory. Nothing happens by itself: a message waits on its wire;
-a write, a copy, a lookup and the vision tower wait on a list, until the test lets one of them happen or `settle` all.
-The world watches over what must never happen (`Violation`): rows that differ from what the encoder wrote, bytes that
-land in a block of somebody else or are read from one, a status that moves against the table.
+Every message goes through the codec, every row through memory. Nothing happens by itself: messages, writes, copies,
+lookups and runs of the vision tower wait in lists, until the test lets one of them happen or `settle` all.
+The world checks what must never happen (`Violation`): rows that differ from what the encoder wrote, bytes that land in
+another room's block or are read from one, a status that moves against the table.
 
 What it does not reproduce: threads, sockets, and everything that `plane.py` says of its data plane.
 """
@@ -31,7 +31,7 @@ from embedding_relay.testing.watch import COLUMNS, Truth, Violation
 
 
 @dataclasses.dataclass(frozen=True)
-class Wire:
+class InFlight:
     """A message on its way."""
 
     sender: str
@@ -61,7 +61,7 @@ class World:
         self.clock = Clock()
         self.fabric = MemoryFabric()
         self.fabric.on_landing = self._watch_landing
-        self.wires: list[Wire] = []
+        self.in_flight: list[InFlight] = []
         self.truths: dict[int, Truth] = {}
         self.unreachable: set[str] = set()
         self.encodes: dict[str, EncodeNode] = {}
@@ -74,7 +74,7 @@ class World:
         for blocks, default in zip(language_blocks, defaults, strict=True):
             self.languages.append(self._new_language(blocks, default, self._new_address("language")))
 
-    # ---- who is there
+    # ---- instances
 
     def make_encode_side(self, **arguments: Any) -> EncodeSide:
         return self._encode_side(**arguments)
@@ -107,7 +107,7 @@ class World:
     def restart_language(
         self, rank: int, default: int | None, same_address: bool = False, same_session: bool = False
     ) -> None:
-        """A new process gets other ports, but for the one that chance gives it again."""
+        """A new process gets other ports; by chance it may be given one of the old ones again."""
         old = self.languages[rank]
         self.fabric.kill(old.plane.session_id)
         address = old.address if same_address else self._new_address("language")
@@ -142,26 +142,26 @@ class World:
         self.truths[room] = Truth.of(room, total, [(0, total)] if media_runs is None else media_runs)
 
     def post(self, sender: str, send: Send) -> None:
-        self.wires.append(Wire(sender, send.to, tuple(codec.encode(send.message))))
+        self.in_flight.append(InFlight(sender, send.to, tuple(codec.encode(send.message))))
 
-    def first_wires(self) -> list[int]:
-        """Those that may arrive next if messages of one sender to one address keep their order, as with ZMQ."""
+    def deliverable(self) -> list[int]:
+        """The messages that may arrive next if messages of one sender to one address keep their order, as with ZMQ."""
         firsts: dict[tuple[str, Address], int] = {}
-        for index, wire in enumerate(self.wires):
-            firsts.setdefault((wire.sender, wire.to), index)
+        for index, message in enumerate(self.in_flight):
+            firsts.setdefault((message.sender, message.to), index)
         return list(firsts.values())
 
     def deliver(self, index: int = 0, keep: bool = False) -> None:
         """One message arrives; with `keep` it will arrive once more."""
-        wire = self.wires[index] if keep else self.wires.pop(index)
-        # What a stranger had sent to the wrong door is dropped there, as by the control loop.
+        message = self.in_flight[index] if keep else self.in_flight.pop(index)
+        # Frames that are no message for this side are dropped, as by the control loop.
         with contextlib.suppress(UndecodableFrames):
             for encode in self.encodes.values():
-                if encode.address == wire.to:
-                    encode.run(encode.core.receive(codec.decode_to_encode(wire.frames), self.clock.now))
+                if encode.address == message.to:
+                    encode.run(encode.core.receive(codec.decode_to_encode(message.frames), self.clock.now))
             for language in self.languages:
-                if language.address == wire.to:
-                    language.run(language.core.receive(codec.decode_to_language(wire.frames), self.clock.now))
+                if language.address == message.to:
+                    language.run(language.core.receive(codec.decode_to_language(message.frames), self.clock.now))
 
     def settle(self, limit: int = 1_000_000) -> int:
         """Let everything happen that can happen without the clock; return how many steps that took."""
@@ -171,7 +171,7 @@ class World:
         raise Violation("the world does not come to rest")
 
     def _step(self) -> bool:
-        if self.wires:
+        if self.in_flight:
             self.deliver()
             return True
         for encode in self.encodes.values():
@@ -181,7 +181,7 @@ class World:
             if encode.jobs:
                 encode.write()
                 return True
-            if encode.doubts:
+            if encode.proofs:
                 encode.prove()
                 return True
         for language in self.languages:
@@ -194,13 +194,13 @@ class World:
         return False
 
     def advance(self, seconds: float, between: Callable[[], object] | None = None) -> None:
-        """Turn the clock, stopping wherever a side wants to be called; `between` runs after each stop."""
+        """Advance the clock, stopping wherever a side wants to be called; `between` runs after each stop."""
         end = self.clock.now + seconds
         while (at := self._next_wakeup()) is not None and at <= end:
             self.clock.advance_to(at)
             self.tick()
             if (again := self._next_wakeup()) is not None and again <= self.clock.now:
-                raise Violation("a side wants to be called again at once: its shell would spin")
+                raise Violation("a side wants to be called again at once: its control thread would spin")
             if between:
                 between()
         self.clock.advance_to(end)

@@ -1,4 +1,4 @@
-"""How many random schedules a property test runs: a few hundred every day, as many as you like with RELAY_SCHEDULES."""
+"""How many random schedules a property test runs: a few hundred by default, as many as RELAY_SCHEDULES says."""
 
 import os
 
@@ -22,5 +22,5 @@ def effort(daily: int = DAILY, steps: int = 50) -> settings:
     )
 
 
-# The limit of the daily lane is for a few hundred schedules.
+# The time limit of a test is for a few hundred schedules.
 unhurried = pytest.mark.timeout(120 if SCHEDULES <= DAILY else 0)

@@ -1,4 +1,4 @@
-"""Strangers at the control sockets of the simulated world: what they may send, and what must hold all the same.
+"""Strangers at the control sockets of the simulated world: what they may send, and what must hold nevertheless.
 
 Promised, and checked after every hostile message, whatever the stranger knows: nothing raises but `UndecodableFrames`,
 no status moves against the table, no block has two owners, every write stays inside the columns that its own session
@@ -7,9 +7,8 @@ has registered, tables are bounded, and everyone gets an answer in the end.
 Promised to a room whose ranks have all asked for it: strangers who know its number change nothing for it by asking for
 it, aborting it, or registering its sessions anew, in their own name or with its own return address.
 
-Not promised without authentication (`docs/security.md`), because the frames of the owner look the same: a forger who
-- names the session of a rank as his own in a message about one of its rooms, or about a room whose request he has sent
-  himself;
+Not promised without authentication (`docs/security.md`), because the frames of the owner look the same: somebody who
+- names the session of a rank in a message about one of its rooms, or about a room whose request was their own;
 - knows the number of a room and sends its language rank a report, or is the first to ask for it or to abort it;
 - registers the session of a rank at an encode instance before that rank does;
 - knows the instance of an encode rank, which its registry tells, and sends pongs or has them sent;
@@ -48,7 +47,7 @@ from support.schedules import LANDS_LATE, TIMING, Schedule, Shape
 
 T = TypeVar("T")
 
-# Room numbers of honest requests: nothing that a stranger finds by chance, so that he hits one only where he means to.
+# Room numbers of honest requests: a stranger does not guess one by chance, so a message names one only on purpose.
 HONEST_ROOMS = 1 << 40
 
 NEAR = (
@@ -150,7 +149,7 @@ class Stranger:
         return self.pick([0, -1, codec.MAX_ROWS, codec.MAX_ROWS + 1, 1 << 63, 1 << 64])
 
     def _failure(self) -> Failure | None:
-        return self.pick([None, Failure(421, "who are you?"), Failure(409, "used"), Failure(500, "x" * 5000)])
+        return self.pick([None, Failure(421, "not registered"), Failure(409, "used"), Failure(500, "x" * 5000)])
 
     def _handshake(self) -> Handshake:
         handshake = self._world.handshake(self._choices.number(3, 9))
@@ -208,7 +207,7 @@ class Stranger:
         return self.pick(["nobody", *(node.instance for node in self._world.encodes.values())])
 
 
-class Siege:
+class AttackedWorld:
     """An honest world at work, and a stranger whose messages arrive in between."""
 
     def __init__(self, choices: Choices, shape: Shape, knows_all: bool = False, timing: Timing = TIMING) -> None:
@@ -220,10 +219,10 @@ class Siege:
         self.stranger = Stranger(choices, self.world)
         self.messages = self.undecodable = 0
         if knows_all:
-            self._promise_less()
+            self._stop_checking_rows()
 
-    def _promise_less(self) -> None:
-        """With everything known and forged, rows go where the forger likes; what is left is that nothing breaks."""
+    def _stop_checking_rows(self) -> None:
+        """If anything may be forged, rows may go to any block; what is left to check is that nothing breaks."""
         self.world.fabric.on_landing = None
         for language in self.world.languages:
             language.trusts_rows = False
@@ -234,7 +233,7 @@ class Siege:
         self.schedule.start(self.choices.number(1, 40), self.choices.number(0, 6), self.choices.number(0, 1))
 
     def start_own(self) -> None:
-        """The stranger is a client too: his requests reach encode instances, and nobody else asks for their rows."""
+        """The stranger is a client too: the request reaches an encode rank, and no language rank asks for its rows."""
         room = 100 + len(self.own_rooms)
         self.own_rooms.append(room)
         encode = self.stranger.pick(list(self.world.encodes.values()))
@@ -344,53 +343,53 @@ class Siege:
             for room, status in node.journal.statuses.items():
                 if room not in self.own_rooms and status is not Status.SUCCESS:
                     how = node.journal.failures.get(room)
-                    raise Violation(f"siege: {node.journal.name}, honest room {room}: {status.name} {how}")
+                    raise Violation(f"attack: {node.journal.name}, honest room {room}: {status.name} {how}")
         self.schedule.finish()
 
     def finish(self) -> None:
         self.schedule.finish()
 
 
-def run_siege(choices: Choices, steps: int = 80) -> Siege:
+def run_attack(choices: Choices, steps: int = 80) -> AttackedWorld:
     """Nothing goes wrong but the stranger, so every honest room succeeds."""
-    siege = Siege(choices, _shape(choices))
-    _besiege(siege, choices, steps, siege.go_on)
-    siege.finish_honestly()
-    return siege
+    attacked = AttackedWorld(choices, _shape(choices))
+    _attack_at_random(attacked, choices, steps, attacked.go_on)
+    attacked.finish_honestly()
+    return attacked
 
 
-def run_chaotic_siege(choices: Choices, steps: int = 80, knows_all: bool = False) -> Siege:
-    """Writes fail and land late too, and clients go. Tables are small, so that strangers meet their bounds."""
+def run_attack_with_faults(choices: Choices, steps: int = 80, knows_all: bool = False) -> AttackedWorld:
+    """Writes fail and land late too, and requests are cancelled. Tables are small, so that their bounds are met."""
     timing = msgspec.structs.replace(
         TIMING, max_sessions=3, max_unexpected_rooms=2, max_unexpected_blocks=6, max_remembered=50
     )
-    siege = Siege(choices, _shape(choices), knows_all, timing)
-    _besiege(siege, choices, steps, siege.mishap)
-    siege.finish()
-    return siege
+    attacked = AttackedWorld(choices, _shape(choices), knows_all, timing)
+    _attack_at_random(attacked, choices, steps, attacked.mishap)
+    attacked.finish()
+    return attacked
 
 
-def _besiege(siege: Siege, choices: Choices, steps: int, now_and_then: Callable[[], None]) -> None:
-    siege.start()
+def _attack_at_random(attacked: AttackedWorld, choices: Choices, steps: int, now_and_then: Callable[[], None]) -> None:
+    attacked.start()
     for _ in range(steps):
         if choices.is_used_up():
             break
         move = choices.number(0, 9)
         if move == 0:
-            siege.start()
+            attacked.start()
         elif move == 1:
-            siege.start_own()
+            attacked.start_own()
         elif move == 2:
             now_and_then()
         elif move <= 5:
-            siege.go_on()
+            attacked.go_on()
         else:
-            siege.attack()
+            attacked.attack()
 
 
-def run_forgeries(choices: Choices, steps: int = 80) -> Siege:
-    """The stranger knows everything and forges everything: nothing breaks, and everyone gets an answer."""
-    return run_chaotic_siege(choices, steps, knows_all=True)
+def run_insider_attack(choices: Choices, steps: int = 80) -> AttackedWorld:
+    """The stranger knows everything and may forge any message: nothing breaks, and everyone gets an answer."""
+    return run_attack_with_faults(choices, steps, knows_all=True)
 
 
 def _shape(choices: Choices) -> Shape:

@@ -68,13 +68,13 @@ class Shape:
 
 
 class Schedule:
-    """Moves take plain numbers and make the best of them, so that any sequence of numbers is a schedule."""
+    """Moves take plain numbers, and any number chooses something, so that any sequence of numbers is a schedule."""
 
     def __init__(self, world: World, first_room: int = 1) -> None:
         self.world = world
         self.rooms = first_room - 1
 
-    # ---- what a correct, lucky world does
+    # ---- what happens when nothing fails
 
     def start(self, total: int, text_rows: int, peer: int, halves: Sequence[str] = ("encode", "language")) -> None:
         self.rooms += 1
@@ -83,10 +83,10 @@ class Schedule:
         self.world.start(self.rooms, total, runs, names[peer % len(names)], halves)
 
     def deliver_in_order(self, which: int, again: bool = False) -> None:
-        if ready := self.world.first_wires():
+        if ready := self.world.deliverable():
             index = ready[which % len(ready)]
             if again:
-                self.world.wires.append(self.world.wires[index])
+                self.world.in_flight.append(self.world.in_flight[index])
             self.world.deliver(index)
 
     def work(self, which: int) -> None:
@@ -100,7 +100,7 @@ class Schedule:
         for encode in self.world.encodes.values():
             moves += [lambda e=encode, i=i: e.run_tower(i) for i in range(len(encode.towers))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.write(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
-            moves += [lambda e=encode, i=i: e.prove(i) for i in range(len(encode.doubts))]  # type: ignore[misc]
+            moves += [lambda e=encode, i=i: e.prove(i) for i in range(len(encode.proofs))]  # type: ignore[misc]
         for rank in self.world.languages:
             moves += [lambda r=rank, i=i: r.copy(i) for i in range(len(rank.copies))]  # type: ignore[misc]
             moves += [lambda r=rank, i=i: r.look_up(i) for i in range(len(rank.lookups))]  # type: ignore[misc]
@@ -114,12 +114,12 @@ class Schedule:
     # ---- what else may happen
 
     def deliver_any(self, which: int, again: bool = False) -> None:
-        if self.world.wires:
-            self.world.deliver(which % len(self.world.wires), keep=again)
+        if self.world.in_flight:
+            self.world.deliver(which % len(self.world.in_flight), keep=again)
 
     def lose(self, which: int) -> None:
-        if self.world.wires:
-            self.world.wires.pop(which % len(self.world.wires))
+        if self.world.in_flight:
+            self.world.in_flight.pop(which % len(self.world.in_flight))
 
     def spoil_write(self, rank: int, fault: int) -> None:
         language = self.world.languages[rank % len(self.world.languages)]
@@ -161,8 +161,8 @@ class Schedule:
 
     # ---- the end
 
-    def outlive(self, dead: str) -> None:
-        """L3: every instance of one side dies; those of the other do not wait as long for it as for a slow one."""
+    def kill_one_side(self, dead: str) -> None:
+        """L3: every instance of one side dies; the other side waits less long for it than for one that is only slow."""
         world = self.world
         if dead == "language":
             for rank in range(len(world.languages)):
@@ -171,11 +171,13 @@ class Schedule:
             for peer in range(len(world.encodes)):
                 self.restart_encode(peer, same_address=False)
             world.unreachable.update(world.encodes)
-        self._calm_down()
-        world.advance(NOTICED, between=self._calm_down)
+        self._settle_everything()
+        world.advance(NOTICED, between=self._settle_everything)
         for node in world.encodes.values() if dead == "language" else world.languages:
             if open_rooms := node.journal.open_rooms:
-                raise Violation(f"L3: {node.journal.name} waits in rooms {open_rooms} for the dead")
+                raise Violation(
+                    f"L3: {node.journal.name} still waits in rooms {open_rooms} for instances that are dead"
+                )
 
     def finish_without_clock(self) -> None:
         """L1: nothing was lost and nothing failed, so everything succeeds, and no deadline is needed for it."""
@@ -197,28 +199,30 @@ class Schedule:
                 raise Violation(f"L2: {language.journal.name} served rooms in the order {firsts}")
 
     def finish(self) -> None:
-        """The world is well again from here on: everyone gets an answer in time, and nothing is left behind."""
+        """From here on nothing fails any more: everyone gets an answer in time, and nothing is left behind."""
         world = self.world
         world.unreachable.clear()
         world.fabric.faults.clear()
-        self._calm_down()
-        world.advance(PATIENCE, between=self._calm_down)
+        self._settle_everything()
+        world.advance(PATIENCE, between=self._settle_everything)
         for node in (*world.languages, *world.encodes.values()):
             if open_rooms := node.journal.open_rooms:
                 raise Violation(f"L3: {node.journal.name}: no answer for rooms {open_rooms}")
         self.check_empty()
 
-    def _calm_down(self) -> None:
+    def _settle_everything(self) -> None:
         self.world.settle()
         self.world.fabric.land_late()
         self.look_for_quiet()
         self.world.settle()
 
     def check_empty(self) -> None:
-        """S5, after the memory of what has ended has expired too."""
+        """S5, once what was remembered of ended rooms and idle sessions has expired too."""
         timing = self.world.timing
-        self.world.advance(timing.remember_ended + 2 * timing.forget_session + timing.silence, between=self._calm_down)
-        self._calm_down()
+        self.world.advance(
+            timing.remember_ended + 2 * timing.forget_session + timing.silence, between=self._settle_everything
+        )
+        self._settle_everything()
         for node in (*self.world.languages, *self.world.encodes.values()):
             left = {name: size for name, size in node.core.sizes().items() if size}
             if left != {"blocks_free": node.pool.count}:
@@ -244,7 +248,7 @@ def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
 
 
 def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None = None, **sides: Any) -> World:
-    """As orderly, but time passes too: less than any deadline, and enough for a living peer to be taken for dead."""
+    """As orderly, but time passes too: less than any deadline, and enough for a live peer to be taken for dead."""
     rng = random.Random(seed)
     world = (shape or Shape.random(rng)).build(**sides)
     schedule = Schedule(world)
@@ -261,14 +265,14 @@ def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None 
             seconds_left -= 1.0
             schedule.pass_time(1.0)
             if seconds_left % 4 == 0:
-                schedule.look_up_all()  # a lookup has a deadline of its own, before that of the first word
-            while world.wires:
+                schedule.look_up_all()  # a lookup has a deadline of its own, before that of the first message
+            while world.in_flight:
                 schedule.deliver_in_order(rng.randrange(1000))
     schedule.finish_without_clock()
     return world
 
 
-def run_bereaved(seed: int, steps: int = 50, **sides: Any) -> World:
+def run_one_side_dies(seed: int, steps: int = 50, **sides: Any) -> World:
     """As slow, with requests that only one side got; then every instance of one side dies."""
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
@@ -285,7 +289,7 @@ def run_bereaved(seed: int, steps: int = 50, **sides: Any) -> World:
             schedule.work(rng.randrange(1000))
         else:
             schedule.pass_time(1.0)
-    schedule.outlive(dead)
+    schedule.kill_one_side(dead)
     schedule.finish()
     return world
 
@@ -296,7 +300,7 @@ def run_chaos(seed: int, steps: int = 80, focus: tuple[str, ...] = (), **sides: 
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
     mishaps = _mishaps(schedule, rng)
-    # Most schedules stay calm in most respects: too much at once, and no room gets far.
+    # Only a few kinds of faults in each schedule: with all of them at once, no room gets far.
     chosen = [mishaps[name] for name in focus or rng.sample(sorted(mishaps), rng.randint(1, 4))]
     for _ in range(steps):
         luck = rng.random()

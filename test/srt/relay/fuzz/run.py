@@ -1,7 +1,7 @@
 """The fuzz run: `python test/srt/relay/fuzz/run.py --messages 1000000`. Ends with 1 if anything was found.
 
-An input that found something is kept in `test/srt/relay/fuzz/crashes/`; `python test/srt/relay/fuzz/targets.py NAME 0 FILE` runs it
-again.
+An input that found something is kept in `test/srt/relay/fuzz/crashes/`, and this runs it again:
+`python test/srt/relay/fuzz/targets.py NAME 0 FILE`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 CRASHES = HERE / "crashes"
 
 # In hundredths of all messages. Raw HTTP costs a connection each.
-SHARES = {"frames": 25, "siege": 25, "chaos": 25, "forgeries": 18, "registry": 6, "http": 1}
+SHARES = {"frames": 25, "attack": 25, "attack-with-faults": 25, "insider": 18, "registry": 6, "http": 1}
 
 _COVERED = re.compile(r"^#\d+\s.* cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
 

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["embedding_relay"]):
     from embedding_relay.registry.client import look_up
     from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
     from embedding_relay.testing.world import World
-    from support.hostile import Seeded, Stranger, run_chaotic_siege, run_forgeries, run_siege
+    from support.hostile import Seeded, Stranger, run_attack, run_attack_with_faults, run_insider_attack
 
 
 class Fuzzed:
@@ -46,7 +46,7 @@ class Fuzzed:
 
 
 class FuzzedFirst(Seeded):
-    """Decisions from the bytes of an input, then from a seed that the input is: to build a world for ten is a waste."""
+    """Decisions from the bytes of an input, then from a seed made of it: a world for ten bytes alone is too slow."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(int.from_bytes(data[:16], "little"))
@@ -80,16 +80,16 @@ def frames_of_anything(data: bytes) -> int:
     return messages
 
 
-def siege(data: bytes) -> int:
-    return run_siege(FuzzedFirst(data)).messages
+def attack(data: bytes) -> int:
+    return run_attack(FuzzedFirst(data)).messages
 
 
-def chaos(data: bytes) -> int:
-    return run_chaotic_siege(FuzzedFirst(data)).messages
+def attack_with_faults(data: bytes) -> int:
+    return run_attack_with_faults(FuzzedFirst(data)).messages
 
 
-def forgeries(data: bytes) -> int:
-    return run_forgeries(FuzzedFirst(data)).messages
+def insider(data: bytes) -> int:
+    return run_insider_attack(FuzzedFirst(data)).messages
 
 
 _RANK = {
@@ -196,9 +196,9 @@ def main() -> None:
     registry = Registry()
     targets = {
         "frames": frames_of_anything,
-        "siege": siege,
-        "chaos": chaos,
-        "forgeries": forgeries,
+        "attack": attack,
+        "attack-with-faults": attack_with_faults,
+        "insider": insider,
         "registry": registry.handlers,
         "http": registry.sockets,
     }

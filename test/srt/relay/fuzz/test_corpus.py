@@ -9,7 +9,7 @@ from embedding_relay.protocol import codec
 from embedding_relay.protocol.errors import UndecodableFrames
 from embedding_relay.testing.world import World
 from support.corpus import CORPUS, Line, read_corpus
-from support.hostile import Seeded, Siege
+from support.hostile import AttackedWorld, Seeded
 from support.schedules import Shape
 
 FILES = sorted(CORPUS.glob("*.txt"))
@@ -33,18 +33,18 @@ def words(world: World, room: int) -> dict[str, bytes]:
     }
 
 
-def at_work(steps: int) -> tuple[Siege, int]:
+def at_work(steps: int) -> tuple[AttackedWorld, int]:
     """Three rooms, the first of which all ranks have asked for, `steps` moves later."""
-    siege = Siege(Seeded(steps), SHAPE)
+    attacked = AttackedWorld(Seeded(steps), SHAPE)
     for _ in range(3):
-        siege.schedule.start(40, 5, 0)
-    room = next(iter(siege.world.truths))
-    encode = next(iter(siege.world.encodes.values()))
+        attacked.schedule.start(40, 5, 0)
+    room = next(iter(attacked.world.truths))
+    encode = next(iter(attacked.world.encodes.values()))
     while not encode.core.is_settled(room):
-        siege.world._step()
+        attacked.world._step()
     for _ in range(steps):
-        siege.world._step()
-    return siege, room
+        attacked.world._step()
+    return attacked, room
 
 
 def messages_of(frames: list[bytes]) -> Iterator[object]:
@@ -61,19 +61,19 @@ def test_there_is_a_file_for_every_theme() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_each_line_is_a_message_or_none_as_it_says(file: Path) -> None:
-    siege, room = at_work(0)
-    for line in read_corpus(file, words(siege.world, room)):
+    attacked, room = at_work(0)
+    for line in read_corpus(file, words(attacked.world, room)):
         assert bool(list(messages_of(line.frames))) is line.is_message, line
 
 
 @pytest.mark.parametrize("steps", [0, 5, 20, 60])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_rooms_under_way_do_not_notice(file: Path, steps: int) -> None:
-    siege, room = at_work(steps)
-    lines: list[Line] = read_corpus(file, words(siege.world, room))
+    attacked, room = at_work(steps)
+    lines: list[Line] = read_corpus(file, words(attacked.world, room))
     for line in lines:
-        siege.attack_encode(line.frames)
-        siege.attack_language(line.frames)
-        siege.world._step()
-    assert siege.messages == 2 * len(lines)
-    siege.finish_honestly()
+        attacked.attack_encode(line.frames)
+        attacked.attack_language(line.frames)
+        attacked.world._step()
+    assert attacked.messages == 2 * len(lines)
+    attacked.finish_honestly()

@@ -1,4 +1,4 @@
-"""Would the schedules notice? Each fault that tempts an implementer is planted here, and must be caught."""
+"""Would the schedules notice? Faults that an implementer might well make are planted here, and each must be caught."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ from embedding_relay.protocol.status import Status
 from embedding_relay.testing.watch import Violation
 from embedding_relay.testing.world import World
 from support.effort import unhurried
-from support.hostile import Seeded, run_chaotic_siege, run_siege
-from support.schedules import Shape, run_bereaved, run_chaos, run_orderly, run_slow
+from support.hostile import Seeded, run_attack, run_attack_with_faults
+from support.schedules import Shape, run_chaos, run_one_side_dies, run_orderly, run_slow
 
 pytestmark = unhurried
 
@@ -59,9 +59,9 @@ def allocate_before_release(patch: Patch) -> None:
                 pool.give_back(room.blocks, room.room)
                 room._offer(blocks)
                 effects.append(room._send(room._info()))
-        return effects + honest_queue(self, now)
+        return effects + original_serve_queue(self, now)
 
-    honest_queue = LanguageSide._serve_queue
+    original_serve_queue = LanguageSide._serve_queue
     patch.setattr(LanguageRoom, "resume", resume)
     patch.setattr(LanguageSide, "_serve_queue", serve_queue)
 
@@ -69,9 +69,9 @@ def allocate_before_release(patch: Patch) -> None:
 def status_reset_on_resume_at_language(patch: Patch) -> None:
     def resume(self: LanguageRoom, now: float) -> list[LanguageEffect]:
         self.status = Status.WAITING_FOR_INPUT
-        return [*honest(self, now), StatusChanged(self.room, self.status)]
+        return [*original(self, now), StatusChanged(self.room, self.status)]
 
-    honest = LanguageRoom.resume
+    original = LanguageRoom.resume
     patch.setattr(LanguageRoom, "resume", resume)
 
 
@@ -79,9 +79,9 @@ def status_reset_on_resume_at_encode(patch: Patch) -> None:
     def advance(self: EncodeRoom, now: float) -> list[EncodeEffect]:
         if self.status is Status.TRANSFERRING:
             self.status = Status.BOOTSTRAPPING
-        return honest(self, now)
+        return original(self, now)
 
-    honest = EncodeRoom.advance
+    original = EncodeRoom.advance
     patch.setattr(EncodeRoom, "advance", advance)
 
 
@@ -92,41 +92,41 @@ def is_last_from_the_default(patch: Patch) -> None:
 def repeated_first_send_accepted(patch: Patch) -> None:
     def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
         if info.is_resume:
-            return honest(self, info)
+            return original(self, info)
         self.sent = self.written = 0
         return True
 
-    honest = Destination.waits_for
+    original = Destination.waits_for
     patch.setattr(Destination, "waits_for", waits_for)
 
 
 def repeated_resume_accepted(patch: Patch) -> None:
     def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
         if not info.is_resume:
-            return honest(self, info)
+            return original(self, info)
         self.sent = self.written = info.sent_tokens
         return True
 
-    honest = Destination.waits_for
+    original = Destination.waits_for
     patch.setattr(Destination, "waits_for", waits_for)
 
 
 def cleanup_at_transferring(patch: Patch) -> None:
     def report_chunk(self: EncodeRoom, now: float) -> list[EncodeEffect]:
-        effects = honest(self, now)
+        effects = original(self, now)
         return effects if self.is_over else effects + self._close()
 
-    honest = EncodeRoom._report_chunk
+    original = EncodeRoom._report_chunk
     patch.setattr(EncodeRoom, "_report_chunk", report_chunk)
 
 
 def blocks_freed_when_a_write_failed(patch: Patch) -> None:
     def fail(self: LanguageRoom, failure: Failure, now: float) -> list[LanguageEffect]:
         was_queued = self.is_queued
-        effects = honest(self, failure, now)
+        effects = original(self, failure, now)
         return effects if was_queued else effects + self.acknowledge()
 
-    honest = LanguageRoom.fail
+    original = LanguageRoom.fail
     patch.setattr(LanguageRoom, "fail", fail)
 
 
@@ -136,20 +136,20 @@ def abort_acknowledged_after_a_failed_write(patch: Patch) -> None:
 
 def abort_acknowledged_during_a_write(patch: Patch) -> None:
     def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
-        effects = honest(self, message, now)
+        effects = original(self, message, now)
         ack = AbortAck(message.room)
         told = any(isinstance(effect, Send) and effect.message == ack for effect in effects)
         return effects if told else [*effects, Send(message.address, ack)]
 
-    honest = EncodeSide._abort
+    original = EncodeSide._abort
     patch.setattr(EncodeSide, "_abort", abort)
 
 
 def new_process_at_the_old_address_taken_for_proof(patch: Patch) -> None:
     def fail_after_restart(self: LanguageRoom, now: float) -> list[LanguageEffect]:
-        return [*honest(self, now), *self.acknowledge()]
+        return [*original(self, now), *self.acknowledge()]
 
-    honest = LanguageRoom.fail_after_restart
+    original = LanguageRoom.fail_after_restart
     patch.setattr(LanguageRoom, "fail_after_restart", fail_after_restart)
     patch.setattr(LanguageRoom, "fail_and_release", fail_after_restart)
 
@@ -160,13 +160,13 @@ def one_offer_taken_for_all_ranks(patch: Patch) -> None:
     def begin_step(self: EncodeRoom) -> Any:
         for other in self.unfinished[1:]:
             other.allocated = self.unfinished[0].allocated
-        return honest(self)
+        return original(self)
 
-    honest = EncodeRoom.begin_step
+    original = EncodeRoom.begin_step
     patch.setattr(EncodeRoom, "begin_step", begin_step)
 
 
-def no_place_kept_for_rooms_that_are_looked_up(patch: Patch) -> None:
+def no_block_left_for_rooms_that_are_looked_up(patch: Patch) -> None:
     patch.setattr(LanguageSide, "_looked_up", lambda self: 0)
 
 
@@ -210,17 +210,17 @@ def window_not_staged_again(patch: Patch) -> None:
 
 
 def used_up_offers_kept(patch: Patch) -> None:
-    """The next room that is given these blocks looks like a thief."""
+    """The next room that is given these blocks is refused: they seem to be another room's."""
     patch.setattr(Session, "end_offer", lambda self, room, blocks: None)
 
 
 def growth_into_the_last_block(patch: Patch) -> None:
     def refill(self: LanguageRoom) -> None:
-        honest(self)
+        original(self)
         if self._shared.pool.free == 1 and self.needed_blocks() > len(self.blocks):
             self._offer(self.blocks + self._shared.pool.lease(1, self.room))
 
-    honest = LanguageRoom._refill
+    original = LanguageRoom._refill
     patch.setattr(LanguageRoom, "_refill", refill)
 
 
@@ -229,9 +229,9 @@ def last_come_first_served(patch: Patch) -> None:
         newest_first = dict(reversed(self._shared.queue.items()))
         self._shared.queue.clear()
         self._shared.queue.update(newest_first)
-        return honest(self, now)
+        return original(self, now)
 
-    honest = LanguageSide._serve_queue
+    original = LanguageSide._serve_queue
     patch.setattr(LanguageSide, "_serve_queue", serve_queue)
 
 
@@ -241,9 +241,9 @@ def ended_room_left_in_the_table_of_its_peer(patch: Patch) -> None:
 
 def no_deadline_for_a_room_that_stands_still(patch: Patch) -> None:
     def tick(self: EncodeSide, now: float) -> list[EncodeEffect]:
-        return [effect for effect in honest(self, now) if not isinstance(effect, StatusChanged)]
+        return [effect for effect in original(self, now) if not isinstance(effect, StatusChanged)]
 
-    honest = EncodeSide.tick
+    original = EncodeSide.tick
     patch.setattr(EncodeSide, "tick", tick)
 
 
@@ -252,14 +252,14 @@ def finished_rank_must_keep_talking(patch: Patch) -> None:
 
     def report_chunk(self: EncodeRoom, now: float) -> list[EncodeEffect]:
         ranks = [destination.session_id for destination in self.unfinished]
-        effects = honest(self, now)
+        effects = original(self, now)
         for rank in ranks:
             session = self._shared.sessions.get(rank)
             if session is not None and not self.is_over:
                 session.rooms.add(self.room)
         return effects
 
-    honest = EncodeRoom._report_chunk
+    original = EncodeRoom._report_chunk
     patch.setattr(EncodeRoom, "_report_chunk", report_chunk)
 
 
@@ -280,21 +280,21 @@ def next_room_begins_while_those_of_a_dead_session_end(patch: Patch) -> None:
 
 def second_registration_believed_without_proof(patch: Patch) -> None:
     def contest(self: Admission, known: Session, message: Register) -> list[EncodeEffect]:
-        honest(self, known, message)
+        original(self, known, message)
         return self.proven(message.session_id, known.register.address, True, known.heard)
 
-    honest = Admission._contest
+    original = Admission._contest
     patch.setattr(Admission, "_contest", contest)
 
 
-def abort_of_a_stranger_obeyed(patch: Patch) -> None:
+def abort_of_a_stranger_accepted(patch: Patch) -> None:
     def abort(self: EncodeSide, message: Abort, now: float) -> list[EncodeEffect]:
         room = self._rooms.get(message.room)
         if room is None or message.session_id in room.destinations or room.is_over:
-            return honest(self, message, now)
+            return original(self, message, now)
         return room.fail(Failure(499, "gone"), now)
 
-    honest = EncodeSide._abort
+    original = EncodeSide._abort
     patch.setattr(EncodeSide, "_abort", abort)
 
 
@@ -304,19 +304,19 @@ def offer_alone_claims_its_blocks(patch: Patch) -> None:
     def take_offer(self: EncodeSide, info: TransferEmbeddingInfo, session: Session | None, now: float) -> Any:
         if session is not None and session.flaw(info) is None and self._shared.ended.get(info.room) is None:
             session.claim(info.room, info.dst_embedding_indices)
-        return honest(self, info, session, now)
+        return original(self, info, session, now)
 
-    honest = EncodeSide._take_offer
+    original = EncodeSide._take_offer
     patch.setattr(EncodeSide, "_take_offer", take_offer)
 
 
-def answer_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
-    """He asks for a room that is taken, and the rank that has it is told that its room has failed."""
+def answer_sent_to_an_address_that_a_stranger_chose(patch: Patch) -> None:
+    """The stranger asks for a room that has its ranks, and one of those is told that the room has failed."""
     patch.setattr(EncodeRoom, "has_destination_at", lambda self, address: False)
 
 
-def acknowledgement_for_a_stranger_sent_where_he_likes(patch: Patch) -> None:
-    """Nothing can land at the stranger's; but it is another rank that hears so."""
+def acknowledgement_sent_to_an_address_that_a_stranger_chose(patch: Patch) -> None:
+    """Nothing can land at the stranger's session; but another rank is told so, where something still can."""
 
     def must_wait(self: Sessions, session_id: str, room: int, address: Any) -> bool:
         own = self._unquiet.get(session_id, {}).get(room)
@@ -339,11 +339,11 @@ def block_indices_not_checked(patch: Patch) -> None:
     patch.setattr(Session, "flaw", lambda self, info: None)
 
 
-def first_word_never_sent(patch: Patch) -> None:
+def first_message_never_sent(patch: Patch) -> None:
     patch.setattr(LanguageSide, "_announce", lambda self, peer, now: [])
 
 
-def first_word_without_a_deadline(patch: Patch) -> None:
+def first_message_without_a_deadline(patch: Patch) -> None:
     def expect(self: EncodeRoom, now: float) -> None:
         self.expected = True
 
@@ -352,10 +352,10 @@ def first_word_without_a_deadline(patch: Patch) -> None:
 
 def queued_room_not_bound_to_its_session(patch: Patch) -> None:
     def note_queued(self: EncodeRoom, message: Queued, session: Session, now: float) -> None:
-        honest(self, message, session, now)
+        original(self, message, session, now)
         session.rooms.discard(self.room)
 
-    honest = EncodeRoom.note_queued
+    original = EncodeRoom.note_queued
     patch.setattr(EncodeRoom, "note_queued", note_queued)
 
 
@@ -371,13 +371,13 @@ def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], 
     """Every step of a chunk is another one than the room has planned."""
 
     def begin_step(self: EncodeRoom) -> list[EncodeEffect]:
-        effects = honest(self)
+        effects = original(self)
         if self.under_way is None or not effects:
             return effects
         self.under_way = change(self.under_way, self._shared.block_size)
         return [self.under_way]
 
-    honest = EncodeRoom.begin_step
+    original = EncodeRoom.begin_step
     patch.setattr(EncodeRoom, "begin_step", begin_step)
 
 
@@ -400,12 +400,12 @@ class Planted:
     """Which of them it must be caught by; `refused`: our own table or allocator raised."""
 
 
-def siege(seed: int) -> World:
-    return run_siege(Seeded(seed)).world
+def attack(seed: int) -> World:
+    return run_attack(Seeded(seed)).world
 
 
-def chaotic_siege(seed: int) -> World:
-    return run_chaotic_siege(Seeded(seed)).world
+def attack_with_faults(seed: int) -> World:
+    return run_attack_with_faults(Seeded(seed)).world
 
 
 # One rank has everything long before the other, and then nothing more to say.
@@ -427,7 +427,7 @@ FAULTS = [
     Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
     Planted(new_process_at_the_old_address_taken_for_proof, restarts, ("S3",)),
     Planted(one_offer_taken_for_all_ranks, run_orderly, ("L1", "S1", "S3", "refused")),
-    Planted(no_place_kept_for_rooms_that_are_looked_up, run_orderly, ("L1",)),
+    Planted(no_block_left_for_rooms_that_are_looked_up, run_orderly, ("L1",)),
     Planted(status_advanced_by_max, run_chaos, ("S4", "L3", "S5", "refused")),
     Planted(aux_left_out_when_there_are_two_ranks, run_orderly, ("L1", "S1", "refused")),
     Planted(resumed_rows_put_at_the_wrong_place, run_orderly, ("S1",)),
@@ -437,22 +437,22 @@ FAULTS = [
     Planted(last_come_first_served, run_orderly, ("L2",)),
     Planted(ended_room_left_in_the_table_of_its_peer, run_orderly, ("S5", "refused")),
     Planted(finished_rank_must_keep_talking, lopsided, ("L1",)),
-    Planted(first_word_never_sent, run_slow, ("L1",)),
-    Planted(first_word_without_a_deadline, run_bereaved, ("L3",)),
-    Planted(queued_room_not_bound_to_its_session, run_bereaved, ("L3",)),
-    Planted(queued_room_left_in_the_table_of_its_session, run_bereaved, ("S5", "refused")),
+    Planted(first_message_never_sent, run_slow, ("L1",)),
+    Planted(first_message_without_a_deadline, run_one_side_dies, ("L3",)),
+    Planted(queued_room_not_bound_to_its_session, run_one_side_dies, ("L3",)),
+    Planted(queued_room_left_in_the_table_of_its_session, run_one_side_dies, ("S5", "refused")),
     Planted(no_pings_for_rooms_that_are_queued, run_slow, ("L1",)),
-    Planted(no_pings_for_rooms_that_are_queued, run_bereaved, ("L3",)),
+    Planted(no_pings_for_rooms_that_are_queued, run_one_side_dies, ("L3",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
     Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
-    Planted(second_registration_believed_without_proof, siege, ("siege",)),
-    Planted(abort_of_a_stranger_obeyed, siege, ("siege",)),
-    Planted(offer_alone_claims_its_blocks, siege, ("siege",)),
-    Planted(answer_for_a_stranger_sent_where_he_likes, siege, ("siege",)),
-    Planted(acknowledgement_for_a_stranger_sent_where_he_likes, chaotic_siege, ("S3",)),
-    Planted(invented_rooms_without_bound, chaotic_siege, ("bounds",)),
-    Planted(sessions_without_bound, chaotic_siege, ("bounds",)),
-    Planted(block_indices_not_checked, chaotic_siege, ("bounds", "refused")),
+    Planted(second_registration_believed_without_proof, attack, ("attack",)),
+    Planted(abort_of_a_stranger_accepted, attack, ("attack",)),
+    Planted(offer_alone_claims_its_blocks, attack, ("attack",)),
+    Planted(answer_sent_to_an_address_that_a_stranger_chose, attack, ("attack",)),
+    Planted(acknowledgement_sent_to_an_address_that_a_stranger_chose, attack_with_faults, ("S3",)),
+    Planted(invented_rooms_without_bound, attack_with_faults, ("bounds",)),
+    Planted(sessions_without_bound, attack_with_faults, ("bounds",)),
+    Planted(block_indices_not_checked, attack_with_faults, ("bounds", "refused")),
 ]
 
 ENOUGH = 3000

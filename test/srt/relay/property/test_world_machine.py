@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.effort import DAILY, SCHEDULES, effort, unhurried
-from support.schedules import Schedule, Shape, run_bereaved, run_chaos, run_orderly, run_slow
+from support.schedules import Schedule, Shape, run_chaos, run_one_side_dies, run_orderly, run_slow
 
 pytestmark = unhurried
 
@@ -54,7 +54,7 @@ class OrderlyMachine(RuleBasedStateMachine):
 
 
 class ChaosMachine(RuleBasedStateMachine):
-    """Messages are delayed, reordered, repeated and lost, writes fail and land late, processes restart, clients go."""
+    """Messages are delayed, reordered, repeated and lost, writes fail and land late, processes restart."""
 
     @initialize(shape=shapes)
     def begin(self, shape: Shape) -> None:
@@ -151,9 +151,9 @@ def test_slow_schedules_by_seed() -> None:
         run_slow(seed)
 
 
-def test_bereaved_schedules_by_seed() -> None:
+def test_schedules_in_which_one_side_dies_by_seed() -> None:
     for seed in range(SEEDS):
-        run_bereaved(seed)
+        run_one_side_dies(seed)
 
 
 def test_chaotic_schedules_by_seed() -> None:

@@ -51,8 +51,8 @@ def test_our_own_frames() -> None:
 def test_a_peer_that_sends_less_is_understood() -> None:
     assert codec.decode_to_language([b"7", b"3"]) == StatusReport(7, Status.TRANSFERRING)
     assert codec.decode_to_language([b"7", b"0"]) == StatusReport(7, Status.FAILED)
-    report = codec.decode_to_language([b"7", b"0", b"out of cheese"])
-    assert report == StatusReport(7, Status.FAILED, failure=Failure(502, "out of cheese"))
+    report = codec.decode_to_language([b"7", b"0", b"out of memory"])
+    assert report == StatusReport(7, Status.FAILED, failure=Failure(502, "out of memory"))
 
 
 def test_the_longest_list_of_blocks_fits_into_a_frame() -> None:

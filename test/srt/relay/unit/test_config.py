@@ -123,4 +123,4 @@ def test_mooncakes_own_settings_choose_the_transport() -> None:
     assert RelayConfig.from_environment({config.MOONCAKE_FORCE_TCP: "1"}).transport == "tcp"
     assert RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "tcp"}).transport == "tcp"
     with pytest.raises(SettingError, match=config.MOONCAKE_PROTOCOL):
-        RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "pigeon"})
+        RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "no-such-transport"})

@@ -38,11 +38,11 @@ class PoolMachine(RuleBasedStateMachine):
             assert blocks == tuple(range(blocks[0], blocks[0] + n)), "there was a run"
         self.model.update(dict.fromkeys(blocks, (owner, False)))
 
-    @rule(owner=OWNERS, data=st.data(), jail=st.booleans())
-    def let_go(self, owner: int, data: st.DataObject, jail: bool) -> None:
+    @rule(owner=OWNERS, data=st.data(), quarantine=st.booleans())
+    def end_a_lease(self, owner: int, data: st.DataObject, quarantine: bool) -> None:
         held = self.held(owner)
         blocks = data.draw(st.lists(st.sampled_from(held), unique=True)) if held else []
-        if jail:
+        if quarantine:
             self.pool.quarantine(blocks, owner)
             self.model.update(dict.fromkeys(blocks, (owner, True)))
         else:
@@ -50,20 +50,20 @@ class PoolMachine(RuleBasedStateMachine):
             for block in blocks:
                 del self.model[block]
 
-    @rule(owner=OWNERS, blocks=st.lists(st.integers(-1, 25), min_size=1, max_size=4), jail=st.booleans())
-    def let_go_of_what_is_not_held(self, owner: int, blocks: list[int], jail: bool) -> None:
+    @rule(owner=OWNERS, blocks=st.lists(st.integers(-1, 25), min_size=1, max_size=4), quarantine=st.booleans())
+    def end_a_lease_that_is_not_held(self, owner: int, blocks: list[int], quarantine: bool) -> None:
         held = self.held(owner)
         if len(set(blocks)) == len(blocks) and set(blocks) <= set(held):
             return
         with pytest.raises(LeaseError):
-            (self.pool.quarantine if jail else self.pool.give_back)(blocks, owner)
+            (self.pool.quarantine if quarantine else self.pool.give_back)(blocks, owner)
 
     @rule(owner=OWNERS)
     def release(self, owner: int) -> None:
-        jailed = [block for block, state in self.model.items() if state == (owner, True)]
-        if jailed:
-            assert self.pool.release_quarantine(owner) == len(jailed)
-            for block in jailed:
+        quarantined = [block for block, state in self.model.items() if state == (owner, True)]
+        if quarantined:
+            assert self.pool.release_quarantine(owner) == len(quarantined)
+            for block in quarantined:
                 del self.model[block]
 
     @rule(owner=OWNERS)
@@ -82,9 +82,9 @@ class PoolMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         if not hasattr(self, "pool"):
             return
-        jailed = sum(is_jailed for _, is_jailed in self.model.values())
-        assert self.pool.quarantined == jailed
-        assert self.pool.leased == len(self.model) - jailed
+        quarantined = sum(is_quarantined for _, is_quarantined in self.model.values())
+        assert self.pool.quarantined == quarantined
+        assert self.pool.leased == len(self.model) - quarantined
         assert self.pool.free == self.pool.count - len(self.model)
         for block in range(self.pool.count):
             assert self.pool.owner_of(block) == self.model.get(block, (None,))[0]

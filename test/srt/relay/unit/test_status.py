@@ -1,4 +1,4 @@
-"""The table of legal moves, and every message in every state of either side."""
+"""The table of legal moves, every message in every status of either side, and rooms that are over."""
 
 import pytest
 
@@ -65,14 +65,14 @@ def world_in(status: Status) -> tuple[World, EncodeNode, LanguageNode]:
     if status is B:
         return world, encode, language
     language.look_up()
-    while world.wires:
+    while world.in_flight:
         world.deliver()
     if status is F:
         encode.refuse(ROOM, Failure(400, "a bad image"))
     elif status in (T, S):
         encode.run_tower()
         encode.write()
-    world.settle() if status in (S, F) else [world.deliver() for _ in list(world.wires)]
+    world.settle() if status in (S, F) else [world.deliver() for _ in list(world.in_flight)]
     assert encode.journal.statuses[ROOM] is status
     assert language.journal.statuses[ROOM] is status
     return world, encode, language
@@ -135,7 +135,7 @@ MESSAGES_TO_LANGUAGE: dict[str, ToLanguage] = {
     "success, all rows": StatusReport(ROOM, S, rows=TOTAL),
     "failed": StatusReport(ROOM, F, failure=Failure(400, "a bad image")),
     "failed without reason": StatusReport(ROOM, F),
-    "not registered": StatusReport(ROOM, F, failure=Failure(421, "who are you?")),
+    "not registered": StatusReport(ROOM, F, failure=Failure(421, "not registered")),
     "abort acknowledged": AbortAck(ROOM),
     "pong": Pong("encode-2", "encode-2"),
     "pong of a stranger": Pong("encode-99", "encode-98"),

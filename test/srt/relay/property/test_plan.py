@@ -86,7 +86,7 @@ def content(column: int, place_of_row: int, width: int) -> bytes:
 
 
 def expected(transfer: Transfer, column: int) -> bytes:
-    """Row by row, without any cleverness."""
+    """Row by row, in the simplest way."""
     source, destination, size = transfer.source.extent, transfer.destination.extent, transfer.block_size
     width = COLUMNS[column].bytes_per_row
     if COLUMNS[column].per_block:
