@@ -17,6 +17,7 @@ from embedding_relay.protocol.messages import (
 )
 from embedding_relay.protocol.status import Status
 from support.protocol import (
+    KNOWN_AT,
     RIVAL_AT,
     ROOM,
     SESSION,
@@ -154,3 +155,13 @@ def test_an_abort_during_a_write_that_then_fails_waits_for_quiet_too() -> None:
     side.receive(Abort(ROOM, who.address, who.session_id), 1.0)
     assert side.transferred(ROOM, chunk.transfer_id, {"language-0:1": "code -1"}, 2.0) == [DropRows(ROOM)]
     assert sent(side.session_quiet("language-0:1", 3.0)) == [AbortAck(ROOM)]
+
+
+def test_no_acknowledgement_goes_to_an_address_at_which_a_failed_write_may_still_land() -> None:
+    """Another session may name that address in its abort: the rank there would take the answer for its own."""
+    side, chunk = encode_side_that_writes()
+    side.transferred(ROOM, chunk.transfer_id, {"language-0:1": "code -1"}, 0.0)
+    assert side.receive(Abort(ROOM, KNOWN_AT, "stranger:1"), 1.0) == []
+    assert sent(side.receive(Abort(ROOM, RIVAL_AT, "stranger:1"), 1.0)) == [AbortAck(ROOM)]
+    assert side.session_quiet("language-0:1", 2.0) == [], "the rank itself has not asked yet"
+    assert sent(side.receive(Abort(ROOM, KNOWN_AT, "language-0:1"), 3.0)) == [AbortAck(ROOM)]

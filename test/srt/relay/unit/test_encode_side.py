@@ -1,5 +1,6 @@
 """The encode side finds the room or the session that a message is about: who is answered, and what they are told."""
 
+import msgspec
 import pytest
 
 from embedding_relay.protocol.effects import (
@@ -15,11 +16,13 @@ from embedding_relay.protocol.messages import (
     Address,
     Ping,
     Pong,
+    Queued,
 )
 from embedding_relay.protocol.status import Status
 from support.protocol import (
     BLOCK,
     KNOWN_AT,
+    RIVAL_AT,
     ROOM,
     SESSION,
     TIMING,
@@ -107,6 +110,20 @@ def test_answers_to_strangers_are_marked_and_what_a_request_needs_is_not() -> No
     assert [answer.to_stranger for answer in only(side.receive(keep, 0.0), Send)] == [True]
 
 
+def test_who_asks_in_vain_for_a_room_is_not_answered_at_the_address_of_one_of_its_ranks() -> None:
+    """The rank there would take the answer for one about its own room, and end it."""
+    side = encode_side_with()
+    side.receive(offer(8, 0, 1), 0.0)
+    for message in (
+        Queued(ROOM, KNOWN_AT, "stranger:1"),
+        msgspec.structs.replace(offer(8, 0), mooncake_session_id="s:1"),
+    ):
+        assert side.receive(message, 0.0) == []
+    (failure,) = reported_failures(side.receive(Queued(ROOM, RIVAL_AT, "stranger:1"), 0.0))
+    assert failure.code == 421
+    assert counted(side) == {"offer_turned_away": 3}
+
+
 # ---- rooms that are over
 
 
@@ -128,6 +145,15 @@ def test_an_ended_room_cannot_be_used_again_until_it_is_forgotten() -> None:
     assert side.expect(ROOM, 1.0) == [StatusChanged(ROOM, Status.SUCCESS)], "a late sample of n > 1"
     side.tick(TIMING.remember_ended)
     assert side.expect(ROOM, 1000.0) == []
+
+
+def test_a_refusal_of_a_room_that_is_over_changes_nothing() -> None:
+    side = encode_side_with()
+    first = Failure(400, "the image cannot be decoded")
+    side.refuse(ROOM, first, 0.0)
+    assert side.refuse(ROOM, Failure(500, "later"), 1.0) == []
+    assert reported_failures(side.receive(offer(8, 0, 1), 2.0)) == [first]
+    assert counted(side) == {400: 1, "offer_for_ended_room": 1}
 
 
 # ---- the queue for source blocks, and the transport

@@ -5,8 +5,10 @@ import msgspec
 from embedding_relay.protocol.effects import (
     StatusChanged,
 )
+from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.timing import Timing
 from support.protocol import (
     ROOM,
     TIMING,
@@ -37,3 +39,14 @@ def test_rooms_that_nobody_expects_are_bounded_in_blocks() -> None:
     assert side.receive(offer(4, 0, 1, 2, 3, 4, room=1), 0.0) == []
     assert len(reported_failures(side.receive(offer(4, 0, 1, 2, 3, room=2), 0.0))) == 1
     assert side.sizes()["unexpected"] == 1
+
+
+def test_all_offers_of_a_room_are_counted_and_go_with_it() -> None:
+    unexpected = UnexpectedRooms(Timing(max_unexpected_rooms=9, max_unexpected_blocks=4))
+    for room in (1, 2, 1):
+        unexpected.add(room, 2)
+    assert unexpected.one_too_many() == 1, "six blocks, and room 1 is the oldest"
+    unexpected.discard(1)
+    unexpected.discard(1)
+    assert unexpected.one_too_many() is None
+    assert len(unexpected) == 1

@@ -247,6 +247,12 @@ def test_proof_of_death_from_outside_frees_the_blocks() -> None:
     assert side.sizes()["peers"] == 0
 
 
+def test_a_dead_peer_of_queued_rooms_is_looked_up_again() -> None:
+    side = waiting_room()
+    assert side.peer_dead(PEER, 1.0) == [Resolve(PEER)]
+    assert sent(side.peer_resolved(PEER, ENCODE, "encode-9", 2.0)) == [register(blocks=2), queued(room=8)]
+
+
 # ---- restarts
 
 
