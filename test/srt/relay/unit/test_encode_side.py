@@ -124,6 +124,17 @@ def test_who_asks_in_vain_for_a_room_is_not_answered_at_the_address_of_one_of_it
     assert counted(side) == {"offer_turned_away": 3}
 
 
+def test_a_room_is_settled_when_all_of_its_ranks_have_asked_or_it_is_over() -> None:
+    side = encode_side_with(0, 1)
+    assert not side.is_settled(ROOM)
+    side.receive(offer(8, 0, 1, rank=0, ranks=2), 0.0)
+    assert not side.is_settled(ROOM)
+    side.receive(offer(8, 0, 1, rank=1, ranks=2), 0.0)
+    assert side.is_settled(ROOM)
+    side.refuse(ROOM, Failure(400, "bad"), 0.0)
+    assert side.is_settled(ROOM)
+
+
 # ---- rooms that are over
 
 

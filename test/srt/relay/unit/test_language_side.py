@@ -147,6 +147,13 @@ def test_only_so_many_ended_rooms_are_remembered() -> None:
     assert side.request(0, PEER, 0.0) == []
 
 
+def test_a_copy_that_nobody_asked_for_is_our_own_mistake() -> None:
+    side = language_side()
+    for answer in (lambda: side.copied(ROOM, 8, 8, 0.0), lambda: side.copy_failed(ROOM, "no memory", 0.0)):
+        with pytest.raises(LocalError, match=f"room {ROOM} has no rows to be copied"):
+            answer()
+
+
 # ---- about peers
 
 
