@@ -1,4 +1,4 @@
-"""Generated pages say what the code says now; no page names a file or a lane, or links to a place, that is not there."""
+"""Generated pages say what the code says now; the files, lanes and links that a page names are there."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def test_page_is_up_to_date(script: str) -> None:
 
 
 def everything() -> set[str]:
-    """The path of every file, and of every folder with a `/` at its end, each behind a `/` that begins its first name."""
+    """The paths of all files and folders, with a `/` in front, and for a folder one at the end."""
     found = [*REPO.iterdir(), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*"))]
     return {f"/{path.relative_to(REPO)}{'/' if path.is_dir() else ''}" for path in found}
 
