@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +20,17 @@ from embedding_relay.tools import tiny_model
 from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ARGUMENTS, CPU_ENVIRON, HOST
 from embedding_relay.tools.local_process import free_ports
 from support import servers
+from support.repo import REPO
 
 PREFIX = "sglang-embedding-relay: "
-MODULE = ("-m", "sglang.launch_server")
 ENCODE = ("--disaggregation-mode", "encode")
 LANGUAGE = ("--disaggregation-mode", "language")
 TAKEN = "{a port that is taken}"
 
-Ended = subprocess.CompletedProcess[str]
+AS_IT_IS = """
+import runpy
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
 
 OTHER_VERSION = """
 import runpy
@@ -53,16 +58,22 @@ class Launch:
     """A server that is expected to refuse; one that starts instead is ended by the time-out, which fails the tests."""
 
     arguments: tuple[str, ...]
-    start: tuple[str, ...] = MODULE
+    code: str = AS_IT_IS
     environ: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self, model: Path, taken: int) -> Ended:
+    def program(self, model: Path, taken: int) -> dict[str, Any]:
         port, bootstrap = map(str, free_ports(2))
-        command = [sys.executable, *self.start, "--model-path", str(model), "--host", HOST, *CPU_ARGUMENTS]
-        command += ["--port", port, "--disaggregation-bootstrap-port", bootstrap]
-        command += [str(taken) if argument == TAKEN else argument for argument in self.arguments]
-        environment = os.environ | servers.QUICK_START | COMMON_ENVIRON | CPU_ENVIRON | self.environ
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        arguments = ["--model-path", str(model), "--host", HOST, *CPU_ARGUMENTS]
+        arguments += ["--port", port, "--disaggregation-bootstrap-port", bootstrap]
+        arguments += [str(taken) if argument == TAKEN else argument for argument in self.arguments]
+        return {"code": self.code, "arguments": arguments, "environ": dict(self.environ)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 BLOCK_SIZE, DEFAULT = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE", "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
@@ -73,8 +84,8 @@ LAUNCHES = {
     "flag": Launch((*ENCODE, "--pp-size", "2")),
     "port": Launch((*ENCODE, "--port", TAKEN)),
     "bootstrap port": Launch((*ENCODE, "--disaggregation-bootstrap-port", TAKEN)),
-    "other version": Launch(LANGUAGE, start=("-c", OTHER_VERSION)),
-    "lost hook": Launch(ENCODE, start=("-c", ONE_HOOK_LOST)),
+    "other version": Launch(LANGUAGE, code=OTHER_VERSION),
+    "lost hook": Launch(ENCODE, code=ONE_HOOK_LOST),
 }
 
 
@@ -85,12 +96,26 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def ended(taken_port: int) -> dict[str, Ended]:
-    """How each launch ended. Each takes seconds on one core before it says anything, so they share the cores."""
-    model = tiny_model.cached("qwen2_5_vl")
-    with ThreadPoolExecutor(os.cpu_count()) as cores:
-        running = {name: cores.submit(launch.run, model, taken_port) for name, launch in LAUNCHES.items()}
-        return {name: future.result() for name, future in running.items()}
+def ended(taken_port: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """How each launch ended."""
+    model, folder = tiny_model.cached("qwen2_5_vl"), tmp_path_factory.mktemp("launches")
+    programs = {name: launch.program(model, taken_port) for name, launch in LAUNCHES.items()}
+    (folder / "programs.json").write_text(json.dumps(programs))
+    environ = os.environ | servers.QUICK_START | COMMON_ENVIRON | CPU_ENVIRON
+    command = [sys.executable, "-P", str(REPO / "test/srt/support/forked_programs.py"), str(folder)]
+    running = subprocess.Popen(command, env=environ, start_new_session=True)
+    try:
+        assert running.wait(timeout=300) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    return {name: read_ended(folder, name) for name in LAUNCHES}
+
+
+def read_ended(folder: Path, name: str) -> Ended:
+    status, stdout, stderr = ((folder / f"{name}.{suffix}").read_text() for suffix in ("status", "out", "err"))
+    return Ended(int(status), stdout, stderr)
 
 
 def refusal(ended: Ended) -> str:
