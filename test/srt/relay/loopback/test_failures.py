@@ -328,10 +328,8 @@ def test_an_idle_manager_uses_no_cpu(encode: EncodeInstance, language: LanguageR
 def test_a_manager_that_cannot_start_leaves_nothing() -> None:
     with socket.socket() as probe, pytest.raises(OSError, match="assign"):
         probe.bind(("192.0.2.1", 0))
-    manager = LanguageManager.open(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
     with pytest.raises(SettingError, match=r"192\.0\.2\.1"):
-        manager.start()
-    manager.close()
+        LanguageManager.open(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
 
 
 def test_a_manager_whose_registry_never_comes_is_ill() -> None:
