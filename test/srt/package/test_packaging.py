@@ -1,4 +1,4 @@
-"""What is installed: the sdist and the wheel, the same in an empty environment, and the links of a checkout."""
+"""What is installed: the sdist and the wheel, both in an empty environment and beside any SGLang; and a checkout."""
 
 import ast
 import configparser
@@ -27,7 +27,21 @@ from support.repo import DISTRIBUTION, REPO, SOURCE, doors, our_modules
 from support.stub_endpoint import answer_to, stub_endpoint
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+DOORS = "embedding_relay/_doors/"
+INSIDE = "sglang/srt/disaggregation/"
+PATH_FILE = "embedding_relay_doors.pth"
 NEEDED_TO_BUILD = ("pyproject.toml", "README.md", "LICENSE")
+HATCHLING = ("hatchling", "packaging", "pathspec", "pluggy", "trove_classifiers")
+EDITABLE = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "sglang"
+version = "0.5.23"
+[tool.setuptools.packages.find]
+exclude = ["assets*", "benchmark*"]
+"""
 UPSTREAM = {
     "sglang/__init__.py": "",
     "sglang/srt/server_args.py": "",
@@ -46,10 +60,9 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def copy_checkout(to: Path) -> Path:
-    """What packaging needs of this checkout; links and uninstalls are tried on the copy."""
+    """What packaging needs of this checkout; installs and uninstalls are tried on the copy."""
     shutil.copytree(SOURCE, to / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (to / "scripts").mkdir()
-    for name in (*NEEDED_TO_BUILD, "scripts/link"):
+    for name in NEEDED_TO_BUILD:
         shutil.copy(REPO / name, to / name)
     return to
 
@@ -61,7 +74,12 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def modules(clean: Path) -> set[str]:
-    return set(our_modules(clean / "python"))
+    """Our files as they are named in the wheel: those inside SGLang's directories are carried by the package."""
+    inside = "sglang/srt/disaggregation/"
+    named = {
+        name: name.replace(inside, DOORS) if name.startswith(inside) else name for name in our_modules(clean / "python")
+    }
+    return set(named.values())
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +104,9 @@ def metadata(wheel: Path) -> Message:
 
 
 def make_venv(at: Path) -> Path:
-    """An environment with this one's pip and setuptools and nothing else."""
+    """An environment with this one's pip and what builds packages, and nothing else."""
     run(sys.executable, "-m", "venv", "--without-pip", at)
-    for name in ("pip", "setuptools", "_distutils_hack"):
+    for name in ("pip", "setuptools", "_distutils_hack", *HATCHLING):
         for path in Path(sysconfig.get_path("purelib")).glob(f"{name}*"):
             (site_of(at) / path.name).symlink_to(path)
     return at
@@ -133,33 +151,28 @@ def directories(root: Path) -> set[Path]:
 
 
 def modules_in(site: Path) -> set[str]:
-    """Our files in an environment, inside SGLang's directories and outside, as the wheel names them."""
+    """Our files in an environment: those of the package, and links inside SGLang's directories."""
     found = [path for top in ("embedding_relay", "sglang") for path in (site / top).rglob("*.*")]
     found = [path for path in found if path.suffix in (".py", ".html")]
     return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
 
 
 class TestWheel:
-    def test_it_has_our_modules_and_nothing_of_sglangs(self, wheel: Path, modules: set[str]) -> None:
+    def test_it_has_our_modules_and_no_directory_of_sglangs(self, wheel: Path, modules: set[str]) -> None:
         names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-        assert names == modules
-        assert "embedding_relay/batch/http/page.html" in names
-        for name in names:
-            if name.startswith("embedding_relay/"):
-                continue
-            directory, _, file = name.removeprefix("sglang/srt/disaggregation/").partition("/")
-            assert directory == "multimodal" or (directory == "mooncake" and file.endswith("_multimodal.py")), name
+        assert names == modules | {PATH_FILE}
+        assert {"embedding_relay/batch/http/page.html", f"{DOORS}mooncake/conn_multimodal.py"} <= names
 
     def test_it_makes_no_package_of_a_directory_that_is_sglangs(self, wheel: Path) -> None:
-        names = zipfile.ZipFile(wheel).namelist()
-        packages = {name for name in names if name.startswith("sglang/") and name.endswith("/__init__.py")}
-        assert packages == {"sglang/srt/disaggregation/multimodal/__init__.py"}
+        packages = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(DOORS) and "__init__" in name}
+        assert packages == {f"{DOORS}multimodal/__init__.py"}
 
     def test_the_sdist_has_all_that_the_wheel_is_made_of(self, built: Path, modules: set[str]) -> None:
         (sdist,) = built.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
-        assert {f"python/{name}" for name in modules} | set(NEEDED_TO_BUILD) <= names
+        ours = {f"python/{name}" for name in [*our_modules(), PATH_FILE]}
+        assert ours | set(NEEDED_TO_BUILD) <= names
 
     def test_every_entry_point_names_a_function_in_it(self, wheel: Path) -> None:
         archive = zipfile.ZipFile(wheel)
@@ -174,6 +187,7 @@ class TestWheel:
         for group in groups.sections():
             for target in groups[group].values():
                 module, _, function = target.partition(":")
+                module = module.replace("sglang.srt.disaggregation.", DOORS.replace("/", "."))
                 source = archive.read(module.replace(".", "/") + ".py")
                 assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
@@ -202,10 +216,68 @@ class TestWheel:
         before, directories_before = contents(venv), directories(venv)
         pip(venv, "install", "--no-deps", "--no-index", wheel)
         assert modules_in(site_of(venv)) == modules
+        assert (site_of(venv) / PATH_FILE).exists()
         assert (venv / "bin/sglang-relay").exists()
         pip(venv, "uninstall", "--yes", DISTRIBUTION)
         assert contents(venv) == before
         assert directories(venv) - directories_before == set()
+
+
+# What a process finds, and what one that it spawns finds. `modes` needs nothing of SGLang to be imported.
+LOOK = """
+import multiprocessing, sys
+from importlib.util import find_spec
+
+def look():
+    import sglang.srt.disaggregation.multimodal.modes as modes
+    import sglang.srt.disaggregation.utils as upstream
+    for module in (modes, upstream):
+        print(module.__file__, flush=True)
+    print(find_spec("sglang.srt.disaggregation.mooncake.conn_multimodal").origin, flush=True)
+    assert find_spec("sglang.srt.disaggregation.of_nobody") is None
+
+if __name__ == "__main__":
+    look()
+    child = multiprocessing.get_context("spawn").Process(target=look)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+"""
+
+
+class TestDoors:
+    """The modules with SGLang's name are found beside any SGLang, and never in place of one."""
+
+    def check(self, venv: Path, upstream: Path, tmp_path: Path) -> None:
+        (tmp_path / "look.py").write_text(LOOK)
+        ours = site_of(venv) / DOORS
+        expected = [ours / "multimodal/modes.py", upstream / "sglang/srt/disaggregation/utils.py"]
+        expected.append(ours / "mooncake/conn_multimodal.py")
+        found = run(venv / "bin/python", tmp_path / "look.py").splitlines()
+        assert found == 2 * [str(path) for path in expected]
+
+    def test_beside_an_ordinary_sglang(self, wheel: Path, venv: Path, tmp_path: Path) -> None:
+        pip(venv, "install", "--no-deps", "--no-index", wheel)
+        self.check(venv, site_of(venv), tmp_path)
+
+    def test_beside_an_sglang_that_is_installed_from_its_source(self, wheel: Path, tmp_path: Path) -> None:
+        """As official images have it, and with the same kind of project file, which makes setuptools use a finder."""
+        source, venv = tmp_path / "source", make_venv(tmp_path / "venv")
+        for name, text in UPSTREAM.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text(text)
+        (source / "pyproject.toml").write_text(EDITABLE)
+        pip(venv, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source)
+        assert list(site_of(venv).glob("__editable___sglang_*finder.py"))
+        pip(venv, "install", "--no-deps", "--no-index", wheel)
+        self.check(venv, source, tmp_path)
+        pip(venv, "uninstall", "--yes", DISTRIBUTION)
+        where = run(venv / "bin/python", "-c", "import sglang; print(sglang.__file__)")
+        assert where == f"{source}/sglang/__init__.py\n"
+
+    def test_without_sglang_there_is_none(self, empty: Path) -> None:
+        look = "import sys; from importlib.util import find_spec; print(find_spec('sglang'), 'torch' in sys.modules)"
+        assert run(empty / "bin/python", "-c", look) == "None False\n"
 
 
 @pytest.fixture(scope="module")
@@ -274,84 +346,54 @@ class TestEmptyEnvironment:
             stop_all([service])
 
 
-class TestLinks:
-    def link(self, checkout: Path, venv: Path) -> str:
-        return run(sys.executable, checkout / "scripts/link", venv)
+class TestCheckout:
+    """`pip install --editable`, as scripts/setup does it."""
 
-    def doors_of(self, checkout: Path) -> set[str]:
-        return set(doors(checkout / "python"))
+    def install(self, checkout: Path, venv: Path) -> None:
+        pip(venv, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", checkout)
 
-    def test_the_package_is_the_checkout_and_each_door_a_link_to_it(self, checkout: Path, venv: Path) -> None:
-        self.link(checkout, venv)
-        site = site_of(venv)
-        assert modules_in(site) == self.doors_of(checkout)
-        for name in self.doors_of(checkout):
-            assert os.readlink(site / name) == str(checkout / "python" / name)
-            assert not (site / name).parent.is_symlink()
-        assert (site / "sglang/srt/disaggregation/mooncake/conn.py").exists()
-        where = run(venv / "bin/python", "-c", "import embedding_relay; print(embedding_relay.__file__)")
-        assert where == f"{checkout}/python/embedding_relay/__init__.py\n"
-        assert self.link(checkout, venv) == "", "the second time there is nothing to do"
+    def found(self, venv: Path, *names: str) -> list[str]:
+        """Where a process of this environment finds each of them."""
+        look = "for name in sys.argv[1:]: print(getattr(importlib.util.find_spec(name), 'origin', None))"
+        return run(venv / "bin/python", "-c", f"import importlib.util, sys\n{look}", *names).splitlines()
 
-    def test_added_and_removed_modules_are_followed(self, checkout: Path, venv: Path) -> None:
-        self.link(checkout, venv)
-        ours, site = checkout / "python/sglang/srt/disaggregation", site_of(venv)
+    def test_everything_is_found_in_the_checkout(self, checkout: Path, venv: Path) -> None:
+        self.install(checkout, venv)
+        assert modules_in(site_of(venv)) == set(), "nothing is copied"
+        names = [name for name in doors(checkout / "python") if name.endswith(".py") and "/mooncake/" not in name]
+        names += ["embedding_relay/__init__.py", "embedding_relay/doors.py", "embedding_relay/protocol/codec.py"]
+        dotted = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
+        assert self.found(venv, *dotted) == [str(checkout / "python" / name) for name in names]
+        ours, upstream = checkout / "python" / INSIDE, site_of(venv) / INSIDE
+        mooncake = "sglang.srt.disaggregation.mooncake"
+        found = self.found(venv, f"{mooncake}.conn_multimodal", f"{mooncake}.conn", mooncake)
+        assert found == [
+            str(ours / "mooncake/conn_multimodal.py"),
+            str(upstream / "mooncake/conn.py"),
+            str(upstream / "mooncake/__init__.py"),
+        ]
+
+    def test_added_and_removed_modules_need_nothing(self, checkout: Path, venv: Path) -> None:
+        self.install(checkout, venv)
+        ours = checkout / "python" / INSIDE
         (ours / "multimodal/modes.py").unlink()
-        (ours / "multimodal/added").mkdir()
-        (ours / "multimodal/added/__init__.py").write_text("")
         (ours / "mooncake/added_multimodal.py").write_text("")
-        self.link(checkout, venv)
-        there = site / "sglang/srt/disaggregation"
-        assert not (there / "multimodal/modes.py").is_symlink()
-        assert (there / "multimodal/added/__init__.py").is_symlink()
-        assert (there / "mooncake/added_multimodal.py").is_symlink()
-        shutil.rmtree(ours / "multimodal/added")
-        self.link(checkout, venv)
-        assert not (there / "multimodal/added").exists()
+        gone, added = (
+            "sglang.srt.disaggregation.multimodal.modes",
+            "sglang.srt.disaggregation.mooncake.added_multimodal",
+        )
+        assert self.found(venv, gone, added) == ["None", str(ours / "mooncake/added_multimodal.py")]
 
-    @pytest.mark.parametrize(
-        ("file", "old", "new"),
-        [
-            ("pyproject.toml", "[project.scripts]", '[project.scripts]\nsecond-name = "m:f"'),
-            ("python/embedding_relay/__init__.py", f'"{embedding_relay.__version__}"', '"7.8.9"'),
-        ],
-    )
-    def test_changed_metadata_is_installed_again(
-        self, checkout: Path, venv: Path, file: str, old: str, new: str
-    ) -> None:
-        self.link(checkout, venv)
-        text = (checkout / file).read_text()
-        assert text.count(old) == 1
-        (checkout / file).write_text(text.replace(old, new))
-        self.link(checkout, venv)
-        (installed,) = importlib.metadata.distributions(name=DISTRIBUTION, path=[str(site_of(venv))])
-        if file == "pyproject.toml":
-            assert (venv / "bin/second-name").exists()
-        else:
-            assert installed.version == "7.8.9"
-        assert modules_in(site_of(venv)) == self.doors_of(checkout)
-        assert all((site_of(venv) / name).is_symlink() for name in self.doors_of(checkout))
-
-    def test_a_wheel_that_was_installed_over_it_is_replaced(self, checkout: Path, venv: Path, wheel: Path) -> None:
-        self.link(checkout, venv)
-        pip(venv, "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
-        self.link(checkout, venv)
-        assert modules_in(site_of(venv)) == self.doors_of(checkout)
-        assert all((site_of(venv) / name).is_symlink() for name in self.doors_of(checkout))
-
-    def test_pip_uninstall_takes_the_links_and_leaves_the_checkout(self, checkout: Path, venv: Path) -> None:
-        site, ours = site_of(venv), contents(checkout)
-        before, directories_before = contents(site), directories(site)
-        self.link(checkout, venv)
-        added = checkout / "python/sglang/srt/disaggregation/multimodal/added_later.py"
-        added.write_text("later = True\n")
-        self.link(checkout, venv)
-        # Importing leaves byte code beside the links; it must go too.
-        run(venv / "bin/python", "-c", "import sglang.srt.disaggregation.multimodal.added_later")
+    def test_it_goes_without_a_trace_and_leaves_the_checkout(self, checkout: Path, venv: Path) -> None:
+        before, ours = contents(venv), contents(checkout)
+        self.install(checkout, venv)
+        assert (venv / "bin/sglang-relay").exists()
         pip(venv, "uninstall", "--yes", DISTRIBUTION)
-        added.unlink()
         assert contents(checkout) == ours
-        assert contents(site) == before
-        left = {str(path.relative_to(site)) for path in directories(site) - directories_before}
-        # Python made these itself, beside SGLang's own files when it imported them.
-        assert {name for name in left if not name.endswith("sglang/__pycache__")} == set()
+        assert contents(venv) == before
+
+    def test_a_wheel_over_it_takes_its_place(self, checkout: Path, venv: Path, wheel: Path) -> None:
+        self.install(checkout, venv)
+        pip(venv, "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
+        ours = site_of(venv) / DOORS
+        assert self.found(venv, "sglang.srt.disaggregation.multimodal.modes") == [str(ours / "multimodal/modes.py")]
