@@ -31,7 +31,7 @@ import pytest
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import Answer, chat_body, post
 from embedding_relay.tools.local_cluster import LocalCluster, router, sglang_server
-from embedding_relay.tools.local_process import LocalProcess, free_ports, wait_all_ready
+from embedding_relay.tools.local_process import LocalProcess, ProcessFailed, free_ports, wait_all_ready
 from support import servers
 from support.questions import TOLERANCE, Question, difference, squares
 from support.server_numbers import not_at_rest, numbers_of, scheduler_of
@@ -56,6 +56,9 @@ SILENCE: Final = 3.0  # seconds: the heartbeat interval, and twice for its failu
 DEADLINE: Final = 60.0
 RECOVERY: Final = 90.0  # an instance that was started again loads its model
 AT_ONCE: Final = 10
+
+# Above all deadlines of one strike, so that whichever passes is named.
+pytestmark = pytest.mark.timeout(900)
 
 
 # ---- the cluster and its faults
@@ -299,7 +302,7 @@ class Trial:
         report.strikes += 1
         try:
             self._strike(fault, dice, report)
-        except NotRecovered as problem:
+        except (NotRecovered, ProcessFailed) as problem:
             self.not_recovered = f"{fault.name!r}, strike {report.strikes}: {problem}"
             report.wrong.append(str(problem))
         return report.wrong[wrong_before:]

@@ -25,6 +25,7 @@ Tokens = list[tuple[str, float]]
 TOLERANCE: Final = 0.02
 # By how much the answers to two prompts must differ, so that one given for the other is noticed.
 APART: Final = 5 * TOLERANCE
+PART_OF_A_CHARACTER: Final = "\N{REPLACEMENT CHARACTER}"
 NO_ANSWER_AFTER: Final = 180.0
 # What a request may be told when the encode instance stood still for longer than its heartbeats allow.
 UNHEALTHY: Final = (502, 503)
@@ -77,7 +78,10 @@ def bodies(side: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def learn_prompts(url: str, side: int, *, of_each: int) -> dict[str, list[Prompt]]:
-    """Ask one by one. Kept are prompts whose tokens no rounding can change, and whose answers are nobody else's."""
+    """Ask one by one. Kept are prompts whose tokens no rounding can change, and whose answers are nobody else's.
+
+    And whose tokens all show in a stream: SGLang sends no event, and no log-probability, for a part of a character.
+    """
     known: dict[str, list[Prompt]] = collections.defaultdict(list)
     for name, body in itertools.islice(bodies(side), 30 * of_each):
         kind = name.partition("-")[0]
@@ -89,7 +93,8 @@ def learn_prompts(url: str, side: int, *, of_each: int) -> dict[str, list[Prompt
         choice = answer.body["choices"][0]
         prompt = Prompt(name, body, answer.prompt_tokens, tokens_of(choice))
         others = [other.tokens for prompts in known.values() for other in prompts]
-        if margin(choice) > APART and all(distance(prompt.tokens, other) > APART for other in others):
+        told_apart = margin(choice) > APART and all(distance(prompt.tokens, other) > APART for other in others)
+        if told_apart and not any(PART_OF_A_CHARACTER in token for token, _ in prompt.tokens):
             known[kind].append(prompt)
         if len(known) == 3 and all(len(prompts) == of_each for prompts in known.values()):
             return known
