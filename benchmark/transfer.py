@@ -22,9 +22,6 @@ import zmq
 warnings.simplefilter("ignore")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
-from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
-from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
-from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
 from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
@@ -32,6 +29,9 @@ from embedding_relay.memory.layout import BufferLayout  # noqa: E402
 from embedding_relay.memory.plane import Entry, Region  # noqa: E402
 from embedding_relay.protocol.messages import Address  # noqa: E402
 from embedding_relay.protocol.status import Status  # noqa: E402
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer  # noqa: E402
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender  # noqa: E402
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver  # noqa: E402
 
 HOST = "127.0.0.1"
 ENDED = (Status.SUCCESS, Status.FAILED)

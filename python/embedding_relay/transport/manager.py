@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import SECRET_FILE, RelayConfig
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import DataPlane
@@ -29,6 +29,7 @@ from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.threads import WatchedThread
 from embedding_relay.transport.loop import ControlLoop
+from embedding_relay.transport.sockets import ip_address
 from embedding_relay.transport.wakeup import WakeUp
 
 logger = logging.getLogger(__name__)
@@ -132,8 +133,19 @@ class OpenRank:
     closing: contextlib.ExitStack
 
 
+def warn_if_open(config: RelayConfig, host: str) -> None:
+    if config.keys is None and not ip_address(host).is_loopback:
+        logger.warning(
+            "relay: ANYONE who reaches %s can take part in this deployment, end its requests and read who takes part, "
+            "because %s is not set. See docs/security.md; `sglang-relay make-secret FILE` makes a secret.",
+            host,
+            SECRET_FILE,
+        )
+
+
 def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane) -> OpenRank:
     """`host`: an address of this machine that the other side can reach. Raises SettingError for what cannot work."""
+    warn_if_open(config, host)
     board, buffers = StatusBoard(), EmbeddingBuffers(layout)
     loop = ControlLoop(host, codec.MAX_FRAME_BYTES, config.keys.control if config.keys else None)
     with contextlib.ExitStack() as opened:

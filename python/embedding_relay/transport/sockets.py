@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 from collections import OrderedDict
@@ -153,6 +154,10 @@ def numeric_address(host: str) -> str:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise SettingError(f"{host} is no address of this machine: {error}") from None
+
+
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(numeric_address(host))
 
 
 def _sender(frame: zmq.Frame) -> str:

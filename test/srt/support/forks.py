@@ -12,7 +12,7 @@ fork = multiprocessing.get_context("forkserver")
 
 
 def spare_the_collector() -> None:
-    """Looking through all that SGLang imports takes it most of a second, in which no thread of the process runs."""
+    """Looking through all that torch imports takes it long, in which no thread of the process runs."""
     gc.freeze()
 
 

@@ -10,9 +10,7 @@ import random
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import msgspec
 import psutil
@@ -34,7 +32,7 @@ from embedding_relay.registry.client import RegistryError, announce, look_up
 from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.transport.language import LanguageManager
-from support.forks import spare_the_collector
+from embedding_relay.transport.manager import warn_if_open
 from support.loopback import (
     HOST,
     EncodeInstance,
@@ -48,12 +46,6 @@ from support.recorder import Recorder
 from support.rows import Spec
 from support.tap import Tap
 from support.target import Target
-
-# Before anything is counted: SGLang opens an event descriptor when it is imported, and keeps it.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from sglang.srt.disaggregation.multimodal import instance
-spare_the_collector()
 
 OURS, OTHER = Keys.of(b"ours" * 8), Keys.of(b"others" * 8)
 KEY = OURS.registry
@@ -397,33 +389,19 @@ def test_what_the_security_page_says_about_mooncake_is_true() -> None:
 # ---- what the operator is told
 
 
-@pytest.fixture
-def instance_module() -> SimpleNamespace:
-    return instance  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
-def test_no_warning_on_loopback(host: str, instance_module: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
-    instance_module.warn_if_open(RelayConfig(), host)
+def test_no_warning_on_loopback(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_open(RelayConfig(), host)
     assert caplog.records == []
 
 
 @pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::1", "8.8.8.8", "0.0.0.0"])
 def test_a_loud_warning_without_the_secret_on_an_address_that_others_reach(
-    host: str, instance_module: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    instance_module.warn_if_open(SECURE, host)
+    warn_if_open(SECURE, host)
     assert caplog.records == []
-    instance_module.warn_if_open(OPEN, host)
+    warn_if_open(OPEN, host)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     for word in (host, SECRET_FILE, "docs/security.md", "make-secret"):
         assert word in caplog.text
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])
-def test_all_addresses_become_one_that_others_reach(
-    host: str, instance_module: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(instance_module, "get_serving", lambda: SimpleNamespace(host=host))
-    monkeypatch.setattr(instance_module, "get_local_ip_auto", lambda: "192.0.2.7")
-    assert instance_module.reachable_host() == "192.0.2.7"

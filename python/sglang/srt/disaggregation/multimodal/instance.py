@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from typing import Any
 
-from embedding_relay.config import SECRET_FILE, RelayConfig
+from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
-from embedding_relay.transport.sockets import numeric_address
+from embedding_relay.transport.sockets import ip_address
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, LanguageManager
 from sglang.srt.disaggregation.multimodal import modes
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
@@ -37,7 +36,6 @@ def start_role(scheduler: Any, mode: str) -> Role[Any]:
 
 def open_encode_manager(scheduler: Any) -> EncodeManager:
     config, host = RelayConfig.from_environment(), reachable_host()
-    warn_if_open(config, host)
     return EncodeManager.open(
         _layout(scheduler, config),
         config,
@@ -51,7 +49,6 @@ def open_encode_manager(scheduler: Any) -> EncodeManager:
 
 def open_language_manager(scheduler: Any) -> LanguageManager:
     config, host = RelayConfig.from_environment(), reachable_host()
-    warn_if_open(config, host)
     return LanguageManager.open(
         _layout(scheduler, config),
         config,
@@ -85,18 +82,4 @@ def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:
 def reachable_host() -> str:
     """The operator's address, if others can use it."""
     host = str(get_serving().host)
-    return str(get_local_ip_auto()) if _ip(host).is_unspecified else host
-
-
-def warn_if_open(config: RelayConfig, host: str) -> None:
-    if config.keys is None and not _ip(host).is_loopback:
-        logger.warning(
-            "relay: ANYONE who reaches %s can take part in this deployment, end its requests and read who takes part, "
-            "because %s is not set. See docs/security.md; `sglang-relay make-secret FILE` makes a secret.",
-            host,
-            SECRET_FILE,
-        )
-
-
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    return ipaddress.ip_address(numeric_address(host))
+    return str(get_local_ip_auto()) if ip_address(host).is_unspecified else host

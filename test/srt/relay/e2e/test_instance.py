@@ -1,0 +1,19 @@
+"""Where an instance tells others that it is, by what SGLang was told. Needs SGLang, but no server."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sglang.srt.disaggregation.multimodal import instance
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])
+def test_all_addresses_become_one_that_others_reach(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "get_serving", lambda: SimpleNamespace(host=host))
+    monkeypatch.setattr(instance, "get_local_ip_auto", lambda: "192.0.2.7")
+    assert instance.reachable_host() == "192.0.2.7"
+
+
+def test_the_operators_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "get_serving", lambda: SimpleNamespace(host="localhost"))
+    assert instance.reachable_host() == "localhost"
