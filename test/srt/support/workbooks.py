@@ -153,3 +153,44 @@ def values(path: Path) -> list[tuple[Any, ...]]:
 def members(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as file:
         return {name: file.read(name) for name in file.namelist()}
+
+
+# ---- a sheet with a column of pictures
+
+RED, BLUE = picture("red"), picture("blue", "JPEG")
+
+
+HEADER = f'<row r="1">{text_cell("A1", "prompt")}{text_cell("B1", "photo")}</row>'
+
+
+def contents(book: Received, images: tuple[str, ...]) -> list[bytes]:
+    return [(book.folder / image).read_bytes() for image in images]
+
+
+# The parts of a workbook with two pictures that were placed in cells, as Excel writes them.
+RICH = {
+    "xl/metadata.xml": """<metadata xmlns="m" xmlns:xlrd="r"><metadataTypes count="2">
+        <metadataType name="XLDAPR"/><metadataType name="XLRICHVALUE"/></metadataTypes>
+        <futureMetadata name="XLRICHVALUE" count="2">
+        <bk><extLst><ext uri="x"><xlrd:rvb i="0"/></ext></extLst></bk>
+        <bk><extLst><ext uri="x"><xlrd:rvb i="1"/></ext></extLst></bk></futureMetadata>
+        <cellMetadata count="1"><bk><rc t="1" v="0"/></bk></cellMetadata>
+        <valueMetadata count="3"><bk><rc t="2" v="0"/></bk><bk><rc t="2" v="1"/></bk><bk><rc t="1" v="0"/></bk>
+        </valueMetadata></metadata>""",
+    "xl/richData/rdrichvaluestructure.xml": """<rvStructures xmlns="r" count="1"><s t="_localImage">
+        <k n="_rvRel:LocalImageIdentifier" t="i"/><k n="CalcOrigin" t="i"/></s></rvStructures>""",
+    "xl/richData/rdrichvalue.xml": """<rvData xmlns="r" count="2"><rv s="0"><v>1</v><v>5</v></rv>
+        <rv s="0"><v>0</v><v>5</v></rv></rvData>""",
+    "xl/richData/richValueRel.xml": """<richValueRels xmlns="r" xmlns:r="q"><rel r:id="rId1"/><rel r:id="rId2"/>
+        </richValueRels>""",
+    "xl/richData/_rels/richValueRel.xml.rels": relations(
+        {"rId1": ("image", "../media/image1.png"), "rId2": ("image", "../media/image2.jpeg")}
+    ),
+    "xl/media/image1.png": RED,
+    "xl/media/image2.jpeg": BLUE,
+}
+
+
+def placed(row: int, metadata: int) -> str:
+    cell = f'<c r="B{row}" t="e" vm="{metadata}"><v>#VALUE!</v></c>'
+    return f'<row r="{row}">{text_cell(f"A{row}", "what is it?")}{cell}</row>'

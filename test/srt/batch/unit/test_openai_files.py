@@ -15,45 +15,14 @@ from embedding_relay.batch.errors import OpenAIRefusal
 from embedding_relay.batch.openai.files import Files, output_id, output_path, save_batch_files
 from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import (
-    BatchOrder,
     Counts,
     Session,
-    new_session_id,
 )
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.disk_store import DiskStore
 from embedding_relay.batch.tasks import Outcome, Result
-from embedding_relay.batch.workbook.analysis import Analysis, Choices
-
-ANALYSIS = Analysis((), "", (), "", (), 3, 0, requests=True)
-
-
-def new_batch() -> Session:
-    order = BatchOrder(input_file_id="file-x", endpoint="/v1/chat/completions", completion_window="24h")
-    return Session(session_id=new_session_id(), name="batch.jsonl", kind="jsonl", created_at=time.time(), order=order)
-
-
-def split_batch() -> Session:
-    """As it is in the moment in which its split has ended."""
-    session = new_batch()
-    session.mark_analyzed(ANALYSIS)
-    session.begin_split(Choices())
-    session.split.take()
-    session.split.mark_saving(3, 1)
-    session.complete_split()
-    return session
-
-
-def run_batch(counts: Counts, cancelled: bool = False) -> Session:
-    session = split_batch()
-    session.execution.take()
-    session.execution.mark_running()
-    if cancelled:
-        session.cancel_order()
-    session.mark_saving()
-    session.complete_execution(counts)
-    return session
+from support.batch_sessions import run_batch, split_batch
 
 
 class Place:
