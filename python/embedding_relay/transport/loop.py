@@ -13,9 +13,9 @@ import zmq
 
 from embedding_relay.protocol.errors import LocalError, UndecodableFrames
 from embedding_relay.protocol.messages import Address
+from embedding_relay.threads import WakeUp
 from embedding_relay.transport.curve import Authenticator, Curve
 from embedding_relay.transport.sockets import MAX_SOCKETS, Listener, PeerSockets
-from embedding_relay.transport.wakeup import WakeUp
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,9 @@ from embedding_relay.protocol.effects import TransferEmbeddingChunk
 from embedding_relay.protocol.errors import CONFLICT, UNAVAILABLE, Failure, LocalError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
-from embedding_relay.threads import WatchedThread
+from embedding_relay.threads import WakeUp, WatchedThread
 from embedding_relay.transport.loop import ControlLoop
 from embedding_relay.transport.sockets import ip_address
-from embedding_relay.transport.wakeup import WakeUp
 
 logger = logging.getLogger(__name__)
 

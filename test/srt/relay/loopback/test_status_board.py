@@ -4,8 +4,8 @@ import select
 
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.status import Status
+from embedding_relay.threads import WakeUp
 from embedding_relay.transport.manager import RoomEnd, StatusBoard
-from embedding_relay.transport.wakeup import WakeUp
 
 GONE = Failure(503, "gone")
 
