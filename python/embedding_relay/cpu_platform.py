@@ -25,6 +25,8 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 
+from embedding_relay.doors import open_doors
+
 logger = logging.getLogger(__name__)
 
 NAME = "relay_cpu"
@@ -103,4 +105,7 @@ def activate() -> str | None:
     """The entry point SGLang calls: the platform's class path, or None."""
     serves, reason = decide(os.environ, other_platforms, find_accelerator)
     logger.debug("%s: %s (%s)", NAME, "active" if serves else "not active", reason)
-    return _CLASS if serves else None
+    if not serves:
+        return None
+    open_doors()  # the class has SGLang's name
+    return _CLASS

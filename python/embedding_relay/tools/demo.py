@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -124,6 +125,11 @@ def _missing_packages() -> str | None:
     for module, extra in needed:
         if importlib.util.find_spec(module) is None:
             return f"the module {module} is missing: install the extra {extra} of sglang-embedding-relay"
+    try:
+        # Not by its module: a checkout has a directory of that name.
+        importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "SGLang is missing: install the extra sglang of sglang-embedding-relay"
     return None
 
 

@@ -82,7 +82,9 @@ class EncodeManager(MooncakeEmbeddingManager):
     ) -> EncodeManager:
         """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry."""
         plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
-        return cls(open_rank(layout, config, host, plane), bootstrap, rank, observer)
+        opened = open_rank(layout, config, host, plane)
+        with opened.closing_on_error():
+            return cls(opened, bootstrap, rank, observer)
 
     def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, observer: Observer) -> None:
         super().__init__(opened, observer)

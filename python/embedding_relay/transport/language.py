@@ -86,7 +86,9 @@ class LanguageManager(MooncakeEmbeddingManager):
     ) -> LanguageManager:
         """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`."""
         plane = MooncakeDataPlane(host, config.transport, ib_device)
-        return cls(open_rank(layout, config, host, plane), ranks, max_rows, observer)
+        opened = open_rank(layout, config, host, plane)
+        with opened.closing_on_error():
+            return cls(opened, ranks, max_rows, observer)
 
     def __init__(self, opened: OpenRank, ranks: int, max_rows: int, observer: Observer) -> None:
         super().__init__(opened, observer)

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from embedding_relay.config import SECRET_FILE, RelayConfig
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
@@ -130,6 +130,15 @@ class OpenRank:
     address: Address
     """Of the control port."""
     closing: contextlib.ExitStack
+
+    @contextlib.contextmanager
+    def closing_on_error(self) -> Iterator[None]:
+        """Until somebody else is responsible for closing it."""
+        try:
+            yield
+        except BaseException:
+            self.closing.close()
+            raise
 
 
 def warn_if_open(config: RelayConfig, host: str) -> None:

@@ -74,7 +74,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def modules(clean: Path) -> set[str]:
-    """Our files as they are named in the wheel: those inside SGLang's directories are carried by the package."""
+    """Our files as they are named in the wheel: those with SGLang's name are carried by the package."""
     inside = "sglang/srt/disaggregation/"
     named = {
         name: name.replace(inside, DOORS) if name.startswith(inside) else name for name in our_modules(clean / "python")
@@ -151,7 +151,7 @@ def directories(root: Path) -> set[Path]:
 
 
 def modules_in(site: Path) -> set[str]:
-    """Our files in an environment: those of the package, and links inside SGLang's directories."""
+    """Our files in an environment: those of the package, and any that lie in SGLang's directories."""
     found = [path for top in ("embedding_relay", "sglang") for path in (site / top).rglob("*.*")]
     found = [path for path in found if path.suffix in (".py", ".html")]
     return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
@@ -245,6 +245,18 @@ if __name__ == "__main__":
 """
 
 
+def sglang_from_source(tmp_path: Path) -> tuple[Path, Path]:
+    """As official images have it, and with the same kind of project file, which makes setuptools use a finder."""
+    source, venv = tmp_path / "source", make_venv(tmp_path / "venv")
+    for name, text in UPSTREAM.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    (source / "pyproject.toml").write_text(EDITABLE)
+    pip(venv, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source)
+    assert list(site_of(venv).glob("__editable___sglang_*finder.py"))
+    return source, venv
+
+
 class TestDoors:
     """The modules with SGLang's name are found beside any SGLang, and never in place of one."""
 
@@ -261,14 +273,7 @@ class TestDoors:
         self.check(venv, site_of(venv), tmp_path)
 
     def test_beside_an_sglang_that_is_installed_from_its_source(self, wheel: Path, tmp_path: Path) -> None:
-        """As official images have it, and with the same kind of project file, which makes setuptools use a finder."""
-        source, venv = tmp_path / "source", make_venv(tmp_path / "venv")
-        for name, text in UPSTREAM.items():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_text(text)
-        (source / "pyproject.toml").write_text(EDITABLE)
-        pip(venv, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source)
-        assert list(site_of(venv).glob("__editable___sglang_*finder.py"))
+        source, venv = sglang_from_source(tmp_path)
         pip(venv, "install", "--no-deps", "--no-index", wheel)
         self.check(venv, source, tmp_path)
         pip(venv, "uninstall", "--yes", DISTRIBUTION)
@@ -278,6 +283,27 @@ class TestDoors:
     def test_without_sglang_there_is_none(self, empty: Path) -> None:
         look = "import sys; from importlib.util import find_spec; print(find_spec('sglang'), 'torch' in sys.modules)"
         assert run(empty / "bin/python", "-c", look) == "None False\n"
+
+    def test_no_start_of_python_pays_for_them(self, empty: Path) -> None:
+        assert run(empty / "bin/python", "-c", "import sys; print('embedding_relay.doors' in sys.modules)") == "True\n"
+        heavy = {"typing", "re", "importlib.util", "contextlib"}
+        look = f"import sys; print(sorted({heavy} & sys.modules.keys()))"
+        others = run(empty / "bin/python", "-S", "-c", look)
+        assert run(empty / "bin/python", "-c", look) == others
+
+    def test_without_the_path_file_the_entry_point_opens_them(self, wheel: Path, venv: Path) -> None:
+        pip(venv, "install", "--no-deps", "--no-index", wheel)
+        (site_of(venv) / PATH_FILE).unlink()
+        found = "from importlib.util import find_spec; print(find_spec('sglang.srt.disaggregation.multimodal'))"
+        assert run(venv / "bin/python", "-c", found) == "None\n"
+        opened = "from embedding_relay.doors import open_doors; open_doors(); open_doors()"
+        assert "multimodal/__init__.py" in run(venv / "bin/python", "-c", f"{opened}; {found}")
+
+    def test_a_package_that_is_gone_spoils_no_start_of_python(self, wheel: Path, venv: Path) -> None:
+        pip(venv, "install", "--no-deps", "--no-index", wheel)
+        shutil.rmtree(site_of(venv) / "embedding_relay")
+        done = subprocess.run([venv / "bin/python", "-c", "print(1)"], capture_output=True, text=True)
+        assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +397,17 @@ class TestCheckout:
             str(ours / "mooncake/conn_multimodal.py"),
             str(upstream / "mooncake/conn.py"),
             str(upstream / "mooncake/__init__.py"),
+        ]
+
+    def test_it_does_not_hide_an_sglang_that_is_installed_from_its_source(self, checkout: Path, tmp_path: Path) -> None:
+        source, venv = sglang_from_source(tmp_path)
+        self.install(checkout, venv)
+        inside = "sglang.srt.disaggregation"
+        found = self.found(venv, "sglang", f"{inside}.utils", f"{inside}.multimodal.modes")
+        assert found == [
+            str(source / "sglang/__init__.py"),
+            str(source / INSIDE / "utils.py"),
+            str(checkout / "python" / INSIDE / "multimodal/modes.py"),
         ]
 
     def test_added_and_removed_modules_need_nothing(self, checkout: Path, venv: Path) -> None:

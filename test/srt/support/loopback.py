@@ -214,6 +214,9 @@ class _EncodeLoop:
     def _metrics(self) -> None:
         self._pipe.send(self._manager.metrics())
 
+    def _sessions(self) -> None:
+        self._pipe.send(self._manager._core.sessions())
+
     def _address(self) -> None:
         self._pipe.send(self._manager.address)
 

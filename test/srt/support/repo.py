@@ -14,5 +14,5 @@ def our_modules(source: Path = SOURCE) -> dict[str, Path]:
 
 
 def doors(source: Path = SOURCE) -> dict[str, Path]:
-    """Those of them that lie inside SGLang's directories."""
+    """Those of them that have SGLang's name."""
     return {name: path for name, path in our_modules(source).items() if name.startswith("sglang/")}

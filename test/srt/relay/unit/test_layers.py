@@ -63,6 +63,34 @@ def test_batch_sessions_need_no_torch() -> None:
     assert users(f"{PACKAGE}.batch", lambda name: is_below(name, "torch", "transformers", "mooncake")) == []
 
 
+# Narrower than the rules, and by folder: what lies there, and all that it may use of the package.
+NARROW = {
+    "testing": ("protocol", "testing", "memory.plane"),
+    "batch.workbook": ("batch.workbook", "batch.errors", "batch.tasks"),
+    "batch.asking": ("batch.asking", "batch.errors", "batch.tasks", "batch.session.records"),
+    "batch.store": ("batch.store", "batch.errors"),
+    "memory": ("memory", "protocol"),
+    "registry": ("registry", "memory.quiet", "protocol", "config", "threads"),
+}
+
+
+@pytest.mark.parametrize("folder", NARROW)
+def test_what_a_folder_may_use(folder: str) -> None:
+    allowed = [f"{PACKAGE}.{name}" for name in NARROW[folder]]
+    parents = {name.rpartition(".")[0] for name in allowed} | {PACKAGE}
+    wrong = users(
+        f"{PACKAGE}.{folder}",
+        lambda name: is_below(name, PACKAGE) and not is_below(name, *allowed) and name not in parents,
+    )
+    assert wrong == []
+
+
+def test_only_the_command_knows_batch_sessions() -> None:
+    batch = f"{PACKAGE}.batch"
+    knows = {name for name, path in MODULES.items() if any(is_below(used, batch) for used in imports(path))}
+    assert {name for name in knows if not is_below(name, batch)} == {f"{PACKAGE}.tools.cli"}
+
+
 # ---- arrows
 
 
@@ -150,6 +178,10 @@ print(*sorted(loaded & set(sys.argv[1].split(","))))
     ("folder", "forbidden"),
     [
         (f"{PACKAGE}.protocol", "sglang,torch,numpy,zmq"),
+        (f"{PACKAGE}.testing", "sglang,torch,numpy,zmq"),
+        (f"{PACKAGE}.memory.layout", "sglang,torch,numpy,zmq"),
+        (f"{PACKAGE}.memory.plane", "sglang,torch,numpy,zmq"),
+        (f"{PACKAGE}.config", "sglang,torch,numpy,zmq"),
         (f"{PACKAGE}.batch", "sglang,torch,zmq"),
         (f"{PACKAGE}.registry", "sglang,torch"),
         (f"{PACKAGE}.tools.cli", "sglang,torch,transformers,aiohttp,openpyxl"),

@@ -3,7 +3,8 @@
 Behind them is an ordinary package that knows nothing of SGLang, `embedding_relay`:
   MooncakeEmbeddingManager          what the manager of an encode rank and that of a language rank have in common
   MooncakeEmbeddingSender           the encode scheduler's end of one room
-  MooncakeEmbeddingReceiver         the language scheduler's end of one room
+  MooncakeEmbeddingReceiver         the language scheduler's end of one room; its `init` and `resume_transfer` are
+                                    called when such an offer, which the room itself has made, is sent
   MooncakeEmbeddingBootstrapServer  the registry, in the HTTP process of an encode instance
   TransferEmbeddingInfo             the message of an init or a resume
   TransferEmbeddingChunk            a unit of work of the transfer workers

@@ -152,7 +152,7 @@ def _watch_of(manager: Any) -> SchedulerWatch:
             socket_name(serving.host, serving.port),
             RelayConfig.from_environment(),
             on_trouble=functools.partial(_answer_all, manager),
-            on_unhealthy=functools.partial(_turn_red, manager),
+            on_unhealthy=functools.partial(_report_unhealthy, manager),
         )
         watch.start()
         manager.embedding_relay_watch = watch
@@ -169,7 +169,7 @@ def _answer_all(manager: Any, trouble: str) -> None:
         manager._handle_abort_req(abort)
 
 
-def _turn_red(manager: Any, reason: str) -> None:
+def _report_unhealthy(manager: Any, reason: str) -> None:
     """For good. SGLang's health endpoints all answer 503 at once for a server that has not started."""
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 

@@ -249,7 +249,7 @@ RESOLUTION_STEPS: Final = {
 
 
 def activate() -> None:
-    """Entry point of the group `sglang.srt.plugins`; the loader applies the hooks after it returns.
+    """Called by the plugin's entry point (`embedding_relay.doors`); SGLang applies the hooks after it returns.
 
     An SGLang that we do not know gets only the hooks that let it name our modes and refuse them.
     """
