@@ -62,7 +62,8 @@ SMALL: Final = Settings(
     arguments=(*REPORT, "--context-length", str(CONTEXT)),
     environ=(
         ("SGLANG_EMBEDDING_MAX_WAITING_REQUESTS", str(MOST_WAITING)),
-        ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(DEADLINE)),
+        # Longer: where both halves wait from the same moment on, the one whose answer is compared must give up first.
+        ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(DEADLINE + 3)),
         ("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(DEADLINE)),
     ),
 )
