@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from embedding_relay.batch.background.worker import Worker, open_part
 from embedding_relay.batch.errors import Refusal
 from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.folder import failures
@@ -27,7 +28,6 @@ from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import StoreAway
 from embedding_relay.batch.store.opening import open_store
-from embedding_relay.batch.work.worker import Worker, open_part
 from embedding_relay.batch.workbook.analysis import Choices
 
 if TYPE_CHECKING:

@@ -36,6 +36,9 @@ class BlockPool:
     def quarantined(self) -> int:
         return self._quarantined
 
+    def sizes(self) -> dict[str, int]:
+        return {"blocks_free": self.free, "blocks_leased": self.leased, "blocks_quarantined": self.quarantined}
+
     def owner_of(self, block: int) -> Hashable | None:
         """Whom the block belongs to, leased or in quarantine."""
         return self._owners.get(block)

@@ -14,7 +14,6 @@ from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.quiet import Prover
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
-from embedding_relay.protocol.counts import Counts
 from embedding_relay.protocol.effects import (
     DropRows,
     EncodeEffect,
@@ -89,7 +88,9 @@ class EncodeManager(MooncakeEmbeddingManager):
     def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, observer: Observer) -> None:
         super().__init__(opened, observer)
         handshake, config = self.layout.handshake(), self.config
-        self._core = EncodeSide(handshake=handshake, instance=self.instance, pool=self.pool, timing=config.timing)
+        self._core: EncodeSide = EncodeSide(
+            handshake=handshake, instance=self.instance, pool=self.pool, timing=config.timing
+        )
         self._announcer = Announcer(
             bootstrap,
             EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake),
@@ -240,12 +241,8 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     # ---- numbers
 
-    def _counts(self) -> Counts:
-        return self._core.counts
-
     def _sizes(self) -> dict[str, int]:
-        mine = {"senders": len(self._senders), "sources": len(self._sources), "workers": len(self._workers)}
-        return {**self._core.sizes(), **mine}
+        return {"senders": len(self._senders), "sources": len(self._sources), "workers": len(self._workers)}
 
     def _totals(self) -> dict[str, int]:
         return {"chunks": self._chunks, "rows": self._rows, "bytes": self._bytes}

@@ -15,7 +15,6 @@ from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
-from embedding_relay.protocol.counts import Counts
 from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Resolve, Send, StatusChanged
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.side import LanguageSide
@@ -92,7 +91,7 @@ class LanguageManager(MooncakeEmbeddingManager):
 
     def __init__(self, opened: OpenRank, ranks: int, max_rows: int, observer: Observer) -> None:
         super().__init__(opened, observer)
-        self._core = LanguageSide(
+        self._core: LanguageSide = LanguageSide(
             register=Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake()),
             pool=self.pool,
             default_tokens=self.config.default_allocate_tokens,
@@ -219,11 +218,8 @@ class LanguageManager(MooncakeEmbeddingManager):
 
     # ---- numbers
 
-    def _counts(self) -> Counts:
-        return self._core.counts
-
     def _sizes(self) -> dict[str, int]:
-        return {**self._core.sizes(), "receivers": len(self._receivers)}
+        return {"receivers": len(self._receivers)}
 
     def _totals(self) -> dict[str, int]:
         return {"chunks": self._chunks, "resumes": self._resumes, "rows": self._rows, "bytes": self._bytes}

@@ -22,9 +22,11 @@ from embedding_relay.memory.plane import DataPlane
 from embedding_relay.observer import Numbers, Observer
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.blocks import BlockPool
-from embedding_relay.protocol.counts import Counts, Event
+from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.effects import TransferEmbeddingChunk
+from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import CONFLICT, UNAVAILABLE, Failure, LocalError
+from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.threads import WakeUp, WatchedThread
@@ -177,6 +179,8 @@ class MooncakeEmbeddingManager(abc.ABC):
     Nothing but `start` and `close` waits.
     """
 
+    _core: EncodeSide | LanguageSide
+
     def __init__(self, rank: OpenRank, observer: Observer) -> None:
         self.config = rank.config
         self.layout = rank.layout
@@ -228,22 +232,19 @@ class MooncakeEmbeddingManager(abc.ABC):
         return self._numbers
 
     def _count(self) -> None:
-        loop, counts = self._loop, self._counts()
+        loop, counts = self._loop, self._core.counts
         events = collections.Counter(counts.events)
         events[Event.UNDECODABLE] = loop.undecodable
         events[Event.REFUSED_CLIENTS] = loop.refused_clients
         events[Event.ENGINES_RENEWED] = self.plane.renewals
         sizes = {"blocks": self.pool.count, "followed": len(self._board), "connections": loop.connections}
         self._numbers = Numbers(
-            sizes={**sizes, **self._sizes()},
+            sizes={**sizes, **self._core.sizes(), **self._sizes()},
             totals=self._totals(),
             events=events,
             failures=collections.Counter(counts.failures),
         )
         self.observer.counted(self._numbers)
-
-    @abc.abstractmethod
-    def _counts(self) -> Counts: ...
 
     @abc.abstractmethod
     def _sizes(self) -> dict[str, int]: ...

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from embedding_relay.batch.background.worker import Worker
 from embedding_relay.batch.http import calls, docs_page, metrics
 from embedding_relay.batch.http.errors import add_error_handlers
 from embedding_relay.batch.http.guards import Guards
@@ -23,7 +24,6 @@ from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import MIB, Settings
 from embedding_relay.batch.store.opening import open_store
-from embedding_relay.batch.work.worker import Worker
 
 logger = logging.getLogger(__name__)
 

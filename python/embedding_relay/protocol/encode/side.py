@@ -248,7 +248,7 @@ class EncodeSide:
         return not self._rooms
 
     def sizes(self) -> dict[str, int]:
-        shared, pool = self._shared, self._shared.pool
+        shared = self._shared
         return {
             "rooms": len(self._rooms),
             "unexpected": len(shared.unexpected),
@@ -258,9 +258,7 @@ class EncodeSide:
             "sessions": len(self._sessions),
             "contenders": len(self._sessions.contenders),
             "unquiet": self._sessions.unquiet,
-            "blocks_free": pool.free,
-            "blocks_leased": pool.leased,
-            "blocks_quarantined": pool.quarantined,
+            **shared.pool.sizes(),
         }
 
     @property

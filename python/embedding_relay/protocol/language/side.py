@@ -244,7 +244,6 @@ class LanguageSide:
 
     def sizes(self) -> dict[str, int]:
         over = [room for room in self._rooms.values() if room.is_over]
-        pool = self._shared.pool
         return {
             "rooms": len(self._rooms) - len(over),
             "waiting_for_blocks": len(self._shared.queue),
@@ -252,9 +251,7 @@ class LanguageSide:
             "quarantine_overdue": sum(room.overdue for room in over),
             "remembered": len(self._shared.ended),
             "peers": len(self._peers),
-            "blocks_free": pool.free,
-            "blocks_leased": pool.leased,
-            "blocks_quarantined": pool.quarantined,
+            **self._shared.pool.sizes(),
         }
 
     @property

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from embedding_relay.batch.background.splitting import Split
 from embedding_relay.batch.errors import NotWhatWasSaved, StaleJob
 from embedding_relay.batch.session import folder as folder_module
 from embedding_relay.batch.session.records import Session, SplitStatus, Stage, new_session_id
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.disk_store import DiskStore
-from embedding_relay.batch.work.splitting import Split
 from embedding_relay.batch.workbook.analysis import Choices
 from embedding_relay.batch.workbook.analyze import analyze
 

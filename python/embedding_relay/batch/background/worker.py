@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.background.running import Execution
+from embedding_relay.batch.background.splitting import Split
 from embedding_relay.batch.errors import StaleJob, UnknownSession
 from embedding_relay.batch.openai.files import Files
 from embedding_relay.batch.session.folder import Folder
@@ -20,8 +22,6 @@ from embedding_relay.batch.session.records import ExecutionStatus, Session, Spli
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import Lease, Store, StoreAway
-from embedding_relay.batch.work.running import Execution
-from embedding_relay.batch.work.splitting import Split
 
 logger = logging.getLogger(__name__)
 
