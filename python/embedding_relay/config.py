@@ -17,6 +17,7 @@ CACHE_BLOCKS: Final = "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
 BLOCK_SIZE: Final = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE"
 DEFAULT_ALLOCATE: Final = "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
 MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
+MAX_IN_FLIGHT: Final = "SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB"
 SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
 FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 
@@ -43,6 +44,8 @@ class RelayConfig:
     """Rows that the language side reserves first; None learns it from recent requests (`auto`)."""
     max_waiting_requests: int = 512
     """Requests whose rows are awaited, or awaited by others; one more is answered 503 at once."""
+    max_in_flight_mib: int = 4096
+    """Rows that the encode side has made and not yet written to their readers; beyond it the tower waits."""
     bootstrap_timeout: float = 300.0
     first_word_timeout: float = 30.0
     """How long the encode side waits to hear that the language side has the other half of a request."""
@@ -62,6 +65,7 @@ class RelayConfig:
             block_size=reader.count(BLOCK_SIZE, cls.block_size),
             default_allocate_tokens=reader.count_or_auto(DEFAULT_ALLOCATE, cls.default_allocate_tokens),
             max_waiting_requests=reader.count(MAX_WAITING, cls.max_waiting_requests),
+            max_in_flight_mib=reader.count(MAX_IN_FLIGHT, cls.max_in_flight_mib),
             bootstrap_timeout=reader.count(BOOTSTRAP_TIMEOUT, int(cls.bootstrap_timeout)),
             first_word_timeout=reader.seconds(FIRST_WORD_TIMEOUT, cls.first_word_timeout),
             waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),

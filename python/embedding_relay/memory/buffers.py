@@ -5,20 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 
+from embedding_relay.memory import device as devices
 from embedding_relay.memory import layout as columns
+from embedding_relay.memory.device import HOST, Synchronizes
 from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region
 from embedding_relay.protocol.errors import LocalError
-
-
-class Synchronizes(Protocol):
-    """A `torch.cuda.Event`, for example."""
-
-    def synchronize(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -35,7 +30,10 @@ class SourceRows:
     has_mrope: bool = False
     media_items: int = 0
     ready: Synchronizes | None = None
-    """What must have happened before the segments may be read, if they are still being made on a device."""
+    """What must have happened before the segments may be read, if they are still being made on a device.
+
+    `EmbeddingBuffers.stage` is their only reader.
+    """
 
     def check(self, layout: BufferLayout) -> None:
         """Refuse what the buffers could only take in part, or in another type."""
@@ -51,6 +49,10 @@ class SourceRows:
             media[start:stop] = True
         if not torch.equal(media, self.items[:, 0] >= 0):
             raise LocalError("the rows with an item index are not the rows of the segments")
+
+    @property
+    def device(self) -> torch.device:
+        return devices.device_of(rows for _, rows in self.segments)
 
     @property
     def aux(self) -> Aux:
@@ -85,23 +87,32 @@ class ReceivedRows:
 
 
 class EmbeddingBuffers:
-    """Host memory for `layout.blocks` blocks, one contiguous region per column."""
+    """Host memory for `layout.blocks` blocks, one contiguous region per column.
 
-    def __init__(self, layout: BufferLayout) -> None:
+    `device`: where the model of this rank runs. Memory that is copied to it or from it is page-locked.
+    """
+
+    def __init__(self, layout: BufferLayout, device: torch.device = HOST) -> None:
         self.layout = layout
+        self._is_pinned = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._memory: dict[str, torch.Tensor] = {}
         self._rows: dict[str, torch.Tensor] = {}
+        self._pinned: list[torch.Tensor] = []
 
     def allocate(self) -> None:
-        """Untouched pages cost nothing: a large pool takes memory as it is used."""
+        """Untouched pages cost nothing, unless they are page-locked: a large pool takes memory as it is used."""
         for column, length in zip(self.layout.columns, self.layout.item_lens, strict=True):
             memory = torch.empty(self.layout.blocks * length, dtype=torch.uint8)
             dtype = self._dtype if column.media_only else torch.int32
             self._memory[column.name] = memory
+            if self._is_pinned and column.media_only and devices.pin(memory):
+                self._pinned.append(memory)
             self._rows[column.name] = memory.view(dtype).view(-1, column.bytes_per_row // dtype.itemsize)
 
     def release(self) -> None:
+        while self._pinned:
+            devices.unpin(self._pinned.pop())
         self._memory.clear()
         self._rows.clear()
 
@@ -115,6 +126,12 @@ class EmbeddingBuffers:
 
     def stage(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
         """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first."""
+        if source.ready is not None:
+            source.ready.synchronize()
+        with devices.copies_from(source.device):
+            self._copy_in(source, first_row, rows, blocks)
+
+    def _copy_in(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
         self._rows[columns.AUX][blocks[0]].copy_(torch.tensor(source.aux.values(), dtype=torch.int32))
         for at, row, count in self._spans(blocks, first_row, rows):
             here, there = slice(at, at + count), slice(row, row + count)
@@ -128,9 +145,9 @@ class EmbeddingBuffers:
 
     def _write_media(self, at: int, values: torch.Tensor) -> None:
         hidden, stop = self.layout.hidden_size, at + values.shape[0]
-        self._rows[columns.EMBEDDINGS][at:stop].copy_(values[:, :hidden])
+        self._rows[columns.EMBEDDINGS][at:stop].copy_(values[:, :hidden], non_blocking=True)
         if self.layout.deepstack_rows:
-            self._rows[columns.DEEPSTACK][at:stop].copy_(values[:, hidden:])
+            self._rows[columns.DEEPSTACK][at:stop].copy_(values[:, hidden:], non_blocking=True)
 
     def read_aux(self, block: int) -> Aux:
         return Aux.of(self._rows[columns.AUX][block].tolist())
@@ -142,7 +159,7 @@ class EmbeddingBuffers:
             fill_ids=torch.empty(aux.total, dtype=torch.int32),
             mrope=torch.empty(aux.total, columns.MROPE_AXES, dtype=torch.int32),
             items=torch.empty(aux.total, columns.ITEM_VALUES, dtype=torch.int32),
-            embeddings=torch.empty(aux.total, self.layout.width, dtype=self._dtype),
+            embeddings=torch.empty(aux.total, self.layout.width, dtype=self._dtype, pin_memory=self._is_pinned),
             mrope_delta=aux.mrope_delta,
             has_mrope=aux.has_mrope,
             media_items=aux.media_items,

@@ -77,11 +77,12 @@ class EncodeManager(MooncakeEmbeddingManager):
         bootstrap: Address,
         rank: int = 0,
         ib_device: str = "",
+        device: str = "cpu",
         observer: Observer = NOBODY,
     ) -> EncodeManager:
         """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry."""
         plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
-        opened = open_rank(layout, config, host, plane)
+        opened = open_rank(layout, config, host, plane, device)
         with opened.closing_on_error():
             return cls(opened, bootstrap, rank, observer)
 

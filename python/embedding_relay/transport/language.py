@@ -81,11 +81,12 @@ class LanguageManager(MooncakeEmbeddingManager):
         ranks: int,
         max_rows: int,
         ib_device: str = "",
+        device: str = "cpu",
         observer: Observer = NOBODY,
     ) -> LanguageManager:
         """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`."""
         plane = MooncakeDataPlane(host, config.transport, ib_device)
-        opened = open_rank(layout, config, host, plane)
+        opened = open_rank(layout, config, host, plane, device)
         with opened.closing_on_error():
             return cls(opened, ranks, max_rows, observer)
 

@@ -15,6 +15,8 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from embedding_relay.config import SECRET_FILE, RelayConfig
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
 from embedding_relay.memory.layout import BufferLayout
@@ -153,10 +155,13 @@ def warn_if_open(config: RelayConfig, host: str) -> None:
         )
 
 
-def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane) -> OpenRank:
-    """`host`: an address of this machine that the other side can reach. Raises SettingError for what cannot work."""
+def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane, device: str = "cpu") -> OpenRank:
+    """`host`: an address of this machine that the other side can reach; `device`: where this rank's model runs.
+
+    Raises SettingError for what cannot work.
+    """
     warn_if_open(config, host)
-    board, buffers = StatusBoard(), EmbeddingBuffers(layout)
+    board, buffers = StatusBoard(), EmbeddingBuffers(layout, torch.device(device))
     loop = ControlLoop(host, codec.MAX_FRAME_BYTES, config.keys.control if config.keys else None)
     with contextlib.ExitStack() as opened:
         opened.callback(board.wakeup.close)

@@ -96,8 +96,6 @@ class ChunkJob:
     def _stage(self) -> None:
         if self._staged:
             return
-        if self._source.ready is not None:
-            self._source.ready.synchronize()
         window = self.chunk.window
         self._buffers.stage(self._source, window.first_row, window.rows, window.blocks)
         self._staged = True

@@ -43,6 +43,7 @@ def open_encode_manager(scheduler: Any) -> EncodeManager:
         bootstrap=Address(host, get_disagg().disaggregation_bootstrap_port),
         rank=get_parallel().tp_rank,
         ib_device=get_disagg().disaggregation_ib_device or "",
+        device=str(scheduler.device),
         observer=_observer(scheduler, modes.ENCODE),
     )
 
@@ -56,6 +57,7 @@ def open_language_manager(scheduler: Any) -> LanguageManager:
         ranks=get_parallel().tp_size,
         max_rows=scheduler.max_req_input_len,
         ib_device=get_disagg().disaggregation_ib_device or "",
+        device=str(scheduler.device),
         observer=_observer(scheduler, modes.LANGUAGE),
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
+from embedding_relay.memory.device import device_of, everything_queued_on
 
 NO_ITEM: Final = -1
 _HASH_HALF: Final = 32
@@ -15,7 +16,10 @@ _HASH_MASK: Final = (1 << _HASH_HALF) - 1
 
 
 def source_rows(req: Any, embeddings: list[torch.Tensor]) -> SourceRows:
-    """Everything the language side needs of a request; `embeddings` has one tensor per multimodal item."""
+    """Everything the language side needs of a request; `embeddings` has one tensor per multimodal item.
+
+    Called on the stream on which the tower ran: what it has queued there is what the rows are ready after.
+    """
     media = req.multimodal_inputs
     total = len(req.origin_input_ids_unpadded)
     segments: list[tuple[int, torch.Tensor]] = []
@@ -34,6 +38,7 @@ def source_rows(req: Any, embeddings: list[torch.Tensor]) -> SourceRows:
         items=_item_table(total, media.mm_items),
         segments=segments,
         media_items=len(media.mm_items),
+        ready=everything_queued_on(device_of(embeddings)),
     )
 
 

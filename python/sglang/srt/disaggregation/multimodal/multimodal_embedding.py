@@ -49,6 +49,8 @@ class EncodeRequest(msgspec.Struct):
 
     req: Any
     sender: MooncakeEmbeddingSender
+    bytes: int = 0
+    """Of its rows, once they are made."""
 
 
 class MultimodalEmbeddingBootstrapQueue:
@@ -78,6 +80,7 @@ class EncodeRole(Role[EncodeManager]):
         self.tower_queue: list[EncodeRequest] = []
         self.inflight: list[EncodeRequest] = []
         self.before_reachable: list[Any] = []
+        self.max_bytes_in_flight = manager.config.max_in_flight_mib * 2**20
 
     def take_over_remote(self, recv_req: Any) -> bool:
         if recv_req.bootstrap_room is None:
@@ -120,7 +123,7 @@ class EncodeRole(Role[EncodeManager]):
         if self.manager.drain_events():
             self.tower_queue += self.bootstrap_queue.pop_bootstrapped()
             self._finish_ended()
-        if self.tower_queue:
+        if self.has_work():
             self._encode_one_batch()
         if self.before_reachable and self.manager.reachable():
             waiting, self.before_reachable = self.before_reachable, []
@@ -133,6 +136,8 @@ class EncodeRole(Role[EncodeManager]):
         requests, self.tower_queue = self.tower_queue[: len(batch)], self.tower_queue[len(batch) :]
         try:
             send_embedding_chunk(requests, self.tower.encode(batch))
+            for req in batch:
+                req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
         except Exception as error:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
             for request in requests:
@@ -174,10 +179,12 @@ class EncodeRole(Role[EncodeManager]):
         return not (self.bootstrap_queue.queue or self.tower_queue or self.inflight)
 
     def has_work(self) -> bool:
-        return bool(self.tower_queue)
+        """The tower rests while slow readers have left too many rows here: they lie in the device's memory."""
+        return bool(self.tower_queue) and sum(one.bytes for one in self.inflight) < self.max_bytes_in_flight
 
 
 def send_embedding_chunk(requests: list[EncodeRequest], rows: list[list[Any]]) -> None:
     """Give every request's rows to its transfer; from here on the transfer workers do the rest."""
     for request, embeddings in zip(requests, rows, strict=True):
+        request.bytes = sum(one.nbytes for one in embeddings)
         request.sender.send_embedding(media.source_rows(request.req, embeddings))

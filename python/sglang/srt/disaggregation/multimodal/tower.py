@@ -40,13 +40,16 @@ class VisionTower:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is left out of the type check
     def encode(self, reqs: list[Any]) -> list[list[torch.Tensor]]:
-        """For every request one tensor per item, in the order of its items."""
+        """For every request one tensor per item, in the order of its items; no request's tensors hold another's memory.
+
+        The tower's own result has the rows of the whole batch, and would stay until the slowest reader of any is done.
+        """
         items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
         embeddings: dict[int, torch.Tensor] = {}
         for modality in {item.modality for item in items}:
             same = [item for item in items if item.modality is modality]
             for item, rows in zip(same, self._encode_items(same), strict=True):
-                embeddings[id(item)] = rows
+                embeddings[id(item)] = rows if len(reqs) == 1 else rows.clone()
         return [[embeddings[id(item)] for item in req.multimodal_inputs.mm_items] for req in reqs]
 
     def _encode_items(self, items: list[Any]) -> list[torch.Tensor]:
