@@ -141,13 +141,13 @@ def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
     match modes.current():
         case modes.ENCODE:
-            from sglang.srt.disaggregation.multimodal import multimodal_embedding
+            from sglang.srt.disaggregation.multimodal import preparation
 
-            return await multimodal_embedding.tokenize(original, manager, obj)
+            return await preparation.tokenize(original, manager, obj)
         case modes.LANGUAGE:
-            from sglang.srt.disaggregation.multimodal import multimodal_language
+            from sglang.srt.disaggregation.multimodal import preparation
 
-            return await multimodal_language.tokenize_text_only(original, manager, obj)
+            return await preparation.tokenize_text_only(original, manager, obj)
         case _:
             return await original(manager, obj)
 

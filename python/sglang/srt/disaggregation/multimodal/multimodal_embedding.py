@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,26 +21,6 @@ from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 
 logger = logging.getLogger(__name__)
-
-
-# ---- in the tokenizer manager
-
-
-async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Around SGLang's tokenizing and image processing: whatever that raises about an image is the request's fault.
-
-    SGLang answers a ValueError with 400. Anything else would be a 500, after which the router tries the same image on
-    the next instance, and then takes both for unhealthy.
-    """
-    try:
-        return await original(manager, obj)
-    except Exception as error:
-        if isinstance(error, ValueError) or hasattr(error, "status_code") or not obj.contains_mm_input():
-            raise
-        raise ValueError(str(error) or f"the prompt and its images do not fit ({type(error).__name__})") from error
-
-
-# ---- in the scheduler
 
 
 class EncodeRequest(msgspec.Struct):

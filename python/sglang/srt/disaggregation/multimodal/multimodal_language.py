@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
 from embedding_relay.protocol.messages import Address
@@ -17,39 +15,6 @@ from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.roles import Role, aborted
 
 logger = logging.getLogger(__name__)
-
-_MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
-
-
-# ---- in the tokenizer manager
-
-
-async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Around SGLang's tokenizing: the text keeps one placeholder per item, and no image is fetched or decoded."""
-    if not obj.contains_mm_input():
-        return await original(manager, obj)
-    if obj.bootstrap_room is None:
-        raise ValueError(f"Disaggregated request received without bootstrap room id. {obj.rid=}")
-    with _without_media(obj):
-        tokenized = await original(manager, obj)
-    # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
-    tokenized.need_wait_for_mm_inputs = True
-    return tokenized
-
-
-@contextlib.contextmanager
-def _without_media(obj: Any) -> Iterator[None]:
-    kept = {field: getattr(obj, field) for field in _MEDIA_FIELDS}
-    for field in _MEDIA_FIELDS:
-        setattr(obj, field, None)
-    try:
-        yield
-    finally:
-        for field, value in kept.items():
-            setattr(obj, field, value)
-
-
-# ---- in the scheduler
 
 
 class MultimodalLanguageRequest:
