@@ -1,9 +1,11 @@
 """How fast rows move from one process to another on this machine, at once and in resumed pieces, measured in one run.
 
-    .venv/bin/python benchmark/transfer.py [--rows 8192] [--hidden 4096] [--repeat 5]
+    .venv/bin/python benchmark/transfer.py [--rows 8192] [--hidden 4096] [--repeat 5] [--device cuda]
 
 Every line is the same request: registry known, blocks free, rows ready at the encode side. The time is from the
-language side's request to the last row in its tensor. `raw` is Mooncake alone: the same bytes as one entry.
+language side's request to the last row in its tensor. `raw` is Mooncake alone: the same bytes as one entry. With
+`--device` the rows begin on that device and the time ends when they are there again; `to host` and `to device` are
+what its own copies of the same bytes take, from and to page-locked memory.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 import torch
@@ -24,6 +27,7 @@ os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
+from embedding_relay.memory.device import everything_queued_on  # noqa: E402
 from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
 from embedding_relay.memory.layout import BufferLayout  # noqa: E402
 from embedding_relay.memory.plane import Entry, Region  # noqa: E402
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     rows, block = options.rows, options.block_size
     layout = BufferLayout(options.hidden, "bfloat16", 0, block, blocks=-(-rows // block))
@@ -50,9 +55,12 @@ def main() -> None:
     print(f"{rows} rows of {options.hidden} bfloat16, blocks of {block}: {size / 1e6:.1f} MB per request")
     print(f"{'first offer':>12} {'rounds':>7} {'median ms':>10} {'best ms':>9} {'GB/s':>6}")
     report("raw", 1, measure_raw(size, options.repeat), size)
+    if options.device != "cpu":
+        for name, seconds in measure_copies(layout, rows, options.device, options.repeat):
+            report(name, 1, seconds, rows * layout.width * 2)
     offers = [rows, rows // 2, rows // 4, rows // 8, block]
     for offer in offers:
-        rounds, seconds = measure_relay(layout, rows, offer, options.repeat)
+        rounds, seconds = measure_relay(layout, rows, offer, options.repeat, options.device)
         report(str(offer), rounds, seconds, size)
 
 
@@ -61,13 +69,13 @@ def report(name: str, rounds: int, seconds: list[float], size: int) -> None:
     print(f"{name:>12} {rounds:>7} {median * 1e3:>10.2f} {best * 1e3:>9.2f} {size / median / 1e9:>6.2f}", flush=True)
 
 
-def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int) -> tuple[int, list[float]]:
+def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int, device: str) -> tuple[int, list[float]]:
     """A pool of exactly the offered blocks on the language side, so that no resume can grow."""
     here, there = multiprocessing.Pipe()
-    encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows), daemon=True)
+    encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows, device), daemon=True)
     encode.start()
     small = BufferLayout(layout.hidden_size, layout.dtype, 0, layout.block_size, max(1, offer // layout.block_size))
-    manager = LanguageManager.open(small, RelayConfig(), host=HOST, ranks=1, max_rows=rows)
+    manager = LanguageManager.open(small, RelayConfig(), host=HOST, ranks=1, max_rows=rows, device=device)
     manager.start()
     peer = f"{HOST}:{here.recv()}"
     poller = zmq.Poller()
@@ -82,6 +90,8 @@ def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int) -> t
         while receiver.poll() not in ENDED:
             poller.poll()
             manager.drain_events()
+        if receiver.poll() is Status.SUCCESS:
+            receiver.rows().embeddings.to(device)
         seconds.append(time.perf_counter() - started)
         assert receiver.poll() is Status.SUCCESS, receiver.failure()
     manager.close()
@@ -90,12 +100,13 @@ def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int) -> t
     return receiver.rounds, seconds[2:]
 
 
-def encode_instance(pipe: Connection, layout: BufferLayout, rows: int) -> None:
+def encode_instance(pipe: Connection, layout: BufferLayout, rows: int, device: str) -> None:
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
     registry.start()
-    manager = EncodeManager.open(layout, RelayConfig(), host=HOST, bootstrap=Address(HOST, registry.port))
+    address = Address(HOST, registry.port)
+    manager = EncodeManager.open(layout, RelayConfig(), host=HOST, bootstrap=address, device=device)
     manager.start()
-    source = source_rows(layout, rows)
+    source = source_rows(layout, rows, device)
     pipe.send(registry.port)
     poller = zmq.Poller()
     poller.register(manager.wakeup_fd, zmq.POLLIN)
@@ -112,14 +123,30 @@ def encode_instance(pipe: Connection, layout: BufferLayout, rows: int) -> None:
     registry.close()
 
 
-def source_rows(layout: BufferLayout, rows: int) -> SourceRows:
+def source_rows(layout: BufferLayout, rows: int, device: str) -> SourceRows:
+    made = torch.randn(rows, layout.width).to(device, torch.bfloat16)
     return SourceRows(
         total=rows,
         fill_ids=torch.zeros(rows, dtype=torch.int32),
         mrope=torch.zeros(rows, 3, dtype=torch.int32),
-        items=torch.zeros(rows, 4, dtype=torch.int32),
-        segments=[(0, torch.randn(rows, layout.width).to(torch.bfloat16))],
+        items=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32).repeat(rows, 1),
+        segments=[(0, made)],
+        ready=everything_queued_on(made.device),
     )
+
+
+def measure_copies(layout: BufferLayout, rows: int, device: str, repeat: int) -> Iterator[tuple[str, list[float]]]:
+    on_device = torch.empty(rows, layout.width, dtype=torch.bfloat16, device=device)
+    on_host = torch.empty_like(on_device, device="cpu").pin_memory()
+    for name, target, source in (("to host", on_host, on_device), ("to device", on_device, on_host)):
+        seconds: list[float] = []
+        for _ in range(repeat + 2):
+            torch.accelerator.synchronize()
+            started = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.accelerator.synchronize()
+            seconds.append(time.perf_counter() - started)
+        yield name, seconds[2:]
 
 
 def measure_raw(size: int, repeat: int) -> list[float]:
