@@ -12,7 +12,7 @@ from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from support.device_rows import HOST, encode_instance, wait_until
-from support.rows import Spec, make_rows
+from support.rows import LIMITS, Spec, make_rows
 
 LAYOUT = BufferLayout(hidden_size=512, dtype="bfloat16", deepstack_rows=1, block_size=128, blocks=64)
 SMALL = BufferLayout(hidden_size=512, dtype="bfloat16", deepstack_rows=1, block_size=128, blocks=8)
@@ -40,7 +40,7 @@ def test_every_bit_arrives(
     encode: tuple[Connection, str], rows: int, device: torch.device, layout: BufferLayout, rounds: int
 ) -> None:
     pipe, peer = encode
-    manager = LanguageManager.open(layout, RelayConfig(), host=HOST, ranks=1, max_rows=rows, device="cuda")
+    manager = LanguageManager.open(layout, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=LIMITS, device="cuda")
     manager.start()
     room = layout.blocks
     pipe.send(room)

@@ -1,5 +1,6 @@
 """Rows that a card is still making are read when they are made, and copied beside what it does next."""
 
+import enum
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from embedding_relay.memory import device as devices
+from embedding_relay.memory import layout as columns
 from embedding_relay.memory.buffers import EmbeddingBuffers, ReceivedRows, SourceRows
 from embedding_relay.memory.layout import BufferLayout
 from sglang.srt.disaggregation.multimodal import media
@@ -107,7 +109,7 @@ def test_received_rows_are_copied_to_the_card_while_it_works(buffers: EmbeddingB
 def test_the_memory_that_rows_pass_through_is_page_locked_until_it_is_released(device: torch.device) -> None:
     buffers = EmbeddingBuffers(LAYOUT, device)
     buffers.allocate()
-    memory = [buffers._memory[name] for name in ("embeddings", "deepstack")]
+    memory = [buffers._memory[name] for name in (columns.EMBEDDINGS, columns.DEEPSTACK)]
     assert all(one.is_pinned() for one in memory)
     buffers.release()
     assert not any(one.is_pinned() for one in memory)
@@ -137,8 +139,10 @@ def test_a_slow_reader_keeps_its_own_rows_and_not_the_batch(device: torch.device
         def _encode_items(self, items: list[Any]) -> list[torch.Tensor]:
             return list(torch.split(torch.randn(len(items) * ROWS, HIDDEN, device=device), ROWS))
 
+    modality = enum.Enum("Modality", ["IMAGE"]).IMAGE  # type: ignore[attr-defined]
+
     def request() -> Any:
-        item = SimpleNamespace(offsets=[(0, ROWS - 1)], modality=SimpleNamespace(name="IMAGE"))
+        item = SimpleNamespace(offsets=[(0, ROWS - 1)], modality=modality)
         return SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=[item]))
 
     torch.cuda.synchronize()
