@@ -1,0 +1,111 @@
+"""The vision tower: which requests go through it together, and whose rows come out where.
+
+The model is a stand-in whose rows say which item they are of; SGLang's batching and its cache of rows by hash are real.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang.srt.disaggregation.multimodal.tower import VisionTower
+from sglang.srt.managers.mm_utils import init_mm_embedding_cache
+from sglang.srt.managers.schedule_batch import MultimodalDataItem
+from sglang.srt.multimodal.modality import Modality
+
+MODE = "encode"
+pytestmark = pytest.mark.usefixtures("mode", "empty_cache")
+
+
+class Model:
+    """A row is (hash of its item, position in its item); `batches` has the hashes of every call."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.forgotten_rows = 0
+
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        self.batches.append([item.hash for item in items])
+        rows = [torch.tensor([float(item.hash), at]) for item in items for at in range(rows_of(item))]
+        return torch.stack(rows[: len(rows) - self.forgotten_rows])
+
+
+def rows_of(item: Any) -> int:
+    return sum(end - start + 1 for start, end in item.offsets)
+
+
+def item(number: int, *offsets: tuple[int, int], modality: Modality = Modality.IMAGE) -> Any:
+    made = MultimodalDataItem(modality=modality, offsets=list(offsets), feature=torch.zeros(1, 1))
+    made.set_hash(number)
+    return made
+
+
+def request(*items: Any) -> Any:
+    return SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=list(items)))
+
+
+@pytest.fixture
+def empty_cache() -> None:
+    init_mm_embedding_cache(1 << 20)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def numbers(rows: list[torch.Tensor]) -> list[list[tuple[float, ...]]]:
+    return [[tuple(row) for row in one.tolist()] for one in rows]
+
+
+def test_every_item_of_every_request_gets_its_own_rows_in_one_call(model: Model) -> None:
+    first, second = request(item(11, (1, 2)), item(12, (5, 5))), request(item(13, (0, 3)))
+    rows = VisionTower(model, "cpu", 100).encode([first, second])
+    assert [numbers(one) for one in rows] == [
+        [[(11, 0), (11, 1)], [(12, 0)]],
+        [[(13, 0), (13, 1), (13, 2), (13, 3)]],
+    ]
+    assert model.batches == [[11, 12, 13]]
+
+
+def test_an_item_in_several_places_of_a_prompt_is_one_item(model: Model) -> None:
+    [[rows]] = VisionTower(model, "cpu", 100).encode([request(item(21, (1, 2), (7, 9)))])
+    assert numbers([rows]) == [[(21, 0), (21, 1), (21, 2), (21, 3), (21, 4)]]
+
+
+def test_a_picture_that_was_seen_is_not_encoded_again(model: Model) -> None:
+    tower = VisionTower(model, "cpu", 100)
+    tower.encode([request(item(31, (0, 1)))])
+    [[again, other]] = tower.encode([request(item(31, (4, 5)), item(32, (6, 6)))])
+    assert numbers([again, other]) == [[(31, 0), (31, 1)], [(32, 0)]]
+    assert model.batches == [[31], [32]]
+
+
+def test_rows_of_one_request_do_not_keep_the_batch_in_memory(model: Model) -> None:
+    rows = VisionTower(model, "cpu", 100).encode([request(item(40 + n, (0, 3))) for n in range(4)])
+    for [one] in rows:
+        assert one.untyped_storage().nbytes() == one.nbytes
+
+
+def test_a_tower_that_makes_too_few_rows_is_not_believed(model: Model) -> None:
+    model.forgotten_rows = 1
+    with pytest.raises(RuntimeError):
+        VisionTower(model, "cpu", 100).encode([request(item(51, (0, 3)), item(52, (5, 6)))])
+
+
+def test_a_modality_that_the_model_lacks_is_named(model: Model) -> None:
+    with pytest.raises(RuntimeError, match="Model has no get_audio_feature"):
+        VisionTower(model, "cpu", 100).encode([request(item(61, (0, 1), modality=Modality.AUDIO))])
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes", "together"), [(1, [4, 4], 1), (8, [4, 4, 1], 2), (9, [4, 4, 1], 3), (3, [9, 1], 1)]
+)
+def test_a_batch_is_the_longest_beginning_of_the_queue_within_the_budget(
+    model: Model, budget: int, sizes: list[int], together: int
+) -> None:
+    queue = [request(item(70 + n, (0, size - 1))) for n, size in enumerate(sizes)]
+    assert VisionTower(model, "cpu", budget).next_batch(queue) == queue[:together]
