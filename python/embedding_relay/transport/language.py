@@ -8,11 +8,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+import torch
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.memory.checks import ModelLimits, SmallColumns
 from embedding_relay.memory.engine import MooncakeDataPlane
-from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Resolve, Send, StatusChanged
@@ -24,6 +28,10 @@ from embedding_relay.registry.client import PeerLookup
 from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, open_rank
 
 logger = logging.getLogger(__name__)
+
+# No model makes such embeddings, and sums of larger ones end up as infinite: in a model as something that is no number,
+# on which its sampler raises.
+_LARGEST_VALUE: Final = 1e30
 
 
 class MooncakeEmbeddingReceiver(RoomEnd):
@@ -80,18 +88,23 @@ class LanguageManager(MooncakeEmbeddingManager):
         host: str,
         ranks: int,
         max_rows: int,
+        limits: ModelLimits,
         ib_device: str = "",
         device: str = "cpu",
         observer: Observer = NOBODY,
     ) -> LanguageManager:
-        """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`."""
+        """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`.
+
+        `limits`: what the model can be given. Rows beyond them fail their room.
+        """
         plane = MooncakeDataPlane(host, config.transport, ib_device)
         opened = open_rank(layout, config, host, plane, device)
         with opened.closing_on_error():
-            return cls(opened, ranks, max_rows, observer)
+            return cls(opened, ranks, max_rows, limits, observer)
 
-    def __init__(self, opened: OpenRank, ranks: int, max_rows: int, observer: Observer) -> None:
+    def __init__(self, opened: OpenRank, ranks: int, max_rows: int, limits: ModelLimits, observer: Observer) -> None:
         super().__init__(opened, observer)
+        self.limits = limits
         self._core: LanguageSide = LanguageSide(
             register=Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake()),
             pool=self.pool,
@@ -188,11 +201,24 @@ class LanguageManager(MooncakeEmbeddingManager):
             copied = self._buffers.copy_out(receiver.target, effect.blocks, effect.first_row, rows)
         except RuntimeError as error:  # torch has no memory left for a prompt of this length
             return self._core.copy_failed(effect.room, str(error), now)
+        if flaw := self._flaw(receiver.target, effect.first_row, rows):
+            return self._core.refuse_rows(effect.room, flaw, now)
         receiver.bytes += copied
         self._chunks += 1
         self._rows += rows
         self._bytes += copied
         return self._core.copied(effect.room, rows, receiver.target.total, now)
+
+    def _flaw(self, target: ReceivedRows, first_row: int, rows: int) -> str | None:
+        """What is wrong with the rows that have just been copied, or with all of them if they were the last."""
+        low, high = torch.aminmax(target.embeddings[first_row : first_row + rows])
+        if not (low >= -_LARGEST_VALUE and high <= _LARGEST_VALUE):  # false for what is no number too
+            return f"rows {first_row} to {first_row + rows - 1} have embeddings from {low} to {high}"
+        if first_row + rows < target.total:
+            return None
+        aux = Aux(target.total, target.mrope_delta, target.has_mrope, target.media_items)
+        columns = SmallColumns(aux, target.fill_ids.numpy(), target.mrope.numpy(), target.items.numpy())
+        return columns.flaw(self.limits)
 
     def _deliver(self, effect: Deliver, now: float) -> None:
         receiver = self._receivers[effect.room]

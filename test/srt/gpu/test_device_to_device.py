@@ -40,7 +40,9 @@ def test_every_bit_arrives(
     encode: tuple[Connection, str], rows: int, device: torch.device, layout: BufferLayout, rounds: int
 ) -> None:
     pipe, peer = encode
-    manager = LanguageManager.open(layout, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=LIMITS, device="cuda")
+    manager = LanguageManager.open(
+        layout, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=LIMITS, device="cuda"
+    )
     manager.start()
     room = layout.blocks
     pipe.send(room)

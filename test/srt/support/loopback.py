@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry
 from embedding_relay.observer import Numbers
@@ -27,7 +28,7 @@ from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddin
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
-from support.rows import Spec, difference, make_rows
+from support.rows import LIMITS, Spec, difference, make_rows
 
 torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
 
@@ -265,9 +266,14 @@ class LanguageRank:
 
 @contextmanager
 def language_rank(
-    layout: BufferLayout, config: RelayConfig = DEFAULTS, *, ranks: int = 1, max_rows: int = 1_000_000
+    layout: BufferLayout,
+    config: RelayConfig = DEFAULTS,
+    *,
+    ranks: int = 1,
+    max_rows: int = 1_000_000,
+    limits: ModelLimits = LIMITS,
 ) -> Iterator[LanguageRank]:
-    manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows)
+    manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows, limits=limits)
     manager.start()
     try:
         yield LanguageRank(manager, layout)

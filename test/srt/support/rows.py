@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Final
 
 import torch
 
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
+from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
+
+# Of the model that these requests are for. It takes no positions of three axes, so those may be anything.
+LIMITS: Final = ModelLimits(vocabulary=2**31 - 1, modalities=frozenset({1}))
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Spec:
     """Two media rows that a bad encoder would exchange."""
     held: bool = False
     """The encoder never finishes."""
+    damage: str = ""
+    """One of `DAMAGE`: what a hostile encode instance does to its rows before it sends them."""
 
 
 def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
@@ -32,8 +41,10 @@ def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
     row, item = chance.randint(0, min(9, spec.total - 1)), 0
     while row < spec.total:
         count = min(chance.choice((1, 7, 64, 300, 1500)), spec.total - row)
-        # Any bit pattern may come out of a model, so any goes in: comparisons look at bytes.
+        # Any number may come out of a model, so any goes in: comparisons look at bytes. Without the highest bit of its
+        # exponent each is a number that a model can be given.
         bits = torch.randint(-(2**15), 2**15, (count, layout.width * _halves(layout)), generator=noise).to(torch.int16)
+        bits &= ~0x4000
         segments.append((row, bits.view(getattr(torch, layout.dtype))))
         items[row : row + count] = torch.tensor([item, 1, chance.getrandbits(31), chance.getrandbits(31)])
         row, item = row + count + chance.choice((0, 1, 5, 40)), item + 1
@@ -49,7 +60,54 @@ def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
     )
     if spec.swap:
         _swap(source, *spec.swap)
+    if spec.damage:
+        source = Forged(**{field.name: getattr(source, field.name) for field in fields(source)})
+        DAMAGE[spec.damage](source)
     return source
+
+
+class Forged(SourceRows):
+    """Sent as they are: a hostile instance does not look at what it sends."""
+
+    def check(self, layout: BufferLayout) -> None:
+        pass
+
+
+def _set(field: str, value: int) -> Callable[[SourceRows], None]:
+    return lambda rows: setattr(rows, field, value)
+
+
+def _put(column: str, axis: int, value: int) -> Callable[[SourceRows], None]:
+    """In the last media row: what is wrong comes with the last chunk."""
+
+    def put(rows: SourceRows) -> None:
+        row = rows.media_runs[-1][1] - 1
+        values = getattr(rows, column)
+        values.view(rows.total, -1)[row, axis] = value
+
+    return put
+
+
+def _put_value(value: float) -> Callable[[SourceRows], None]:
+    def put(rows: SourceRows) -> None:
+        rows.segments[-1][1][-1, 0] = value
+
+    return put
+
+
+DAMAGE: Final[dict[str, Callable[[SourceRows], None]]] = {
+    "modality": _put("items", 1, 999),
+    "item index": _put("items", 0, 2**31 - 1),
+    "item hash": _put("items", 2, 7),
+    "token id": _put("fill_ids", 0, 2**31 - 1),
+    "negative token id": _put("fill_ids", 0, -1),
+    "too many items": _set("media_items", 2**31 - 1),
+    "no items": _set("media_items", 0),
+    "one item too few": lambda rows: setattr(rows, "media_items", rows.media_items + 1),
+    "no number": _put_value(math.nan),
+    "infinite": _put_value(-math.inf),
+    "too large": _put_value(3e38),
+}
 
 
 def _halves(layout: BufferLayout) -> int:

@@ -238,10 +238,16 @@ class LanguageRoom:
         return self._deliver(now) if report.status is Status.SUCCESS else self.resume(now)
 
     def copy_failed(self, text: str, now: float) -> list[LanguageEffect]:
+        return self._fail_copy(Failure(INTERNAL, f"the rows of room {self.room} could not be copied: {text}"), now)
+
+    def refuse_rows(self, flaw: str, now: float) -> list[LanguageEffect]:
+        """What was copied must not reach the model."""
+        text = f"encode instance {self.peer.name} sent rows of room {self.room} that cannot be used: {flaw}"
+        return self._fail_copy(Failure(BAD_GATEWAY, text), now)
+
+    def _fail_copy(self, failure: Failure, now: float) -> list[LanguageEffect]:
         self._end_copy()
-        if self.is_over:
-            return self._release()
-        return self.fail(Failure(INTERNAL, f"the rows of room {self.room} could not be copied: {text}"), now)
+        return self._release() if self.is_over else self.fail(failure, now)
 
     def _end_copy(self) -> StatusReport:
         if self.copying is None:

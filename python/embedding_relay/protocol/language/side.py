@@ -75,6 +75,10 @@ class LanguageSide:
     def copy_failed(self, room: int, text: str, now: float) -> list[LanguageEffect]:
         return [*self._being_copied(room).copy_failed(text, now), *self._serve_queue(now)]
 
+    def refuse_rows(self, room: int, flaw: str, now: float) -> list[LanguageEffect]:
+        """Another answer to `CopyOut`: what was copied must not reach the model, and this is why."""
+        return [*self._being_copied(room).refuse_rows(flaw, now), *self._serve_queue(now)]
+
     def _being_copied(self, room: int) -> LanguageRoom:
         if room not in self._rooms:
             raise LocalError(f"room {room} has no rows to be copied")

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 CRASHES = HERE / "crashes"
 
 # In hundredths of all messages. Raw HTTP costs a connection each.
-SHARES = {"frames": 25, "attack": 25, "attack-with-faults": 25, "insider": 18, "registry": 6, "http": 1}
+SHARES = {"frames": 20, "attack": 25, "attack-with-faults": 25, "insider": 18, "rows": 5, "registry": 6, "http": 1}
 
 _COVERED = re.compile(r"^#\d+\s.* cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
 

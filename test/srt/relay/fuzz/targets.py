@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import atheris
+import numpy as np
 
 if os.environ.get("PYTHONHASHSEED") != "0":  # the same input must be the same schedule
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
@@ -20,12 +21,15 @@ if os.environ.get("PYTHONHASHSEED") != "0":  # the same input must be the same s
 sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) + more for depth, more in ((2, ""), (4, "/python"))]
 
 with atheris.instrument_imports(include=["embedding_relay"]):
+    from embedding_relay.memory.checks import SmallColumns
+    from embedding_relay.memory.layout import Aux
     from embedding_relay.protocol import codec
     from embedding_relay.protocol.errors import RemoteError, UndecodableFrames
     from embedding_relay.protocol.messages import Address
     from embedding_relay.registry.client import look_up
     from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
     from embedding_relay.testing.world import World
+    from support.columns import EDGES, LIMITS, WHERE, changed, columns, is_safe
     from support.hostile import Seeded, Stranger, run_attack, run_attack_with_faults, run_insider_attack
 
 
@@ -90,6 +94,32 @@ def attack_with_faults(data: bytes) -> int:
 
 def insider(data: bytes) -> int:
     return run_insider_attack(FuzzedFirst(data)).messages
+
+
+def received_rows(data: bytes) -> int:
+    """Small columns of anything, and good ones with changes: what could harm a model is seen, and nothing else is."""
+    choices, messages = Fuzzed(data), 0
+    while not choices.is_used_up():
+        messages += 1
+        received = _any_columns(choices) if choices.number(0, 3) == 0 else _changed_columns(choices)
+        assert (received.flaw(LIMITS) is None) is is_safe(received, LIMITS), received
+    return messages
+
+
+def _any_columns(choices: Fuzzed) -> SmallColumns:
+    rows = choices.number(1, 6)
+    values = np.frombuffer(choices.raw(4 * 8 * rows).ljust(4 * 8 * rows, b"\0"), np.int32).reshape(rows, 8)
+    aux = Aux(rows, choices.number(-9, 600), bool(choices.number(0, 1)), choices.number(-1, 7))
+    return SmallColumns(aux, values[:, 0], values[:, 1:4], values[:, 4:])
+
+
+def _changed_columns(choices: Fuzzed) -> SmallColumns:
+    runs = [choices.number(-1, 3) for _ in range(choices.number(1, 8))]
+    received = columns(*runs, modality=choices.number(0, 3))
+    for _ in range(choices.number(0, 3)):
+        where, value = WHERE[choices.number(0, len(WHERE) - 1)], EDGES[choices.number(0, len(EDGES) - 1)]
+        received = changed(received, where, choices.number(0, len(runs) - 1), choices.number(0, 3), value)
+    return received
 
 
 _RANK = {
@@ -199,6 +229,7 @@ def main() -> None:
         "attack": attack,
         "attack-with-faults": attack_with_faults,
         "insider": insider,
+        "rows": received_rows,
         "registry": registry.handlers,
         "http": registry.sockets,
     }

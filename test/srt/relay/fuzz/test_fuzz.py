@@ -10,7 +10,7 @@ RUN = Path(__file__).parent / "run.py"
 MESSAGES = 60_000
 
 
-@pytest.mark.parametrize("target", ["frames", "attack", "attack-with-faults", "insider", "registry", "http"])
+@pytest.mark.parametrize("target", ["frames", "attack", "attack-with-faults", "insider", "rows", "registry", "http"])
 def test_strangers_break_nothing(target: str) -> None:
     done = subprocess.run(
         [sys.executable, RUN, "--messages", str(MESSAGES), "--target", target], capture_output=True, text=True

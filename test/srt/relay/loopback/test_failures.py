@@ -32,7 +32,7 @@ from support.loopback import (
     small_layout,
     wait_until,
 )
-from support.rows import Spec
+from support.rows import LIMITS, Spec
 
 LAYOUT = small_layout()
 # Seconds, not minutes: every deadline is waited for.
@@ -329,7 +329,7 @@ def test_a_manager_that_cannot_start_leaves_nothing() -> None:
     with socket.socket() as probe, pytest.raises(OSError, match="assign"):
         probe.bind(("192.0.2.1", 0))
     with pytest.raises(SettingError, match=r"192\.0\.2\.1"):
-        LanguageManager.open(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000)
+        LanguageManager.open(LAYOUT, QUICK, host="192.0.2.1", ranks=1, max_rows=1000, limits=LIMITS)
 
 
 def test_a_manager_whose_registry_never_comes_is_ill() -> None:

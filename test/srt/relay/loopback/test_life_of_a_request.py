@@ -20,7 +20,7 @@ from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSen
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from support.loopback import ENDED, HOST, small_layout
 from support.repo import REPO, SOURCE
-from support.rows import Spec, make_rows
+from support.rows import LIMITS, Spec, make_rows
 
 PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
@@ -69,7 +69,7 @@ def test_the_page_names_the_files_of_the_way() -> None:
         where = Address(HOST, registry.port)
         encode = EncodeManager.open(LAYOUT, config, host=HOST, bootstrap=where)
         opened.callback(encode.close)
-        language = LanguageManager.open(LAYOUT, config, host=HOST, ranks=1, max_rows=10_000)
+        language = LanguageManager.open(LAYOUT, config, host=HOST, ranks=1, max_rows=10_000, limits=LIMITS)
         opened.callback(language.close)
         encode.start()
         language.start()

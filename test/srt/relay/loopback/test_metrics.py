@@ -17,7 +17,7 @@ from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSen
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.loopback import ENDED, HOST, settle, small_layout
-from support.rows import Spec, make_rows
+from support.rows import LIMITS, Spec, make_rows
 
 BLOCK = 128
 LAYOUT = small_layout(blocks=2, block_size=BLOCK)
@@ -105,7 +105,7 @@ def pair() -> Iterator[Pair]:
         where = Address(HOST, registry.port)
         managers = (
             EncodeManager.open(LAYOUT, CONFIG, host=HOST, bootstrap=where),
-            LanguageManager.open(LAYOUT, CONFIG, host=HOST, ranks=1, max_rows=10_000),
+            LanguageManager.open(LAYOUT, CONFIG, host=HOST, ranks=1, max_rows=10_000, limits=LIMITS),
         )
         encode, language = (Half(mode, manager) for mode, manager in zip(metrics.BOTH, managers, strict=True))
         for manager in managers:

@@ -43,7 +43,7 @@ from support.loopback import (
     wait_until,
 )
 from support.recorder import Recorder
-from support.rows import Spec
+from support.rows import LIMITS, Spec
 from support.tap import Tap
 from support.target import Target
 
@@ -363,7 +363,7 @@ def test_our_own_ports_are_open_on_the_given_address_only() -> None:
 def test_what_the_security_page_says_about_mooncake_is_true() -> None:
     """Its ports are open on every address, whatever it is told; whoever knows a session reads and writes its memory."""
     before = listening()
-    manager = LanguageManager.open(LAYOUT, SECURE, host=ELSEWHERE, ranks=1, max_rows=1000)
+    manager = LanguageManager.open(LAYOUT, SECURE, host=ELSEWHERE, ranks=1, max_rows=1000, limits=LIMITS)
     manager.start()
     opened = listening() - before
     address = manager.address

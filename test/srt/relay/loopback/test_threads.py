@@ -28,7 +28,7 @@ from support.loopback import (
     small_layout,
     wait_until,
 )
-from support.rows import Spec, make_rows
+from support.rows import LIMITS, Spec, make_rows
 
 LAYOUT = small_layout()
 # Longer than the tests: an answer that comes is not a deadline's.
@@ -80,7 +80,7 @@ def becomes_unhealthy(manager: MooncakeEmbeddingManager) -> str:
 @pytest.mark.parametrize("death", DEATHS)
 def test_control(encode: EncodeInstance, room: int, death: BaseException) -> None:
     """Every open room ends, and every later one at once."""
-    manager = LanguageManager.open(LAYOUT, PATIENT, host=HOST, ranks=1, max_rows=1000)
+    manager = LanguageManager.open(LAYOUT, PATIENT, host=HOST, ranks=1, max_rows=1000, limits=LIMITS)
     manager.start()
     rank = LanguageRank(manager, LAYOUT)
     try:

@@ -6,8 +6,16 @@ from collections.abc import Iterator
 import pytest
 
 from embedding_relay.config import RelayConfig
-from support.loopback import EncodeInstance, assert_all_given_back, encode_instance, language_rank, small_layout
-from support.rows import Spec, difference, make_rows
+from embedding_relay.memory.layout import Aux
+from support.loopback import (
+    EncodeInstance,
+    LanguageRank,
+    assert_all_given_back,
+    encode_instance,
+    language_rank,
+    small_layout,
+)
+from support.rows import DAMAGE, Spec, difference, make_rows
 
 DEFAULT_1024 = RelayConfig(default_allocate_tokens=1024)
 LAYOUT = small_layout()
@@ -106,3 +114,45 @@ def test_a_planted_swap_does_not_pass(encode: EncodeInstance) -> None:
         language.wait(receivers.values())
         problem = difference(LAYOUT, make_rows(LAYOUT, good), receivers[good.room].rows())
         assert problem == f"embeddings: 2 rows differ, the first is {start}"
+
+
+@pytest.fixture(scope="module")
+def language() -> Iterator[LanguageRank]:
+    with language_rank(small_layout(blocks=12), DEFAULT_1024) as rank:
+        yield rank
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_rows_that_no_model_may_have_fail_their_room_only(
+    encode: EncodeInstance, language: LanguageRank, damage: str
+) -> None:
+    """A hostile encode instance: what it sends is looked at before a scheduler can trip over it."""
+    [bad], [good] = requests(1, 5000), requests(1, 3000)
+    receivers = language.start(encode.peer, bad.room, good.room)
+    encode.expect(Spec(bad.room, bad.total, damage=damage), good)
+    language.wait(receivers.values())
+    failure = receivers[bad.room].failure()
+    assert failure is not None
+    assert failure.code == 502
+    assert failure.text.startswith(f"encode instance {encode.peer} sent rows of room {bad.room} that cannot be used: ")
+    language.check(receivers, [good])
+    assert_all_given_back(encode, language)
+
+
+@pytest.mark.parametrize(("total", "code"), [(2**31 - 1, 400), (0, 502), (-5, 502)])
+def test_a_length_that_cannot_be_takes_no_memory(
+    encode: EncodeInstance, language: LanguageRank, monkeypatch: pytest.MonkeyPatch, total: int, code: int
+) -> None:
+    [bad] = requests(1, 5000)
+    made: list[Aux] = []
+    monkeypatch.setattr(language.manager._buffers, "make_target", made.append)
+    read = Aux(total, mrope_delta=0, has_mrope=False, media_items=1)
+    monkeypatch.setattr(language.manager._buffers, "read_aux", lambda block: read)
+    receivers = language.start(encode.peer, bad.room)
+    encode.expect(bad)
+    language.wait(receivers.values())
+    failure = receivers[bad.room].failure()
+    assert failure is not None
+    assert failure.code == code
+    assert made == []
+    assert_all_given_back(encode, language)

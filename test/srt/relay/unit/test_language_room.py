@@ -247,6 +247,19 @@ def test_a_copy_that_fails_fails_the_room() -> None:
         side.copied(ROOM, 8, 8, 0.0)
 
 
+def test_rows_that_no_model_may_have_fail_the_room_and_their_sender_is_told() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, 8), 0.0)
+    effects = side.refuse_rows(ROOM, "row 3 has token id 5", 0.0)
+    failure = Failure(502, f"encode instance {PEER} sent rows of room {ROOM} that cannot be used: row 3 has token id 5")
+    assert failure_of(effects) == failure
+    assert [abort.failure for abort in sent(effects) if isinstance(abort, Abort)] == [failure]
+    assert side.sizes()["blocks_quarantined"] == 2
+    side.receive(AbortAck(ROOM), 0.0)
+    assert side.is_empty()
+
+
 def test_a_late_failure_cannot_undo_what_has_arrived() -> None:
     """A repeated init of a room that is over is answered with 409; here the success came first."""
     side = language_side()

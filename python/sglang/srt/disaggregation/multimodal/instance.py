@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
@@ -56,6 +57,7 @@ def open_language_manager(scheduler: Any) -> LanguageManager:
         host=host,
         ranks=get_parallel().tp_size,
         max_rows=scheduler.max_req_input_len,
+        limits=model_limits(scheduler),
         ib_device=get_disagg().disaggregation_ib_device or "",
         device=str(scheduler.device),
         observer=_observer(scheduler, modes.LANGUAGE),
@@ -78,6 +80,19 @@ def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:
         deepstack_rows=getattr(model, "num_deepstack_embeddings", 0),
         block_size=config.block_size,
         blocks=config.cache_blocks,
+    )
+
+
+def model_limits(scheduler: Any) -> ModelLimits:
+    """What may be handed to this model. What is beyond it would raise in the scheduler, or in the middle of a batch."""
+    from sglang.srt.multimodal.modality import Modality
+
+    model, config = scheduler.tp_worker.model_runner.model, scheduler.model_config
+    return ModelLimits(
+        vocabulary=config.vocab_size,
+        modalities=frozenset(m.value for m in Modality if hasattr(model, f"get_{m.name.lower()}_feature")),
+        # SGLang makes its tables of rotary positions at least as long as the context.
+        positions=config.context_len if config.model_is_mrope else None,
     )
 
 

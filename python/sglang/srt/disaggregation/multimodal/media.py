@@ -8,9 +8,9 @@ from typing import Any, Final
 import torch
 
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
+from embedding_relay.memory.checks import NO_ITEM, ModelLimits
 from embedding_relay.memory.device import device_of, everything_queued_on
 
-NO_ITEM: Final = -1
 _HASH_HALF: Final = 32
 _HASH_MASK: Final = (1 << _HASH_HALF) - 1
 
@@ -70,6 +70,18 @@ def request_inputs(rows: ReceivedRows) -> tuple[array[int], Any]:
         output.mrope_positions = rows.mrope.t().to(torch.int64)
         output.mrope_position_delta = torch.tensor([[rows.mrope_delta]])
     return array("q", input_ids), output
+
+
+def limit_new_tokens(sampling_params: Any, rows: ReceivedRows, limits: ModelLimits) -> None:
+    """Let no token come to stand at a position that the model does not have.
+
+    SGLang counts tokens for that. Where positions run ahead of tokens (a slow video; or a peer says so) it is too late.
+    """
+    if limits.positions is None or rows.mrope_delta <= 0:
+        return
+    left = limits.positions - rows.total - rows.mrope_delta
+    asked = sampling_params.max_new_tokens
+    sampling_params.max_new_tokens = left if asked is None else min(asked, left)
 
 
 def _items(rows: ReceivedRows) -> list[Any]:

@@ -6,7 +6,8 @@ import logging
 import time
 from typing import Any
 
-from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, Failure
+from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
@@ -148,7 +149,16 @@ class LanguageRole(Role[LanguageManager]):
         if (failure := request.receiver.failure()) is not None:
             self.answer_with_failure(recv_req, failure)
             return
-        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(request.receiver.rows())
+        try:
+            self._give_to_sglang(request.receiver.rows(), recv_req)
+        except Exception as error:  # rows are checked when they come: a mistake of ours, for which one request pays
+            logger.exception("relay room=%d could not be handed over", recv_req.bootstrap_room)
+            text = f"the rows of room {recv_req.bootstrap_room} could not be handed over ({type(error).__name__})"
+            self.answer_with_failure(recv_req, Failure(INTERNAL, text))
+
+    def _give_to_sglang(self, rows: ReceivedRows, recv_req: Any) -> None:
+        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(rows)
+        media.limit_new_tokens(recv_req.sampling_params, rows, self.manager.limits)
         recv_req.need_wait_for_mm_inputs = False
         self.scheduler.handle_generate_request(recv_req)
 
