@@ -80,7 +80,8 @@ class Service:
         """`choices` are those of the upload unless others are given."""
         session = self.sessions.get(session_id)
         source, analysis = self._source(session), None
-        if choices is not None and choices != session.choices and session.stage is Stage.ANALYZED:
+        if choices is not None and session.stage is Stage.ANALYZED:
+            # Even if they are those of the last analysis: another caller may have it analysed again meanwhile.
             analysis = analyze(source, session.kind, choices, self.settings.limits)
 
         def begin(session: Session) -> None:
