@@ -152,6 +152,10 @@ class EmbeddingBuffers:
     def read_aux(self, block: int) -> Aux:
         return Aux.of(self._rows[columns.AUX][block].tolist())
 
+    def clear_aux(self, block: int) -> None:
+        """From here on `read_aux` finds 0 rows there, until somebody writes."""
+        self._rows[columns.AUX][block].zero_()
+
     def make_target(self, aux: Aux) -> ReceivedRows:
         """Tensors of the final length: nothing is copied again when more rows arrive."""
         return ReceivedRows(

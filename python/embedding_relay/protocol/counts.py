@@ -24,10 +24,12 @@ class Event(enum.Enum):
     RESUME_IGNORED = "resume_ignored"
     OFFER_FOR_ENDED_ROOM = "offer_for_ended_room"
     OFFER_TURNED_AWAY = "offer_turned_away"
+    REPORT_REPEATED = "report_repeated"
     # ---- the language side
     MESSAGE_FOR_UNKNOWN_ROOM = "message_for_unknown_room"
     STATUS_STALE = "status_stale"
     ACK_IGNORED = "ack_ignored"
+    OFFER_REPEATED = "offer_repeated"
 
 
 class Counts:

@@ -93,6 +93,14 @@ class Resolve(msgspec.Struct, frozen=True):
     peer: str
 
 
+class ClearAux(msgspec.Struct, frozen=True):
+    """Let the aux row of this block say that there are 0 rows. Whoever had the block before has left a length there,
+    and with it a report about rows that were never written would add up.
+    """
+
+    block: int
+
+
 class CopyOut(msgspec.Struct, frozen=True):
     """Rows landed: copy up to `capacity` of them, from row `first_row` on, out of `blocks`; answer with `copied`.
 
@@ -115,4 +123,4 @@ class Deliver(msgspec.Struct, frozen=True):
     rounds: int
 
 
-LanguageEffect = Send | StatusChanged | Note | Resolve | CopyOut | Deliver
+LanguageEffect = Send | StatusChanged | Note | Resolve | ClearAux | CopyOut | Deliver

@@ -23,6 +23,7 @@ Word = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 _Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+_Facts = Annotated[tuple[tuple[Word, Word], ...], msgspec.Meta(max_length=64)]
 _Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
 
 
@@ -37,7 +38,10 @@ class Address(msgspec.Struct, frozen=True, order=True):
 
 
 class Handshake(msgspec.Struct, frozen=True):
-    """What two instances must agree on before a byte may move. `blocks` bounds the indices; it need not be equal."""
+    """What two instances must agree on before a byte may move. `blocks` bounds the indices; it need not be equal.
+
+    `model`: facts by name that tell one model from another, where rows of both have the same size.
+    """
 
     version: _Count
     block_size: _Size
@@ -45,6 +49,7 @@ class Handshake(msgspec.Struct, frozen=True):
     dtype: Word
     deepstack_rows: _Count
     blocks: _Blocks
+    model: _Facts = ()
 
 
 class Register(msgspec.Struct, frozen=True):
@@ -79,6 +84,11 @@ class TransferEmbeddingInfo(msgspec.Struct, frozen=True):
     @property
     def session_id(self) -> str:
         return self.mooncake_session_id
+
+    @property
+    def identity(self) -> tuple[str, Address, int, int]:
+        """Offers of one room that agree in this are the same offer: a rank makes one for every number of rows sent."""
+        return self.mooncake_session_id, self.address, self.sent_tokens, self.allocated_tokens
 
 
 class Queued(msgspec.Struct, frozen=True):

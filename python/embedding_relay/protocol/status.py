@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Hashable, Set
 from typing import Final
 
 import msgspec
@@ -46,6 +47,9 @@ class Ending(msgspec.Struct, frozen=True):
     status: Status
     failure: Failure | None
     forget_at: float
+    rows: int | None = None
+    answered: Set[Hashable] = frozenset()
+    """The offers that were answered with the success of all `rows`: they get the same answer if they come again."""
 
 
 class EndedRooms:
@@ -62,9 +66,15 @@ class EndedRooms:
     def __len__(self) -> int:
         return len(self._endings)
 
-    def add(self, room: int, status: Status, failure: Failure | None, now: float) -> None:
+    def fail(self, room: int, failure: Failure, now: float) -> None:
+        self._add(room, Ending(Status.FAILED, failure, now + self._timing.remember_ended))
+
+    def succeed(self, room: int, now: float, rows: int, answered: Set[Hashable] = frozenset()) -> None:
+        self._add(room, Ending(Status.SUCCESS, None, now + self._timing.remember_ended, rows, answered))
+
+    def _add(self, room: int, ending: Ending) -> None:
         self._endings.pop(room, None)
-        self._endings[room] = Ending(status, failure, now + self._timing.remember_ended)
+        self._endings[room] = ending
         if len(self._endings) > self._timing.max_remembered:
             self._endings.popitem(last=False)
 

@@ -23,8 +23,10 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long a room may stand still after that."""
     heartbeat_interval: float = 5.0
     heartbeat_max_failures: int = 2
-    abort_interval: float = 1.0
-    """Until an unanswered abort is repeated for the first time; doubles with each repetition."""
+    repeat_interval: float = 1.0
+    """Until an unanswered message is sent again for the first time; doubles with each repetition."""
+    longest_repeat_interval: float = 16.0
+    """What it doubles up to. A lost message costs no more than this."""
     quarantine: float = 60.0
     """After this, blocks in quarantine are counted as overdue. They are never freed without proof."""
     remember_ended: float = 600.0
@@ -45,6 +47,11 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     def silence(self) -> float:
         """How long a peer with rooms under way may say nothing: the last ping that may fail has an interval too."""
         return self.heartbeat_interval * (self.heartbeat_max_failures + 1)
+
+    def until_repeat(self, repetitions: int) -> float:
+        """How long a message may be unanswered that has been repeated so many times."""
+        doublings = min(repetitions, 32)  # more would be no different, and at last no float
+        return min(self.repeat_interval * 2.0**doublings, self.longest_repeat_interval)
 
 
 class Alarms(Generic[K]):

@@ -10,6 +10,7 @@ from embedding_relay.memory.plane import Entry, TransferError
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.effects import (
     ChunkDestination,
+    ClearAux,
     CopyOut,
     Deliver,
     DropRows,
@@ -208,12 +209,18 @@ class LanguageNode:
                 self.world.post(self.plane.session_id, effect)
             elif isinstance(effect, StatusChanged):
                 self.journal.note(effect)
+            elif isinstance(effect, ClearAux):
+                self._clear_aux(effect.block)
             elif isinstance(effect, CopyOut):
                 self.copies.append(effect)
             elif isinstance(effect, Resolve):
                 self.lookups.append(effect.peer)
             elif isinstance(effect, Deliver):
                 self._check_delivery(effect)
+
+    def _clear_aux(self, block: int) -> None:
+        size = COLUMNS[AUX].bytes_per_row
+        self.memory.columns[AUX][block * size : (block + 1) * size] = bytes(size)
 
     def _check_offer(self, info: TransferEmbeddingInfo) -> None:
         before = next((offer for offer in reversed(self.offers) if offer.room == info.room), None)

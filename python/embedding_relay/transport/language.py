@@ -19,7 +19,16 @@ from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
-from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Resolve, Send, StatusChanged
+from embedding_relay.protocol.effects import (
+    ClearAux,
+    CopyOut,
+    Deliver,
+    LanguageEffect,
+    Note,
+    Resolve,
+    Send,
+    StatusChanged,
+)
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
@@ -47,7 +56,7 @@ class MooncakeEmbeddingReceiver(RoomEnd):
         """Where rows are copied to, from the first copy on."""
         self.requested_at = 0.0
         self.offered_at: float | None = None
-        self.resumes = self.rounds = self.bytes = 0
+        self.resumed_at = self.resumes = self.rounds = self.bytes = 0
 
     def start(self, hint_rows: int | None = None) -> None:
         """Ask for the rows of this room; `hint_rows` is a guess at how many there are."""
@@ -72,8 +81,10 @@ class MooncakeEmbeddingReceiver(RoomEnd):
         self.offered_at = self.offered_at or time.monotonic()
 
     def resume_transfer(self, embedding_indices: Sequence[int], sent_tokens: int, allocated_tokens: int) -> None:
-        """Blocks are on offer for the rows after the first `sent_tokens`."""
-        self.resumes += 1
+        """Blocks are on offer for the rows after the first `sent_tokens`; the same offer may be made again."""
+        if sent_tokens > self.resumed_at:
+            self.resumed_at = sent_tokens
+            self.resumes += 1
 
 
 class LanguageManager(MooncakeEmbeddingManager):
@@ -169,6 +180,8 @@ class LanguageManager(MooncakeEmbeddingManager):
                     self._changed(effect)
                 case Resolve():
                     self._lookup.resolve(effect.peer)
+                case ClearAux():
+                    self._buffers.clear_aux(effect.block)
                 case CopyOut():
                     waiting.extend(self._copy_out(effect, now))
                 case Deliver():
@@ -182,7 +195,8 @@ class LanguageManager(MooncakeEmbeddingManager):
             return
         receiver = self._receivers[info.room]
         if info.is_resume:
-            self._resumes += 1
+            if info.sent_tokens > receiver.resumed_at:  # else it is said again, in case that it was lost
+                self._resumes += 1
             receiver.resume_transfer(info.dst_embedding_indices, info.sent_tokens, info.allocated_tokens)
         else:
             receiver.init(info.dst_embedding_indices, info.allocated_tokens)

@@ -5,12 +5,14 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from embedding_relay.protocol import codec
 from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.messages import Queued, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Timing
 from embedding_relay.testing.plane import Fault
 from embedding_relay.testing.watch import Violation
-from embedding_relay.testing.world import World
+from embedding_relay.testing.world import InFlight, World
 
 TIMING = Timing(
     bootstrap=20.0,
@@ -18,7 +20,8 @@ TIMING = Timing(
     waiting=20.0,
     heartbeat_interval=2.0,
     heartbeat_max_failures=2,
-    abort_interval=0.5,
+    repeat_interval=0.5,
+    longest_repeat_interval=4.0,
     quarantine=5.0,
     remember_ended=300.0,
     forget_session=400.0,
@@ -30,6 +33,8 @@ PATIENCE = TIMING.bootstrap + 2 * TIMING.waiting
 # Long enough to find out that the other side is gone: nothing is heard of a room at all, or nothing more.
 NOTICED = max(TIMING.unasked, TIMING.silence + TIMING.heartbeat_interval)
 
+# Whatever was lost has been said again by then, and whoever could not be found has been missed. With the defaults 46 s.
+RECOVERED = NOTICED + TIMING.longest_repeat_interval
 
 LANDS_LATE = list(Fault).index(Fault.LANDS_LATE)
 
@@ -159,7 +164,30 @@ class Schedule:
         """Its Mooncake port, which is its session, is given to the new process again."""
         self.world.restart_language(rank % len(self.world.languages), 3, same_session=True)
 
+    def lose_offers_and_reports(self, rng: random.Random) -> None:
+        """Everything arrives that is on its way, but for some of the messages that make rows move."""
+        while self.world.in_flight:
+            message = self.world.in_flight[0]
+            if rng.random() < 0.3 and self._makes_rows_move(message):
+                self.world.in_flight.pop(0)
+            else:
+                self.world.deliver(0)
+
+    def _makes_rows_move(self, message: InFlight) -> bool:
+        """Offers, that a room is queued, and every kind of report."""
+        to_encode = any(encode.address == message.to for encode in self.world.encodes.values())
+        decoded = (codec.decode_to_encode if to_encode else codec.decode_to_language)(message.frames)
+        return isinstance(decoded, TransferEmbeddingInfo | Queued | StatusReport)
+
     # ---- the end
+
+    def recover(self) -> None:
+        """L3: messages were lost, nothing else went wrong, and nothing is lost from here on."""
+        self._settle_everything()
+        self.world.advance(RECOVERED, between=self._settle_everything)
+        for node in (*self.world.languages, *self.world.encodes.values()):
+            if open_rooms := node.journal.open_rooms:
+                raise Violation(f"L3: {node.journal.name} has rooms {open_rooms} {RECOVERED:g} s after the last loss")
 
     def kill_one_side(self, dead: str) -> None:
         """L3: every instance of one side dies; the other side waits less long for it than for one that is only slow."""
@@ -268,6 +296,53 @@ def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None 
                 schedule.look_up_all()  # a lookup has a deadline of its own, before that of the first message
             while world.in_flight:
                 schedule.deliver_in_order(rng.randrange(1000))
+    schedule.finish_without_clock()
+    return world
+
+
+def run_lossy(seed: int, steps: int = 80, **sides: Any) -> World:
+    """Messages of any kind are lost. Rooms may fail of it, but nobody waits long."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    for _ in range(steps):
+        luck = rng.random()
+        if luck < 0.12:
+            schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2))
+        elif luck < 0.5:
+            schedule.deliver_in_order(rng.randrange(1000))
+        elif luck < 0.8:
+            schedule.work(rng.randrange(1000))
+        elif luck < 0.95:
+            schedule.lose(rng.randrange(1000))
+        else:
+            schedule.pass_time(rng.choice((0.3, 1.0)))
+    schedule.recover()
+    schedule.finish()
+    return world
+
+
+def run_offers_and_reports_lost(seed: int, steps: int = 80, **sides: Any) -> World:
+    """Offers and reports are lost, and every room succeeds nevertheless, soon after the last loss."""
+    rng = random.Random(seed)
+    world = Shape.random(rng).build(**sides)
+    schedule = Schedule(world)
+    seconds_left = TIMING.waiting - 2 * TIMING.longest_repeat_interval
+    for _ in range(steps):
+        luck = rng.random()
+        if luck < 0.1:
+            schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2))
+        elif luck < 0.6:
+            schedule.work(rng.randrange(1000))
+        elif luck < 0.9:
+            schedule.lose_offers_and_reports(rng)
+        elif seconds_left > 0:
+            seconds_left -= 0.5
+            schedule.pass_time(0.5)
+            schedule.lose_offers_and_reports(rng)
+            schedule.look_up_all()
+    world.settle()
+    world.advance(TIMING.longest_repeat_interval, between=world.settle)
     schedule.finish_without_clock()
     return world
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
@@ -64,10 +64,16 @@ class Destination:
     blocks: tuple[int, ...] = ()
     allocated: int = 0
     finished: bool = False
+    last_offer: Hashable = None
+    """The identity of the offer that it has, or that was used up last."""
 
     @property
     def has_offer(self) -> bool:
         return self.allocated > 0
+
+    def has_answered(self, info: TransferEmbeddingInfo) -> bool:
+        """It comes again because its report was lost: every row that it asked for is over there."""
+        return not self.has_offer and info.identity == self.last_offer
 
     def waits_for(self, info: TransferEmbeddingInfo) -> bool:
         """No transfer twice: only a resume that goes on exactly where this is, and only if there is no offer yet."""
@@ -75,6 +81,7 @@ class Destination:
 
     def offer(self, info: TransferEmbeddingInfo) -> None:
         self.blocks, self.allocated = info.dst_embedding_indices, info.allocated_tokens
+        self.last_offer = info.identity
 
     def tokens_to_send(self, total: int) -> int:
         return min(total - self.sent, self.allocated)
@@ -97,11 +104,13 @@ class Destination:
             with_aux=self.written == 0,
         )
 
-    def report(self, room: int, total: int) -> StatusReport:
-        """Every row of the chunk is written: use the offer up."""
+    def use_up_offer(self, total: int) -> None:
+        """Every row of the chunk is written."""
         self.finished = self.is_last(total)
         self.sent = self.goal(total)
         self.blocks, self.allocated = (), 0
+
+    def report(self, room: int) -> StatusReport:
         return StatusReport(room, Status.SUCCESS if self.finished else Status.TRANSFERRING, rows=self.sent)
 
 
@@ -326,8 +335,9 @@ class EncodeRoom:
     def _report_chunk(self, now: float) -> list[EncodeEffect]:
         effects: list[EncodeEffect] = []
         for destination in self.unfinished:
-            blocks, report = destination.blocks, destination.report(self.room, self._known_total())
-            effects.append(Send(destination.address, report))
+            blocks = destination.blocks
+            destination.use_up_offer(self._known_total())
+            effects.append(Send(destination.address, destination.report(self.room)))
             if session := self._shared.sessions.get(destination.session_id):
                 session.end_offer(self.room, blocks)
                 if destination.finished:
@@ -338,7 +348,8 @@ class EncodeRoom:
         if self.status is not before:
             effects.append(StatusChanged(self.room, self.status))
         if self.is_over:
-            self._shared.ended.add(self.room, self.status, None, now)
+            answered = frozenset(destination.last_offer for destination in self.destinations.values())
+            self._shared.ended.succeed(self.room, now, self._known_total(), answered)
             effects += self._close()
         return effects
 
@@ -348,7 +359,7 @@ class EncodeRoom:
         """The status is final at once; what a write under way still needs stays until it comes back."""
         shared = self._shared
         self.move(Status.FAILED)
-        shared.ended.add(self.room, self.status, failure, now)
+        shared.ended.fail(self.room, failure, now)
         shared.counts.failures[failure.code] += 1
         shared.alarms.cancel(self.room)
         shared.queue.pop(self.room, None)

@@ -98,7 +98,7 @@ class EncodeSide:
     def _end_unopened(self, room: int, failure: Failure, now: float) -> None:
         """It is over before anybody has offered blocks for it: whoever comes for it later finds the reason."""
         if self._shared.ended.get(room) is None:
-            self._shared.ended.add(room, Status.FAILED, failure, now)
+            self._shared.ended.fail(room, failure, now)
             self._shared.counts.failures[failure.code] += 1
 
     def transferred(self, room: int, transfer_id: int, errors: Mapping[str, str], now: float) -> list[EncodeEffect]:
@@ -159,6 +159,9 @@ class EncodeSide:
         destination = known.destinations.get(info.session_id) if known else None
         if info.is_resume and destination is None:
             return self._turn_away(info, BAD_GATEWAY, f"room {info.room} is not under way at this encode instance")
+        if destination is not None and destination.has_answered(info):
+            self._count(Event.REPORT_REPEATED)
+            return [Send(destination.address, destination.report(info.room))]
         if destination is not None and not destination.waits_for(info):
             self._count(Event.RESUME_IGNORED if info.is_resume else Event.INIT_REPEATED)
             return []
@@ -183,6 +186,10 @@ class EncodeSide:
         return effects
 
     def _answer_for_ended(self, message: TransferEmbeddingInfo | Queued, ending: Ending) -> list[EncodeEffect]:
+        if isinstance(message, TransferEmbeddingInfo) and message.identity in ending.answered:
+            self._count(Event.REPORT_REPEATED)
+            report = StatusReport(message.room, ending.status, rows=ending.rows)
+            return [Send(message.address, report, to_stranger=True)]
         self._count(Event.OFFER_FOR_ENDED_ROOM)
         if ending.failure is not None:
             return [_tell(message, ending.failure)]

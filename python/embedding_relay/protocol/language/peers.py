@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from embedding_relay.protocol.effects import LanguageEffect, Resolve, Send
-from embedding_relay.protocol.messages import Abort, Address, Register
+from embedding_relay.protocol.messages import Address, Register
 from embedding_relay.protocol.timing import Alarms, Timing
 
 # The other halves of the rest run into their deadline.
@@ -43,13 +43,13 @@ class Peer:
     announced: set[int] = dataclasses.field(default_factory=set)
     """Those of the queued rooms that this instance has been told of."""
     under_way: set[int] = dataclasses.field(default_factory=set)
-    """Rooms whose init was sent, until no write of them can land any more."""
-    untold: list[Abort] = dataclasses.field(default_factory=list)
+    """Rooms whose init or abort was sent, until no write of them can land any more."""
+    untold: set[int] = dataclasses.field(default_factory=set)
     """Rooms that ended while the lookup was under way: their other halves need not wait for them."""
 
     @property
     def is_idle(self) -> bool:
-        return not (self.queued or self.under_way)
+        return not (self.queued or self.under_way or self.untold)
 
     @property
     def is_checked(self) -> bool:
@@ -64,14 +64,6 @@ class Peer:
             return []
         self.registered_with = (self.address, self.instance)
         return [Send(self.address, register)]
-
-    def tell_later(self, abort: Abort) -> None:
-        if self.looking and len(self.untold) < _MAX_UNTOLD:
-            self.untold.append(abort)
-
-    def pop_untold(self) -> list[Abort]:
-        untold, self.untold = self.untold, []
-        return untold
 
     def lose(self) -> None:
         """Ask the registry again before anything more is sent there. The instance stays known, to tell a new one."""
@@ -125,15 +117,24 @@ class Peers:
 
     def begin(self, peer: Peer, room: int, now: float) -> None:
         self._begin_checks(peer, now)
-        peer.queued.discard(room)
-        peer.announced.discard(room)
+        self._leave(peer, room)
         peer.under_way.add(room)
 
+    def tell_later(self, peer: Peer, room: int) -> bool:
+        """Whether there is somebody to be told of the end of this room, once the lookup has answered."""
+        if not peer.looking or len(peer.untold) >= _MAX_UNTOLD:
+            return False
+        self._leave(peer, room)
+        peer.untold.add(room)
+        return True
+
     def end(self, peer: Peer, room: int) -> None:
-        peer.queued.discard(room)
-        peer.announced.discard(room)
-        peer.under_way.discard(room)
+        self._leave(peer, room)
         self.forget_if_useless(peer)
+
+    def _leave(self, peer: Peer, room: int) -> None:
+        for rooms in (peer.queued, peer.announced, peer.under_way, peer.untold):
+            rooms.discard(room)
 
     def forget_if_useless(self, peer: Peer) -> None:
         if peer.is_idle and peer.address is None and not peer.looking:

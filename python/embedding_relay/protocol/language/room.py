@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+import math
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
-from embedding_relay.protocol.effects import CopyOut, Deliver, LanguageEffect, Note, Send, StatusChanged
+from embedding_relay.protocol.effects import ClearAux, CopyOut, Deliver, LanguageEffect, Note, Send, StatusChanged
 from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     BAD_REQUEST,
@@ -22,8 +22,6 @@ from embedding_relay.protocol.language.reserve import DefaultReservation
 from embedding_relay.protocol.messages import Abort, Address, Queued, Register, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
-
-_ABORT_DOUBLINGS: Final = 5
 
 
 @dataclasses.dataclass
@@ -77,11 +75,14 @@ class LanguageRoom:
         self.failure: Failure | None = None
         self.over_since = 0.0
         self.overdue = False
-        self._aborts = 0
         self._shared = shared
+        self._deadline = now + shared.timing.bootstrap
+        """Of what the room waits for now."""
+        self._repetitions = 0
+        """How often the last message has been sent again."""
         shared.rooms[room] = shared.queue[room] = self
         peer.queued.add(room)
-        shared.alarms.set(room, now + shared.timing.bootstrap)
+        shared.alarms.set(room, self._deadline)
 
     @property
     def is_over(self) -> bool:
@@ -99,11 +100,29 @@ class LanguageRoom:
             raise LocalError(f"room {self.room} has no peer yet")
         return Send(self.address, message)
 
+    # ---- waiting
+
+    def _wait_for(self, seconds: float, now: float) -> None:
+        """A message is going out. It is sent again, at growing intervals, until it is answered or time is up."""
+        self._deadline, self._repetitions = now + seconds, 0
+        self._set_alarm(now)
+
+    def _set_alarm(self, now: float) -> None:
+        again = now + self._shared.timing.until_repeat(self._repetitions)
+        self._shared.alarms.set(self.room, min(again, self._deadline))
+
+    def _wait_for_copy(self, now: float) -> None:
+        """Nothing is on its way that could be lost."""
+        self._deadline = now + self._shared.timing.waiting
+        self._shared.alarms.set(self.room, self._deadline)
+
     # ---- from the queue to the offer
 
-    def announce(self) -> Queued:
+    def announce(self, now: float) -> Queued:
         """It must wait for blocks, and says so, or the encode side would take it for lost."""
         self.introductions += 1
+        self._repetitions = 0
+        self._set_alarm(now)
         return self._queued_message()
 
     def _queued_message(self) -> Queued:
@@ -116,12 +135,16 @@ class LanguageRoom:
         self._offer(shared.pool.lease(count, self.room), self.wanted_rows)
         del shared.queue[self.room]
         shared.peers.begin(self.peer, self.room, now)
-        shared.alarms.set(self.room, now + shared.timing.waiting)
+        self._wait_for(shared.timing.waiting, now)
         self.address, self.instance = address, self.peer.instance
         self.introductions += 1
         self.move(Status.WAITING_FOR_INPUT)
-        registration = self.peer.registration(shared.register)
-        return [*registration, self._send(self._info()), StatusChanged(self.room, self.status)]
+        return [
+            *self.peer.registration(shared.register),
+            ClearAux(self.blocks[0]),
+            self._send(self._info()),
+            StatusChanged(self.room, self.status),
+        ]
 
     def _offer(self, blocks: tuple[int, ...], limit: int | None = None) -> None:
         capacity = len(blocks) * self._shared.block_size
@@ -143,7 +166,7 @@ class LanguageRoom:
         )
 
     def resume(self, now: float) -> list[LanguageEffect]:
-        self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        self._wait_for(self._shared.timing.waiting, now)
         self._refill()
         return [self._send(self._info())]
 
@@ -173,7 +196,7 @@ class LanguageRoom:
             return []
         if failure := self._contradicts_the_offer(report):
             return self.fail(failure, now)
-        self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        self._wait_for_copy(now)
         effects: list[LanguageEffect] = []
         if report.status is Status.TRANSFERRING:
             if self.status is not Status.TRANSFERRING:
@@ -210,7 +233,7 @@ class LanguageRoom:
             return []  # every row is here; the answer to a repeated init may still say otherwise
         if failure.code != MISDIRECTED:
             # A queued room holds nothing, and the encode side has said so itself: nobody needs to be told.
-            return self._leave_queue(failure, now) if self.is_queued else self.fail(failure, now)
+            return self._end_in_queue(failure, now) if self.is_queued else self.fail(failure, now)
         self.misdirected += 1
         if self.received or self.copying is not None or self.misdirected > self.introductions:
             return self.fail(Failure(BAD_GATEWAY, failure.text), now)
@@ -281,7 +304,7 @@ class LanguageRoom:
     def _deliver(self, now: float) -> list[LanguageEffect]:
         shared = self._shared
         self.move(Status.SUCCESS)
-        shared.ended.add(self.room, self.status, None, now)
+        shared.ended.succeed(self.room, now, self.received)
         shared.reservation.observe(self.received)
         shared.pool.give_back(self.blocks, self.room)
         self._forget()
@@ -291,33 +314,41 @@ class LanguageRoom:
 
     def fail(self, failure: Failure, now: float) -> list[LanguageEffect]:
         """The status is final at once; the blocks wait for the proof that no write can land in them any more."""
-        if self.is_queued:
-            tell = self._tell_peer(failure)
-            return [*self._leave_queue(failure, now), *tell]
         changed = self._end(failure, now)
+        if self.is_queued:
+            return [changed, *self._leave_queue(now)]
         self._shared.pool.quarantine(self.blocks, self.room)
-        return [changed, self._send_abort(now)]
+        self._wait_for(math.inf, now)
+        return [changed, self._send(self._abort_message())]
+
+    def _end_in_queue(self, failure: Failure, now: float) -> list[LanguageEffect]:
+        changed = self._end(failure, now)
+        del self._shared.queue[self.room]
+        return [changed, *self._forget()]
 
     def _end(self, failure: Failure, now: float) -> StatusChanged:
         self.move(Status.FAILED)
         self.failure, self.over_since = failure, now
-        self._shared.ended.add(self.room, self.status, failure, now)
+        self._shared.ended.fail(self.room, failure, now)
         self._shared.counts.failures[failure.code] += 1
         return StatusChanged(self.room, self.status, failure)
 
-    def _leave_queue(self, failure: Failure, now: float) -> list[LanguageEffect]:
-        changed = self._end(failure, now)
+    def _leave_queue(self, now: float) -> list[LanguageEffect]:
+        """It holds nothing; but the other half of the request must not wait in vain."""
         del self._shared.queue[self.room]
-        self._forget()
-        return [changed]
-
-    def _tell_peer(self, failure: Failure) -> list[LanguageEffect]:
-        """It holds nothing, so nothing needs an answer; but the other half of the request should not wait in vain."""
-        abort = self._abort_message(failure)
         if self.peer.address is not None:
-            return [Send(self.peer.address, abort)]
-        self.peer.tell_later(abort)
+            return self.tell(self.peer.address, now)
+        if not self._shared.peers.tell_later(self.peer, self.room):
+            return self._forget()
+        self._shared.alarms.set(self.room, self._deadline)
         return []
+
+    def tell(self, address: Address, now: float) -> list[LanguageEffect]:
+        """The room has ended in the queue. It holds no blocks, so it does not wait for an answer for ever."""
+        self.address = address
+        self._shared.peers.begin(self.peer, self.room, now)
+        self._wait_for(self._shared.timing.silence, now)
+        return [self._send(self._abort_message())]
 
     def fail_after_restart(self, now: float) -> list[LanguageEffect]:
         """Another process is where the room's was."""
@@ -343,38 +374,52 @@ class LanguageRoom:
 
     def _release(self) -> list[LanguageEffect]:
         """The last of the room, unless a write may still land in its blocks or somebody still reads them."""
-        if self.acknowledged and self.copying is None:
+        if self.copying is not None or not self.acknowledged:
+            return []
+        if self.blocks:
             self._shared.pool.release_quarantine(self.room)
-            self._forget()
-        return []
+        return self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self) -> list[LanguageEffect]:
         self._shared.alarms.cancel(self.room)
         del self._shared.rooms[self.room]
         self._shared.peers.end(self.peer, self.room)
+        return []
 
-    def _abort_message(self, failure: Failure | None) -> Abort:
+    def _abort_message(self) -> Abort:
         register = self._shared.register
-        return Abort(self.room, register.address, register.session_id, failure)
-
-    def _send_abort(self, now: float) -> Send:
-        interval = self._shared.timing.abort_interval * (1 << min(self._aborts, _ABORT_DOUBLINGS))
-        self._aborts += 1
-        self._shared.alarms.set(self.room, now + interval)
-        return self._send(self._abort_message(self.failure))
+        return Abort(self.room, register.address, register.session_id, self.failure)
 
     # ---- time
 
     def take_alarm(self, now: float) -> list[LanguageEffect]:
         if self.is_over:
             return self._repeat_abort(now)
+        if now < self._deadline:
+            return self._repeat(now)
         failure = self._lateness()
         if self.is_queued and self.peer.address is None:
             self.peer.looking = False  # whoever comes next asks anew
         return self.fail(failure, now)
 
+    def _repeat(self, now: float) -> list[LanguageEffect]:
+        """No answer: the message is lost, or its answer is, or it only takes long. Whoever has it knows it again."""
+        self._repetitions += 1
+        self._set_alarm(now)
+        address = self.peer.address if self.is_queued else self.address
+        if address is None:
+            return []  # the peer is looked up again, and then told of the room
+        self._shared.counts.events[Event.OFFER_REPEATED] += 1
+        if not self.received:
+            self.introductions += 1
+        return [Send(address, self._queued_message() if self.is_queued else self._info())]
+
     def _repeat_abort(self, now: float) -> list[LanguageEffect]:
-        abort = self._send_abort(now)
+        if now >= self._deadline:
+            return self._forget()
+        self._repetitions += 1
+        self._set_alarm(now)
+        abort = self._send(self._abort_message())
         silence = now - self.over_since
         if self.overdue or silence < self._shared.timing.quarantine:
             return [abort]

@@ -122,7 +122,7 @@ class LanguageSide:
             return []
         self._peers.announce(peer, rooms, now)
         effects = peer.registration(self._shared.register)
-        effects += [Send(peer.address, self._rooms[room].announce()) for room in rooms]
+        effects += [Send(peer.address, self._rooms[room].announce(now)) for room in rooms]
         return effects
 
     # ---- about peers
@@ -132,7 +132,9 @@ class LanguageSide:
         if source is None:
             return []
         self._peers.resolved(source, address, instance, now)
-        effects: list[LanguageEffect] = [Send(address, abort) for abort in source.pop_untold()]
+        effects: list[LanguageEffect] = []
+        for number in sorted(source.untold):
+            effects += self._rooms[number].tell(address, now)
         for room in self._under_way(source):
             if room.instance == instance:
                 continue
@@ -150,8 +152,9 @@ class LanguageSide:
         if source is None:
             return []
         source.looking = False
-        source.pop_untold()  # there is nobody to be told
         source.lose()
+        for room in sorted(source.untold):
+            self._rooms[room].acknowledge()  # there is nobody to be told
         effects: list[LanguageEffect] = []
         for room in sorted(source.queued):
             effects += self._rooms[room].fail(failure, now)
@@ -182,7 +185,7 @@ class LanguageSide:
         if isinstance(message, Pong):
             return [*self._take_pong(message, now), *self._serve_queue(now)]
         room = self._rooms.get(message.room)
-        if room is None or not room.introductions:
+        if room is None or not (room.introductions or room.address):
             self._shared.counts.events[Event.MESSAGE_FOR_UNKNOWN_ROOM] += 1
             return []
         room.peer.hear(now)

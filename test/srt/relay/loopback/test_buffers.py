@@ -60,6 +60,18 @@ def test_what_an_earlier_request_left_in_a_block_does_not_come_out() -> None:
     assert not target.embeddings.any()
 
 
+def test_a_block_whose_aux_row_was_cleared_has_no_rows_until_somebody_writes() -> None:
+    layout = small_layout(block_size=32, blocks=3)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    rows = make_rows(layout, Spec(room=1, total=64))
+    buffers.stage(rows, 0, 64, [1, 2])
+    buffers.clear_aux(1)
+    assert buffers.read_aux(1).total == 0
+    buffers.stage(rows, 0, 64, [1, 2])
+    assert buffers.read_aux(1).total == 64
+
+
 def test_a_planted_swap_is_seen_by_the_comparison() -> None:
     layout = small_layout(hidden_size=8)
     good = make_rows(layout, Spec(room=1, total=400))

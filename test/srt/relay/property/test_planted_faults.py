@@ -26,12 +26,20 @@ from embedding_relay.protocol.messages import (
     Register,
     TransferEmbeddingInfo,
 )
-from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.status import EndedRooms, Status
 from embedding_relay.testing.watch import Violation
 from embedding_relay.testing.world import World
 from support.effort import unhurried
 from support.hostile import Seeded, run_attack, run_attack_with_faults
-from support.schedules import Shape, run_chaos, run_one_side_dies, run_orderly, run_slow
+from support.schedules import (
+    Shape,
+    run_chaos,
+    run_lossy,
+    run_offers_and_reports_lost,
+    run_one_side_dies,
+    run_orderly,
+    run_slow,
+)
 
 pytestmark = unhurried
 
@@ -367,6 +375,37 @@ def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
     patch.setattr(Peer, "is_checked", property(lambda self: bool(self.under_way)))
 
 
+def offer_never_repeated(patch: Patch) -> None:
+    patch.setattr(LanguageRoom, "_repeat", lambda self, now: [])
+
+
+def repeated_offer_not_answered(patch: Patch) -> None:
+    patch.setattr(Destination, "has_answered", lambda self, info: False)
+
+
+def success_not_reported_again(patch: Patch) -> None:
+    def succeed(self: EndedRooms, room: int, now: float, rows: int, answered: Any = frozenset()) -> None:
+        original(self, room, now, rows)
+
+    original = EndedRooms.succeed
+    patch.setattr(EndedRooms, "succeed", succeed)
+
+
+def end_of_a_queued_room_told_once(patch: Patch) -> None:
+    def tell(self: LanguageRoom, address: Any, now: float) -> list[LanguageEffect]:
+        effects = original(self, address, now)
+        self._forget()
+        return effects
+
+    original = LanguageRoom.tell
+    patch.setattr(LanguageRoom, "tell", tell)
+
+
+def report_about_a_failed_room_not_repeated(patch: Patch) -> None:
+    """Whoever asks for a room that is over hears nothing."""
+    patch.setattr(EncodeSide, "_answer_for_ended", lambda self, message, ending: [])
+
+
 def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], TransferEmbeddingChunk]) -> None:
     """Every step of a chunk is another one than the room has planned."""
 
@@ -443,6 +482,12 @@ FAULTS = [
     Planted(queued_room_left_in_the_table_of_its_session, run_one_side_dies, ("S5", "refused")),
     Planted(no_pings_for_rooms_that_are_queued, run_slow, ("L1",)),
     Planted(no_pings_for_rooms_that_are_queued, run_one_side_dies, ("L3",)),
+    Planted(offer_never_repeated, run_lossy, ("L3",)),
+    Planted(repeated_offer_not_answered, run_lossy, ("L3",)),
+    Planted(repeated_offer_not_answered, run_offers_and_reports_lost, ("L1",)),
+    Planted(success_not_reported_again, run_offers_and_reports_lost, ("L1",)),
+    Planted(end_of_a_queued_room_told_once, run_lossy, ("L3",)),
+    Planted(report_about_a_failed_room_not_repeated, run_lossy, ("L3",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
     Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
     Planted(second_registration_believed_without_proof, attack, ("attack",)),

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.effort import DAILY, SCHEDULES, effort, unhurried
-from support.schedules import Schedule, Shape, run_chaos, run_one_side_dies, run_orderly, run_slow
+from support.schedules import (
+    Schedule,
+    Shape,
+    run_chaos,
+    run_lossy,
+    run_offers_and_reports_lost,
+    run_one_side_dies,
+    run_orderly,
+    run_slow,
+)
 
 pytestmark = unhurried
 
@@ -149,6 +158,16 @@ def test_orderly_schedules_by_seed() -> None:
 def test_slow_schedules_by_seed() -> None:
     for seed in range(SEEDS // 2):
         run_slow(seed)
+
+
+def test_schedules_in_which_messages_are_lost_by_seed() -> None:
+    for seed in range(SEEDS):
+        run_lossy(seed)
+
+
+def test_schedules_in_which_offers_and_reports_are_lost_by_seed() -> None:
+    for seed in range(SEEDS // 2):
+        run_offers_and_reports_lost(seed)
 
 
 def test_schedules_in_which_one_side_dies_by_seed() -> None:

@@ -1,5 +1,6 @@
 """One room of the encode side: when it begins, which rows it writes where, how aborts end it, and its deadlines."""
 
+import msgspec
 import pytest
 
 from embedding_relay.protocol.effects import (
@@ -20,6 +21,7 @@ from embedding_relay.protocol.messages import (
 from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Timing
 from support.protocol import (
+    KNOWN_AT,
     RIVAL_AT,
     ROOM,
     TIMING,
@@ -191,7 +193,7 @@ def test_nothing_is_sent_twice_while_a_write_is_under_way(again: TransferEmbeddi
     assert len(sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0))) == 1
 
 
-@pytest.mark.parametrize("again", [offer(8, 0, 1), offer(8, 4, 5, sent=7), offer(8, 4, 5, sent=9)])
+@pytest.mark.parametrize("again", [offer(4, 0), offer(8, 4, 5, sent=7), offer(8, 4, 5, sent=9)])
 def test_only_the_resume_that_goes_on_from_here_is_accepted(again: TransferEmbeddingInfo) -> None:
     side, chunk = encode_side_that_writes()
     side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
@@ -211,6 +213,54 @@ def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
     (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
     assert chunk.destinations[0].blocks == (0, 1)
     assert counted(side) == {"resume_ignored": 1}
+
+
+# ---- an offer comes again because its answer may be lost
+
+
+def test_an_offer_that_was_answered_gets_the_same_report_again_and_nothing_is_written() -> None:
+    side, chunk = encode_side_that_writes(total=20)
+    init, resume = offer(8, 0, 1), offer(12, 0, 1, 2, sent=8)
+    (first,) = sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0))
+    assert side.receive(init, 1.0) == side.receive(init, 2.0) == [Send(KNOWN_AT, first)]
+    (chunk,) = only(side.receive(resume, 3.0), TransferEmbeddingChunk)
+    assert side.receive(init, 4.0) == side.receive(resume, 4.0) == [], "it is being written"
+    (last, *_) = sent(side.transferred(ROOM, chunk.transfer_id, {}, 5.0))
+    assert last == StatusReport(ROOM, Status.SUCCESS, rows=20)
+    assert side.is_empty()
+    assert sent(side.receive(resume, 6.0)) == [last], "the room is over, and its end may have been lost"
+    assert counted(side) == {"report_repeated": 3, "init_repeated": 1, "resume_ignored": 1}
+
+
+def test_a_rank_that_has_everything_is_told_again_while_its_room_goes_on_for_another() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, rank=0, ranks=2), 0.0)
+    side.receive(offer(4, 0, rank=1, ranks=2), 0.0)
+    (chunk,) = only(side.submit(ROOM, 8, 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    success = Send(KNOWN_AT, StatusReport(ROOM, Status.SUCCESS, rows=8))
+    assert side.receive(offer(8, 0, 1, rank=0, ranks=2), 1.0) == [success]
+    (chunk,) = only(side.receive(offer(4, 0, rank=1, ranks=2, sent=4), 2.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 3.0)
+    assert sent(side.receive(offer(8, 0, 1, rank=0, ranks=2), 4.0)) == [success.message]
+
+
+def test_a_repeated_offer_does_not_move_a_deadline() -> None:
+    side, chunk = encode_side_that_writes()
+    side.transferred(ROOM, chunk.transfer_id, {}, 10.0)
+    side.receive(offer(8, 0, 1), 69.0)
+    assert failure_of(side.tick(70.0)) is not None
+
+
+def test_another_offer_than_the_one_that_was_answered_is_no_repetition() -> None:
+    """A room number that is used again must not be told that its rows are there."""
+    side, chunk = encode_side_that_writes(total=8)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    used = Failure(409, f"room {ROOM} was used before")
+    for other in (offer(4, 0), offer(8, 0, 1, rank=1), msgspec.structs.replace(offer(8, 0, 1), dst_port=999)):
+        assert reported_failures(side.receive(other, 1.0)) == [used]
+    assert side.receive(offer(8, 0, 1, sent=8), 1.0) == []
 
 
 # ---- aborts

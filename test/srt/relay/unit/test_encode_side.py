@@ -151,7 +151,7 @@ def test_a_refusal_reaches_the_language_side_also_if_it_asks_later() -> None:
 def test_an_ended_room_cannot_be_used_again_until_it_is_forgotten() -> None:
     side, chunk = encode_side_that_writes(total=8)
     side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
-    assert reported_failures(side.receive(offer(8, 0, 1), 1.0)) == [Failure(409, f"room {ROOM} was used before")]
+    assert reported_failures(side.receive(offer(4, 0), 1.0)) == [Failure(409, f"room {ROOM} was used before")]
     assert side.receive(offer(8, 0, 1, sent=8), 1.0) == []
     assert side.expect(ROOM, 1.0) == [StatusChanged(ROOM, Status.SUCCESS)], "a late sample of n > 1"
     side.tick(TIMING.remember_ended)

@@ -3,6 +3,7 @@
 import pytest
 
 from embedding_relay.protocol.effects import (
+    ClearAux,
     CopyOut,
     Deliver,
     LanguageEffect,
@@ -17,6 +18,7 @@ from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
     Address,
+    Ping,
     Pong,
     StatusReport,
     TransferEmbeddingInfo,
@@ -64,14 +66,38 @@ def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
     assert counted(side) == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
 
 
-def test_a_room_that_leaves_the_queue_tells_a_known_peer_but_waits_for_no_answer() -> None:
+ABORTED_IN_QUEUE = Abort(2, Address("language", 100), "language-0:1", Failure(503, "busy"))
+
+
+def test_a_room_that_leaves_the_queue_tells_its_peer_until_that_has_heard_it() -> None:
     side = language_side(blocks=2)
     request_and_resolve(side, 1, 2)
-    effects = side.cancel(2, 0.0, Failure(503, "busy"))
-    assert sent(effects) == [Abort(2, Address("language", 100), "language-0:1", Failure(503, "busy"))]
+    effects = side.cancel(2, 0.0, ABORTED_IN_QUEUE.failure)
+    assert effects == [StatusChanged(2, Status.FAILED, ABORTED_IN_QUEUE.failure), Send(ENCODE, ABORTED_IN_QUEUE)]
+    assert ABORTED_IN_QUEUE in sent(side.tick(1.0))
+    assert side.sizes()["quarantined_rooms"] == 1
+    side.receive(AbortAck(2), 1.5)
+    assert side.sizes()["quarantined_rooms"] == side.sizes()["blocks_quarantined"] == 0
+    assert ABORTED_IN_QUEUE not in sent(side.tick(4.0))
+
+
+def test_it_holds_nothing_and_does_not_wait_for_ever_to_be_heard() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, 1, 2)
+    side.cancel(2, 0.0, ABORTED_IN_QUEUE.failure)
+    times = []
+    for second in range(20):
+        side.receive(Pong("encode-1", "encode-1"), float(second))
+        times += [second for message in sent(side.tick(float(second))) if message == ABORTED_IN_QUEUE]
+    assert times == [1, 3, 7]
+    assert side.sizes()["quarantined_rooms"] == 0
+
+
+def test_a_room_whose_peer_is_not_found_ends_alone() -> None:
     side = language_side()
     side.request(1, PEER, 0.0)
     assert sent(side.cancel(1, 0.0)) == []
+    assert side.tick(30.0) == []
     assert side.is_empty()
 
 
@@ -122,6 +148,73 @@ def test_after_rows_there_is_no_second_try() -> None:
     receive_chunk(side, 8, 20)
     misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
     assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+
+
+# ---- no answer
+
+
+def repeated(side: LanguageSide, *seconds: int) -> list[tuple[int, object]]:
+    """What was sent again about rooms, and when."""
+    found: list[tuple[int, object]] = []
+    for second in seconds:
+        side.receive(Pong("encode-1", "encode-1"), float(second))
+        side.receive(Pong("encode-2", "encode-2"), float(second))
+        messages = [send.message for send in only(side.tick(float(second)), Send) if send.to == ENCODE]
+        found += [(second, message) for message in messages if not isinstance(message, Ping)]
+    return found
+
+
+def test_an_offer_is_repeated_at_growing_intervals_until_it_is_answered() -> None:
+    side = language_side()
+    init = first_offers(side)[ROOM]
+    assert repeated(side, *range(50)) == [(second, init) for second in (1, 3, 7, 15, 31, 47)]
+    side.receive(report(Status.TRANSFERRING, 8), 50.0)
+    assert repeated(side, *range(50, 60)) == [], "nothing is on its way while rows are copied"
+    resume = offer_in(side.copied(ROOM, 8, 20, 60.0))
+    assert repeated(side, *range(60, 70)) == [(61, resume), (63, resume), (67, resume)]
+    side.receive(report(Status.SUCCESS, 20), 70.0)
+    side.copied(ROOM, 12, 20, 70.0)
+    assert repeated(side, *range(70, 100)) == []
+    assert counted(side) == {"offer_repeated": 9}
+
+
+def test_a_repeated_offer_does_not_move_the_deadline() -> None:
+    side = language_side()
+    request_and_resolve(side)
+    repeated(side, *range(60))
+    assert failure_of(side.tick(60.0)) == Failure(
+        502, f"encode instance {PEER} sent no more rows of room {ROOM} within 60 s"
+    )
+
+
+def test_that_a_room_is_queued_is_repeated_too() -> None:
+    side = waiting_room()
+    assert repeated(side, *range(20)) == [(second, queued(room=8)) for second in (1, 3, 7, 15)]
+
+
+def test_a_room_whose_peer_is_lost_says_nothing_until_it_is_found_again() -> None:
+    side = waiting_room()
+    side.receive(Pong("encode-9", "encode-1"), 0.5)
+    assert repeated(side, 1, 2, 3) == []
+    side.peer_resolved(PEER, ENCODE, "encode-9", 4.0)
+    assert repeated(side, 5) == [(5, queued(room=8))]
+
+
+def test_each_message_may_be_answered_that_the_session_is_not_registered_and_no_answer_makes_another() -> None:
+    side = language_side()
+    init = first_offers(side)[ROOM]
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    repeated(side, 1)
+    again = [Send(ENCODE, register()), Send(ENCODE, init)]
+    assert side.receive(misdirected, 2.0) == side.receive(misdirected, 2.0) == again
+    assert failure_of(side.receive(misdirected, 2.0)) == Failure(502, "not registered")
+
+
+def test_an_offer_begins_with_an_aux_row_that_says_nothing() -> None:
+    """Else a report about rows that nobody wrote would find the length that the block's last owner left."""
+    side = language_side()
+    assert only(request_and_resolve(side), ClearAux) == [ClearAux(0)]
+    assert only(side.tick(1.0), ClearAux) == [], "a write may have begun"
 
 
 # ---- rows
@@ -304,7 +397,7 @@ def test_an_abort_is_repeated_ever_more_slowly_and_the_quarantine_is_reported_on
         effects = side.tick(float(second))
         aborts += [second for message in sent(effects) if isinstance(message, Abort)]
         notes += only(effects, Note)
-    assert aborts == [1, 3, 7, 15, 31, 63, 95, 127, 159, 191]
+    assert aborts == [1, 3, 7, 15, 31, 47, 63, 79, 95, 111, 127, 143, 159, 175, 191]
     assert notes == [
         Note(f"2 blocks of room {ROOM} stay in quarantine: {PEER} has not acknowledged its abort for 63 s")
     ]

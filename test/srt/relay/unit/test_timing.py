@@ -58,3 +58,8 @@ def test_a_first_word_is_awaited_no_longer_than_everything_else() -> None:
 
 def test_the_silence_of_a_peer_covers_every_ping_that_may_fail() -> None:
     assert Timing(heartbeat_interval=5.0, heartbeat_max_failures=2).silence == pytest.approx(15.0)
+
+
+def test_the_intervals_between_repetitions_double_up_to_the_longest() -> None:
+    timing = Timing(repeat_interval=0.5, longest_repeat_interval=5.0)
+    assert [timing.until_repeat(times) for times in (0, 1, 2, 3, 4, 5000)] == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
