@@ -57,6 +57,8 @@ class BufferLayout:
     deepstack_rows: int
     block_size: int
     blocks: int
+    model: tuple[tuple[str, str], ...] = ()
+    """What else tells this model from others, by name."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -96,4 +98,5 @@ class BufferLayout:
             dtype=self.dtype,
             deepstack_rows=self.deepstack_rows,
             blocks=self.blocks,
+            model=self.model,
         )

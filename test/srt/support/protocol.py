@@ -48,6 +48,7 @@ def handshake(**changes: object) -> Handshake:
         "dtype": "bfloat16",
         "deepstack_rows": 0,
         "blocks": 8,
+        "model": (("name", "a"),),
     }
     return Handshake(**{**fields, **changes})  # type: ignore[arg-type]
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from typing import Final
 
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, Failure
 from embedding_relay.protocol.messages import Address, Handshake, Register, TransferEmbeddingInfo
 
-_MUST_AGREE = ("version", "block_size", "item_lens", "dtype", "deepstack_rows")
+_MUST_AGREE: Final = ("version", "block_size", "item_lens", "dtype", "deepstack_rows")
+# Two models may differ in everything, and who reads it needs only a reason.
+_MOST_NAMED: Final = 5
 
 
 def disagreement(encode: Handshake, language: Handshake) -> str:
-    """Both values of everything that differs; empty if the two sides fit together."""
-    return "; ".join(
-        f"{name} is {getattr(encode, name)} at the encode side and {getattr(language, name)} at the language side"
-        for name in _MUST_AGREE
-        if getattr(encode, name) != getattr(language, name)
-    )
+    """Both values of what differs; empty if the two sides fit together."""
+    facts = ours, theirs = _facts(encode), _facts(language)
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    said = []
+    for name in differing[:_MOST_NAMED]:
+        here, there = (known.get(name, "unknown") for known in facts)
+        said.append(f"{name} is {here} at the encode side and {there} at the language side")
+    if len(differing) > _MOST_NAMED:
+        said.append(f"and {len(differing) - _MOST_NAMED} more")
+    return "; ".join(said)
+
+
+def _facts(handshake: Handshake) -> dict[str, object]:
+    return {
+        **{name: getattr(handshake, name) for name in _MUST_AGREE},
+        **{f"model {name}": value for name, value in handshake.model},
+    }
 
 
 @dataclasses.dataclass

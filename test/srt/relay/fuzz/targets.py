@@ -124,7 +124,10 @@ def _changed_columns(choices: Fuzzed) -> SmallColumns:
 
 _RANK = {
     "rank": 0, "host": "h", "port": 1, "instance": "i",
-    "handshake": {"version": 1, "block_size": 1, "item_lens": [1], "dtype": "x", "deepstack_rows": 0, "blocks": 1},
+    "handshake": {
+        "version": 1, "block_size": 1, "item_lens": [1], "dtype": "x", "deepstack_rows": 0, "blocks": 1,
+        "model": [["a", "b"]],
+    },
 }  # fmt: skip
 _VALUES = (0, 1, -1, 4096, 65536, 1 << 64, 10**4000, "", "x" * 300, "\n", "ü", None, [], [1, 2], {}, 1.5, True)
 

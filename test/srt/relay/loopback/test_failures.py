@@ -76,6 +76,16 @@ def test_a_handshake_mismatch_names_both_values_on_both_sides(encode: EncodeInst
         assert_all_given_back(encode, other)
 
 
+def test_two_models_whose_rows_have_the_same_size_do_not_meet(encode: EncodeInstance, room: int) -> None:
+    with language_rank(small_layout(model=(("architecture", "Another"),)), QUICK) as other:
+        encode.expect(Spec(room, 100))
+        failure = failure_of(other, encode.peer, room)
+        words = "model architecture is unknown at the encode side and Another at the language side"
+        assert failure == Failure(500, f"handshake refused: {words}")
+        assert encode.end_of(room) == (Status.FAILED, failure)
+        assert_all_given_back(encode, other)
+
+
 def test_an_abort_is_acknowledged_and_then_the_blocks_are_free(
     encode: EncodeInstance, language: LanguageRank, room: int
 ) -> None:

@@ -27,6 +27,7 @@ from support.effort import effort, unhurried
 pytestmark = unhurried
 
 words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=codec.MAX_TEXT)
+short_words = words.filter(lambda word: len(word) <= 64)
 rooms = st.integers(0, codec.MAX_ROOM)
 rows = st.integers(1, codec.MAX_ROWS)
 hosts = st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,60}|::[0-9a-f]{1,4}", fullmatch=True)
@@ -42,8 +43,9 @@ def registers(draw: st.DrawFn) -> Register:
     lens = tuple(draw(st.lists(st.integers(1, 2**40), min_size=columns, max_size=columns)))
     blocks = draw(st.integers(1, codec.MAX_BLOCKS))
     pointers = tuple(draw(st.integers(1, 2**64 - blocks * item_len)) for item_len in lens)
-    dtype = draw(words.filter(lambda word: len(word) <= 64))
-    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, dtype, draw(st.integers(0, 9)), blocks)
+    dtype = draw(short_words)
+    facts = tuple(draw(st.lists(st.tuples(short_words, short_words), max_size=5)))
+    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, dtype, draw(st.integers(0, 9)), blocks, facts)
     return Register(draw(addresses), draw(words), pointers, handshake)
 
 

@@ -44,6 +44,12 @@ from support.protocol import (
         ({"version": 9}, "version is 1 at the encode side and 9 at the language side"),
         ({"deepstack_rows": 3}, "deepstack_rows is 0 at the encode side and 3 at the language side"),
         ({"item_lens": (64, 17)}, "item_lens is (64, 16) at the encode side and (64, 17) at the language side"),
+        ({"model": (("name", "b"),)}, "model name is a at the encode side and b at the language side"),
+        ({"model": ()}, "model name is a at the encode side and unknown at the language side"),
+        (
+            {"model": (("name", "a"), ("layers", "3"))},
+            "model layers is unknown at the encode side and 3 at the language side",
+        ),
     ],
 )
 def test_a_mismatch_is_refused_with_both_values(changes: dict[str, object], words: str) -> None:
@@ -56,6 +62,13 @@ def test_a_mismatch_is_refused_with_both_values(changes: dict[str, object], word
     assert failure.code == 500
     assert words in failure.text
     assert failure_of(effects) == failure
+
+
+def test_of_a_model_that_is_another_altogether_a_few_differences_are_named() -> None:
+    facts = tuple((f"fact{number}", "9") for number in range(20))
+    (note,) = only(encode_side().receive(register(0, model=facts), 0.0), Note)
+    assert note.text.count(" at the language side") == 5
+    assert note.text.endswith("; and 16 more")
 
 
 def test_pools_may_differ_in_size() -> None:

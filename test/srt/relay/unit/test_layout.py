@@ -31,8 +31,9 @@ def test_item_lengths_are_bytes_per_block() -> None:
 
 def test_the_handshake_tells_layouts_apart() -> None:
     different = [{"block_size": 16}, {"dtype": "float16"}, {"deepstack_rows": 1}, {"hidden_size": 128}, {"blocks": 5}]
+    different.append({"model": (("architecture", "Another"),)})
     handshakes = {layout(**change).handshake() for change in ({}, *different)}
-    assert len(handshakes) == 6
+    assert len(handshakes) == 7
 
 
 def test_another_dtype_is_refused() -> None:

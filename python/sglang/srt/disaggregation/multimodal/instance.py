@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.checks import ModelLimits
@@ -21,6 +21,31 @@ from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 
 logger = logging.getLogger(__name__)
+
+_MEDIA_TOKENS: Final = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "audio_token_id",
+    "audio_token_index",
+    "vision_start_token_id",
+)
+_ENCODERS: Final = {
+    "vision_config": (
+        "model_type",
+        "hidden_size",
+        "embed_dim",
+        "depth",
+        "num_hidden_layers",
+        "image_size",
+        "patch_size",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "out_hidden_size",
+        "deepstack_visual_indexes",
+    ),
+    "audio_config": ("model_type", "d_model", "encoder_layers", "num_mel_bins", "output_dim"),
+}
 
 
 def start_role(scheduler: Any, mode: str) -> Role[Any]:
@@ -80,7 +105,40 @@ def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:
         deepstack_rows=getattr(model, "num_deepstack_embeddings", 0),
         block_size=config.block_size,
         blocks=config.cache_blocks,
+        model=fingerprint(scheduler.model_config),
     )
+
+
+def fingerprint(model_config: Any) -> tuple[tuple[str, str], ...]:
+    """What both halves of one model have in common, and two models mostly have not.
+
+    From the configuration only: a half has none of the other's weights, its copy may lie anywhere under any name, and
+    it may be quantized. So none of these counts, nor what SGLang changes for a half or a rank (heads, for example).
+    """
+    config = model_config.hf_config
+    inner = _part(config, "thinker_config") or config
+    facts = {
+        "architecture": config.architectures[0],
+        "vocabulary": model_config.vocab_size,
+        "hidden_size": model_config.hidden_size,
+        "layers": model_config.num_hidden_layers,
+        **{name: _part(inner, name) for name in _MEDIA_TOKENS},
+    }
+    for part, names in _ENCODERS.items():
+        encoder = _part(inner, part)
+        facts |= {f"{part}.{name}": _part(encoder, name) for name in names}
+    return tuple((name, _word(value)) for name, value in facts.items() if value is not None)
+
+
+def _part(config: Any, name: str) -> Any:
+    """Some configurations of models that bring their own code are dictionaries."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def _word(value: object) -> str:
+    """As the handshake takes it: printable ASCII, at most 64 characters."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "".join(character if "!" <= character <= "~" else "_" for character in text)[:64] or "_"
 
 
 def model_limits(scheduler: Any) -> ModelLimits:
