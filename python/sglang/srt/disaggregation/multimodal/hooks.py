@@ -8,6 +8,7 @@ mode the hooks fall through to the original at their first line, and nothing els
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -168,9 +169,16 @@ def take_role(_result: Any, scheduler: Any) -> None:
 
 def receive_request(original: Original, scheduler: Any, recv_req: Any, **kwargs: Any) -> Any:
     role = scheduler.embedding_relay
-    if role is not None and role.take_over(recv_req):
-        return None
-    return original(scheduler, recv_req, **kwargs)
+    if role is None:
+        return original(scheduler, recv_req, **kwargs)
+    if not role.take_over(recv_req):
+        role.pass_on(recv_req, functools.partial(original, scheduler, recv_req, **kwargs))
+    return None
+
+
+def note_created(req: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+    if scheduler.embedding_relay is not None:
+        scheduler.embedding_relay.note_created(req)
 
 
 def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +188,9 @@ def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kw
     return original(scheduler, req, *args, **kwargs)
 
 
-def work_after_messages(_result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+def work_after_messages(messages: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.after_messages()
+        scheduler.embedding_relay.after_messages(messages)
 
 
 def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
@@ -194,8 +202,43 @@ def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = Fals
     role = scheduler.embedding_relay
     if role is None or for_health_check:
         return idle
+    if not role.counts_parked:
+        return idle
     role.scheduler_idle = idle
     return bool(idle and role.is_idle())
+
+
+def flush_beside_parked(original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    role = scheduler.embedding_relay
+    if role is None:
+        return original(scheduler, *args, **kwargs)
+    with role.parked_requests_hold_nothing():
+        flushed = original(scheduler, *args, **kwargs)
+    if flushed:
+        role.forget_computed()
+    return flushed
+
+
+def release_memory_beside_parked(original: Original, updater: Any, recv_req: Any) -> Any:
+    role = updater.scheduler.embedding_relay
+    if role is None:
+        return original(updater, recv_req)
+    with role.parked_requests_hold_nothing(), torch_on(updater.scheduler.device):
+        role.finish_computing()
+        return original(updater, recv_req)
+
+
+@contextlib.contextmanager
+def torch_on(device: str) -> Iterator[None]:
+    """While SGLang waits for torch's device without naming it: that is the one torch was built for, there or not."""
+    import torch
+
+    named = torch.get_device_module
+    torch.get_device_module = lambda other=None: named(device if other is None else other)
+    try:
+        yield
+    finally:
+        torch.get_device_module = named
 
 
 def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
@@ -215,6 +258,7 @@ class Hook(NamedTuple):
 
 
 _SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
+_WEIGHT_UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _TOKENIZER_MANAGER: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 HOOKS: Final = (
@@ -234,10 +278,13 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.init_model_worker", restore_prompt_limits, HookType.AFTER),
     Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),
     Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),
+    Hook(f"{_SCHEDULER}._create_generation_req", note_created, HookType.AFTER),
     Hook(f"{_SCHEDULER}._add_request_to_queue", queue_request, HookType.AROUND),
     Hook(f"{_SCHEDULER}.ingest_requests", work_after_messages, HookType.AFTER),
     Hook(f"{_SCHEDULER}.on_idle", sleep_while_only_we_wait, HookType.AFTER),
     Hook(f"{_SCHEDULER}.is_fully_idle", count_our_requests, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.flush_cache", flush_beside_parked, HookType.AROUND),
+    Hook(f"{_WEIGHT_UPDATER}.release_memory_occupation", release_memory_beside_parked, HookType.AROUND),
     Hook(f"{_SCHEDULER}.abort_request", abort_ours, HookType.AFTER),
     Hook(f"{_SCHEDULER}.release_host_resources", close_role, HookType.AFTER),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -59,6 +60,10 @@ class EncodeRole(Role[EncodeManager]):
         self.tower_queue: list[EncodeRequest] = []
         self.inflight: list[EncodeRequest] = []
         self.before_reachable: list[Any] = []
+        self.passed_on: Any = None
+        """The request that SGLang is looking at."""
+        self.not_queued: Any = None
+        """What SGLang has made of it, until it queues that."""
         self.max_bytes_in_flight = manager.config.max_in_flight_mib * 2**20
 
     def take_over_remote(self, recv_req: Any) -> bool:
@@ -75,7 +80,24 @@ class EncodeRole(Role[EncodeManager]):
         recv_req.return_logprob = False
         return False
 
+    def pass_on(self, recv_req: Any, to_sglang: Callable[[], object]) -> None:
+        """What SGLang neither queues nor keeps back for its grammar, it has refused, and told nobody but its client."""
+        self.passed_on, self.not_queued = recv_req, None
+        to_sglang()
+        req, self.passed_on, self.not_queued = self.not_queued, None, None
+        if req is None or is_local(req) or req in self.scheduler.grammar_manager.grammar_queue:
+            return
+        failure = _reason_in(req.finished_reason)
+        logger.warning("relay-encode room=%d refused: %s", req.bootstrap_room, failure)
+        MooncakeEmbeddingSender(self.manager, req.bootstrap_room).refuse(failure)
+
+    def note_created(self, req: Any) -> None:
+        self.not_queued = req
+        # SGLang leaves them out where it has nothing but an error to queue.
+        req.bootstrap_host, req.bootstrap_room = self.passed_on.bootstrap_host, self.passed_on.bootstrap_room
+
     def take_from_queue(self, req: Any) -> bool:
+        self.not_queued = None
         if is_local(req) and not self.manager.reachable():
             self.before_reachable.append(req)  # the warm-up request: SGLang's /health is red until it is answered
             return True
@@ -93,7 +115,7 @@ class EncodeRole(Role[EncodeManager]):
 
     def _flaw(self, req: Any) -> Failure | None:
         if req.to_finish is not None:
-            return Failure(req.to_finish.status_code or BAD_REQUEST, req.to_finish.message)
+            return _reason_in(req.to_finish)
         if any(item.offsets is None for item in req.multimodal_inputs.mm_items):
             return Failure(INTERNAL, f"SGLang's processor for {self.tower.name} does not say which tokens are media")
         return None
@@ -150,6 +172,12 @@ class EncodeRole(Role[EncodeManager]):
     def refuse(self, refusal: Refusal) -> None:
         MooncakeEmbeddingSender(self.manager, refusal.room).refuse(refusal.failure)
 
+    def finish_computing(self) -> None:
+        self.tower.wait_for_device()
+
+    def forget_computed(self) -> None:
+        self.tower.forget()
+
     def tables(self) -> dict[str, int]:
         queues = (self.bootstrap_queue.queue, self.tower_queue, self.inflight, self.before_reachable)
         return {"parked": sum(map(len, queues))}
@@ -159,7 +187,16 @@ class EncodeRole(Role[EncodeManager]):
 
     def has_work(self) -> bool:
         """The tower rests while slow readers have left too many rows here: they lie in the device's memory."""
-        return bool(self.tower_queue) and sum(one.bytes for one in self.inflight) < self.max_bytes_in_flight
+        if not self.tower_queue or self.is_held():
+            return False
+        return sum(one.bytes for one in self.inflight) < self.max_bytes_in_flight
+
+
+def _reason_in(reason: Any) -> Failure:
+    """Why SGLang refused a request; of some it tells their client only."""
+    if reason is None:
+        return Failure(BAD_REQUEST, "SGLang refused the request at the encode instance")
+    return Failure(int(reason.status_code or BAD_REQUEST), reason.message)
 
 
 def send_embedding_chunk(requests: list[EncodeRequest], rows: list[list[Any]]) -> None:

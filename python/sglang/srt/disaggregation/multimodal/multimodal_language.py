@@ -77,9 +77,9 @@ class MultimodalLanguageTransferQueue:
     def extend(self, rooms: dict[int, MultimodalLanguageRequest]) -> None:
         self.queue.update(rooms)
 
-    def pop_transferred(self) -> dict[int, MultimodalLanguageRequest]:
+    def pop_transferred(self, *, failed_only: bool = False) -> dict[int, MultimodalLanguageRequest]:
         """Rooms that have ended, in the order in which they were announced."""
-        ended = (Status.SUCCESS, Status.FAILED)
+        ended = (Status.FAILED,) if failed_only else (Status.SUCCESS, Status.FAILED)
         moved = {room: request for room, request in self.queue.items() if request.receiver.poll() in ended}
         for room in moved:
             del self.queue[room]
@@ -94,6 +94,8 @@ class LanguageRole(Role[LanguageManager]):
         self.prealloc_queue = MultimodalLanguagePreallocQueue(manager)
         self.transfer_queue = MultimodalLanguageTransferQueue()
         self.shared: dict[int, MultimodalLanguageRequest] = {}
+        self.held_back = False
+        """Rooms may have ended that nobody has looked at since."""
         self.keep_shared_s = manager.config.waiting_timeout
 
     def take_over_remote(self, recv_req: Any) -> bool:
@@ -108,8 +110,10 @@ class LanguageRole(Role[LanguageManager]):
     def _park(self, recv_req: Any) -> None:
         room = recv_req.bootstrap_room
         recv_req.bootstrap_port = self._port(recv_req.bootstrap_port)
-        if (over := self.shared.get(room)) is not None:
-            self._use(over, recv_req)
+        if (over := self.shared.pop(room, None)) is not None:
+            over.waiting.append(recv_req)
+            self.transfer_queue.extend({room: over})
+            self.held_back = True
         elif (parked := self._parked(room)) is not None:
             parked.waiting.append(recv_req)
         elif (failure := self.reason_to_turn_away()) is not None:
@@ -126,16 +130,18 @@ class LanguageRole(Role[LanguageManager]):
         return int(self.scheduler.server_args.disaggregation_bootstrap_port if port is None else port)
 
     def act_on_changes(self) -> None:
-        if self.manager.drain_events():
+        held = self.is_held()
+        if self.manager.drain_events() or (self.held_back and not held):
             self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
-            for room, request in self.transfer_queue.pop_transferred().items():
+            for room, request in self.transfer_queue.pop_transferred(failed_only=held).items():
                 self._hand_over(room, request)
+            self.held_back = held
         self._forget_unused()
 
     def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
-        if not request.waiting:
+        if not request.waiting and not request.over_since:
             return  # nobody wants it any more
-        request.over_since = time.monotonic()
+        request.over_since = request.over_since or time.monotonic()
         self.shared[room] = request
         for recv_req in request.waiting:
             self._use(request, recv_req)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import zmq
@@ -28,6 +30,8 @@ class Role(abc.ABC, Generic[M]):
         self.scheduler = scheduler
         self.manager = manager
         self.scheduler_idle = False
+        self.counts_parked = True
+        """Whether SGLang hears that this instance has work while requests are parked here."""
         self._tables: dict[str, int] = {}
         self._poller = zmq.Poller()
         serving = get_serving()
@@ -59,13 +63,22 @@ class Role(abc.ABC, Generic[M]):
     def take_over_remote(self, recv_req: Any) -> bool:
         """The same for a request that has another half at another instance, or might have."""
 
+    def pass_on(self, recv_req: Any, to_sglang: Callable[[], object]) -> None:
+        """Let SGLang validate and queue a request that was not taken over."""
+        to_sglang()
+
+    def note_created(self, req: Any) -> None:
+        """SGLang has made its `Req` of the request that was passed on."""
+
     def take_from_queue(self, req: Any) -> bool:
         """Look at a validated request before it is queued; True: it never enters SGLang's queue."""
         return False
 
-    def after_messages(self) -> None:
-        """Once per turn of the scheduler's loop, after it has read its messages."""
+    def after_messages(self, messages: Sequence[Any]) -> None:
+        """Once per turn of the scheduler's loop, after it has done what these messages asked for."""
         self.pulse.beat()
+        if any(isinstance(message, weight_changes()) for message in messages):
+            self.forget_computed()
         self.act_on_changes()
         if self.manager.observer is not NOBODY and (tables := self.tables()) != self._tables:
             self._tables = tables
@@ -74,6 +87,31 @@ class Role(abc.ABC, Generic[M]):
     @abc.abstractmethod
     def act_on_changes(self) -> None:
         """Do what has become possible since the last turn of the scheduler's loop."""
+
+    # ---- an operator's commands
+
+    def is_held(self) -> bool:
+        """An operator has stopped the model: it is paused, between the parts of a weight update, or without memory.
+
+        Then no tower runs and nothing is handed over to SGLang. Messages, transfers, deadlines and answers go on.
+        """
+        updater = self.scheduler.weight_updater
+        return bool(self.scheduler._engine_paused or updater._session or updater.offload_tags)
+
+    @contextlib.contextmanager
+    def parked_requests_hold_nothing(self) -> Iterator[None]:
+        """While SGLang flushes its cache or gives memory back: it must be idle then, but parked requests have none."""
+        counted, self.counts_parked = self.counts_parked, False
+        try:
+            yield
+        finally:
+            self.counts_parked = counted
+
+    def finish_computing(self) -> None:
+        """Before memory is given back: what was started on the device must not read it any more."""
+
+    def forget_computed(self) -> None:
+        """The weights have changed, or the cache was flushed: what the model made before is not used again."""
 
     @abc.abstractmethod
     def tables(self) -> dict[str, int]:
@@ -127,6 +165,19 @@ class Role(abc.ABC, Generic[M]):
 def aborted(recv_req: Any, rid: str) -> bool:
     """SGLang aborts by prefix: a batch's requests share the beginning of their ids."""
     return bool(recv_req.abort_all or rid.startswith(recv_req.rid))
+
+
+def weight_changes() -> tuple[type, ...]:
+    """The messages after which the model may have other weights."""
+    from sglang.srt.managers import io_struct
+
+    return (
+        io_struct.UpdateWeightFromDiskReqInput,
+        io_struct.UpdateWeightsFromDistributedReqInput,
+        io_struct.UpdateWeightsFromTensorReqInput,
+        io_struct.UpdateWeightsFromIPCReqInput,
+        io_struct.EndWeightUpdateReqInput,
+    )
 
 
 def is_local(req: Any) -> bool:

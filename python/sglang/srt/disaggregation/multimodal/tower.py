@@ -52,6 +52,16 @@ class VisionTower:
                 embeddings[id(item)] = rows if len(reqs) == 1 else rows.clone()
         return [[embeddings[id(item)] for item in req.multimodal_inputs.mm_items] for req in reqs]
 
+    def forget(self) -> None:
+        """What SGLang remembers by its hash was made by weights that may not be here any more."""
+        from sglang.srt.managers import mm_schedule
+
+        mm_schedule.embedding_cache.clear()
+
+    def wait_for_device(self) -> None:
+        """Until nothing that was started on it reads weights or pixels."""
+        torch.get_device_module(self.device).synchronize()
+
     def _encode_items(self, items: list[Any]) -> list[torch.Tensor]:
         """SGLang batches what is not in its cache into one call of the tower; every item poses as a request."""
         from sglang.srt.managers.mm_schedule import _get_chunked_prefill_embedding

@@ -1,0 +1,495 @@
+"""The encode half in a scheduler: what is parked, encoded, handed over, refused, and what an operator's commands do.
+
+SGLang's scheduler is real up to its forward pass (support/scheduler.py says what is not); the tower's model and the
+transfer are stand-ins.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, UNAVAILABLE, Failure
+from embedding_relay.protocol.status import Status
+from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message
+from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
+from sglang.srt.disaggregation.multimodal.tower import VisionTower
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenizedGenerateReqInput,
+    BeginWeightUpdateReqInput,
+    ContinueGenerationReqInput,
+    EndWeightUpdateReqInput,
+    FlushCacheReqInput,
+    MMInputsProcessError,
+    PauseGenerationReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+)
+from sglang.srt.managers.mm_schedule import init_mm_embedding_cache
+from support.scheduler import MAX_PROMPT, SchedulerWithoutModel, TransferWithoutThread, request
+
+MODE = "encode"
+
+KEEP_DEVICE_CACHE = ContinueGenerationReqInput(torch_empty_cache=False)
+NEW_WEIGHTS = UpdateWeightFromDiskReqInput(model_path="elsewhere", load_format="auto")
+# Each keeps the model from running, and what ends that.
+HOLDS = {
+    "pause-in-place": (PauseGenerationReqInput(mode="in_place"), KEEP_DEVICE_CACHE),
+    "pause-retract": (PauseGenerationReqInput(mode="retract"), KEEP_DEVICE_CACHE),
+    "weight-update": (BeginWeightUpdateReqInput(), EndWeightUpdateReqInput()),
+    "memory-release": (ReleaseMemoryOccupationReqInput(), ResumeMemoryOccupationReqInput()),
+}
+holds = pytest.mark.parametrize(("hold", "go_on"), HOLDS.values(), ids=HOLDS)
+
+
+class Model:
+    """A vision tower whose rows say which weights made them."""
+
+    def __init__(self, scheduler: SchedulerWithoutModel) -> None:
+        self._weights = scheduler.weights
+        self.calls = 0
+        self.fails = False
+
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        self.calls += 1
+        if self.fails:
+            raise ValueError("not with these pixels")
+        return torch.full((2 * len(items), 1), float(self._weights.version))
+
+
+@pytest.fixture
+def model(scheduler: SchedulerWithoutModel) -> Model:
+    init_mm_embedding_cache(1 << 20)
+    return Model(scheduler)
+
+
+@pytest.fixture(autouse=True)
+def role(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model) -> EncodeRole:
+    scheduler.embedding_relay = EncodeRole(scheduler, transfer, VisionTower(model, "cpu", 1))
+    return scheduler.embedding_relay
+
+
+def sent(transfer: TransferWithoutThread, room: int) -> float:
+    """The version of the weights that made the rows of a room."""
+    (source,) = [more for what, other, more in transfer.asked if (what, other) == ("send", room)]
+    return float(source.segments[0][1][0, 0])
+
+
+# ---- the way of a request
+
+
+def test_a_request_with_a_picture_waits_for_its_language_half(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model, role: EncodeRole
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1))
+    assert transfer.rooms("expect") == [7]
+    assert scheduler.waiting_queue == []
+    assert role.tables() == {"parked": 1}
+    assert not scheduler.is_fully_idle()
+    scheduler.turn()
+    assert model.calls == 0
+
+
+def test_rows_are_made_when_they_are_asked_for_and_the_half_is_answered_when_they_are_there(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    scheduler.turn(request("a", 7, pictures=2))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert model.calls == 1
+    assert sent(transfer, 7) == 1
+    assert scheduler.answers == []
+    transfer.stands(7, Status.SUCCESS)
+    scheduler.turn()
+    assert scheduler.answer_to("a") is None
+    assert scheduler.is_fully_idle()
+
+
+def test_text_is_answered_at_once_and_needs_no_other_half(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.turn(request("a", 7))
+    assert scheduler.answer_to("a") is None
+    assert transfer.asked == []
+
+
+def test_one_batch_a_turn(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole) -> None:
+    scheduler.turn(*(request(str(room), room, pictures=1, seed=room) for room in (1, 2)))
+    for room in (1, 2):
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert transfer.rooms("send") == [1]
+    assert role.has_work()
+    scheduler.turn()
+    assert transfer.rooms("send") == [1, 2]
+    assert not role.has_work()
+
+
+def test_a_tower_that_fails_fails_its_batch(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    model.fails = True
+    scheduler.turn(request("a", 7, pictures=1))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn()
+    assert scheduler.answer_to("a") == transfer.reason(7)
+    assert transfer.reason(7).code == INTERNAL
+
+
+def test_pixels_whose_language_half_never_comes_are_not_encoded(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1))
+    nobody = Failure(UNAVAILABLE, "nobody asked")
+    transfer.stands(7, Status.FAILED, nobody)
+    scheduler.turn()
+    assert scheduler.answer_to("a") == nobody
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("status", [Status.BOOTSTRAPPING, Status.WAITING_FOR_INPUT])
+def test_an_abort_ends_a_request_wherever_it_is_and_its_other_half_hears_of_it(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, status: Status
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1), request("b", 8, pictures=1))
+    transfer.stands(7, status)
+    scheduler.turn()
+    scheduler.turn(AbortReq(rid="a"))
+    assert transfer.reason(7).code == CLIENT_GONE
+    assert scheduler.ended() == ["a"]
+    answer = scheduler.answer_to("a")
+    assert answer is not None
+    assert answer.code == BAD_REQUEST
+
+
+def test_an_abort_of_all_requests_is_heard_by_all_other_halves(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    """What SGLang's `pause_generation` does in its mode `abort`, which never tells the scheduler that it is paused."""
+    scheduler.turn(*(request(str(room), room, pictures=1) for room in (1, 2, 3)))
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn(AbortReq(abort_all=True))
+    assert sorted(scheduler.ended()) == ["1", "2", "3"]
+    assert [transfer.reason(room).code for room in (1, 2, 3)] == [CLIENT_GONE] * 3
+    assert scheduler.is_fully_idle()
+
+
+def test_what_the_tokenizer_manager_refused_is_told_to_the_other_half(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    failure = Failure(BAD_REQUEST, "no picture")
+    scheduler.turn(_as_message(Refusal(7, "127.0.0.1", 8998, failure)))
+    assert transfer.reason(7) == failure
+    assert scheduler.answers == []
+
+
+# ---- what SGLang's scheduler refuses
+
+
+def refused(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, recv_req: Any) -> Failure:
+    """Both halves have heard the same."""
+    scheduler.turn(recv_req)
+    scheduler.turn()
+    assert transfer.rooms("expect") == []
+    answer = scheduler.answer_to(recv_req.rid)
+    assert answer is not None
+    assert transfer.reason(recv_req.bootstrap_room) == answer
+    return answer
+
+
+def test_beam_search_is_refused_to_both_halves(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    answer = refused(scheduler, transfer, request("a", 7, pictures=1, sampling={"beam_width": 2}))
+    assert answer.code == BAD_REQUEST
+    assert "Beam search is not supported" in answer.text
+
+
+def test_a_mask_of_the_sampling_that_cannot_be_had_is_refused_to_both_halves(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    """The tokenizer manager takes the wish away here; should one come, it must not leave the other half waiting."""
+    recv_req = request("a", 7, pictures=1, return_sampling_mask=True, sampling={"top_k": 1 << 20})
+    assert "return_sampling_mask" in refused(scheduler, transfer, recv_req).text
+
+
+def test_a_refusal_that_only_its_client_hears_in_full_is_told_to_the_other_half(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a diffusion language model, where SGLang's `Req` does not say what was wrong."""
+    monkeypatch.setattr(scheduler, "validate_dllm_request", lambda req: "not with this model")
+    scheduler.turn(request("a", 7, pictures=1))
+    answer = scheduler.answer_to("a")
+    assert answer is not None
+    assert transfer.reason(7).code == answer.code == BAD_REQUEST
+
+
+def test_the_other_half_gets_the_status_that_sglang_gave(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recv_req: Any, cleanup: Any, **_: Any) -> None:
+        req = scheduler._create_generation_req(recv_req, recv_req.rid, "", recv_req.input_ids, recv_req.sampling_params)
+        req.bootstrap_room, req.bootstrap_host = recv_req.bootstrap_room, recv_req.bootstrap_host
+        prepare_abort(req, "busy", status_code=UNAVAILABLE)
+        scheduler.output_streamer.stream_output([req], False)
+
+    monkeypatch.setattr(scheduler, "_handle_generate_request", refuse)
+    assert refused(scheduler, transfer, request("a", 7, pictures=1)) == Failure(UNAVAILABLE, "busy")
+
+
+def test_a_prompt_that_is_too_long(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
+    assert refused(scheduler, transfer, request("a", 7, pictures=MAX_PROMPT)).code == BAD_REQUEST
+
+
+def test_pixels_that_did_not_reach_the_scheduler(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    recv_req = request("a", 7, pictures=1)
+    recv_req.mm_inputs = MMInputsProcessError("lost")
+    assert refused(scheduler, transfer, recv_req) == Failure(INTERNAL, "lost")
+
+
+def test_a_session_that_is_not_there(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
+    """The tokenizer manager takes sessions away here."""
+    recv_req = request("a", 7, pictures=1, session_params=SimpleNamespace(id="gone"))
+    scheduler.turn(recv_req)
+    answer = scheduler.answer_to("a")
+    assert answer is not None
+    assert "does not exist" in answer.text
+    assert transfer.reason(7) == answer
+
+
+def test_each_request_of_a_batch_is_refused_for_itself(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    batch = BatchTokenizedGenerateReqInput(
+        batch=[request("a", 7, pictures=1, sampling={"beam_width": 2}), request("b", 8, pictures=1)]
+    )
+    scheduler.turn(batch)
+    assert transfer.reason(7).code == BAD_REQUEST
+    assert transfer.rooms("expect") == [8]
+
+
+def test_priority_and_a_full_queue_are_no_concern_of_a_half_that_queues_nothing(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.max_queued_requests = 0
+    scheduler.turn(request("a", 7, pictures=1, priority=3))
+    assert transfer.rooms("expect") == [7]
+
+
+def test_a_request_that_waits_for_its_grammar_is_not_refused(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer manager takes grammars away here; should one come, SGLang queues its request later."""
+    grammar = scheduler.grammar_manager
+    monkeypatch.setattr(grammar, "process_req_with_grammar", lambda req: grammar.grammar_queue.append(req) or True)
+    scheduler.turn(request("a", 7, pictures=1))
+    assert transfer.asked == []
+    scheduler._add_request_to_queue(grammar.grammar_queue.pop())
+    assert transfer.rooms("expect") == [7]
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": {"beam_width": 2}}])
+def test_health_requests_leave_no_trace_in_the_transfer(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, options: dict[str, Any]
+) -> None:
+    scheduler.turn(request("a", 7, bootstrap_host=FAKE_BOOTSTRAP_HOST, **options))
+    assert scheduler.ended() == ["a"]
+    assert transfer.asked == []
+
+
+def test_no_room_is_the_clients_fault(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
+    scheduler.turn(request("a", None, pictures=1))
+    answer = scheduler.answer_to("a")
+    assert answer is not None
+    assert answer.code == BAD_REQUEST
+    assert transfer.asked == []
+
+
+def test_an_unhealthy_instance_takes_no_pictures_and_answers_no_health_request(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    transfer.unhealthy_reason = "a thread died"
+    scheduler.turn(request("a", 7, pictures=1), request("health", 8, bootstrap_host=FAKE_BOOTSTRAP_HOST))
+    answer = scheduler.answer_to("a")
+    assert answer == transfer.reason(7)
+    assert answer is not None
+    assert answer.code == UNAVAILABLE
+    assert scheduler.ended() == ["a"]
+
+
+def test_the_warm_up_request_waits_until_others_can_find_this_instance(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    transfer.is_reachable = False
+    scheduler.turn(request("warm-up", 1, bootstrap_host=FAKE_BOOTSTRAP_HOST))
+    scheduler.turn()
+    assert scheduler.ended() == []
+    transfer.is_reachable = True
+    scheduler.turn()
+    assert scheduler.ended() == ["warm-up"]
+
+
+def test_an_item_without_offsets_is_a_fault_of_the_instance(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    recv_req = request("a", 7, pictures=1)
+    recv_req.mm_inputs.mm_items[0].offsets = None
+    assert refused(scheduler, transfer, recv_req).code == INTERNAL
+
+
+# ---- an operator's commands
+
+
+def answers_of_commands(scheduler: SchedulerWithoutModel) -> list[bool]:
+    return [one.success for one in scheduler.answers if hasattr(one, "success")]
+
+
+@holds
+def test_the_tower_rests_while_an_operator_holds_the_model(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    model: Model,
+    role: EncodeRole,
+    hold: Any,
+    go_on: Any,
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1), hold)
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn()
+    assert model.calls == 0
+    assert not role.has_work(), "the scheduler may sleep"
+    scheduler.turn(go_on)
+    assert model.calls == 1
+    assert transfer.rooms("send") == [7]
+
+
+@holds
+def test_a_held_instance_takes_requests_and_answers_those_that_end(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, hold: Any, go_on: Any
+) -> None:
+    scheduler.turn(request("made", 1, pictures=1, seed=1))
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn(hold)
+    scheduler.turn(request("new", 2, pictures=1), request("left", 3, pictures=1))
+    transfer.stands(1, Status.SUCCESS)
+    transfer.stands(2, Status.FAILED, Failure(UNAVAILABLE, "too late"))
+    scheduler.turn(AbortReq(rid="left"))
+    assert sorted(scheduler.ended()) == ["left", "made", "new"]
+    scheduler.turn(go_on)
+    assert scheduler.is_fully_idle()
+
+
+@pytest.mark.parametrize("status", [Status.BOOTSTRAPPING, Status.WAITING_FOR_INPUT, Status.TRANSFERRING])
+@pytest.mark.parametrize("paused", [False, True])
+def test_no_parked_request_is_in_the_way_of_a_flush(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, status: Status, paused: bool
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1))
+    transfer.stands(7, status)
+    scheduler.turn()
+    if paused:
+        scheduler.turn(PauseGenerationReqInput(mode="in_place"))
+    scheduler.turn(FlushCacheReqInput())
+    assert answers_of_commands(scheduler) == [True]
+    assert scheduler.tree_cache.times == 1
+    assert scheduler.ended() == []
+    assert not scheduler.is_fully_idle(), "only for the flush"
+
+
+def test_a_flush_that_waits_for_idleness_waits_for_parked_requests(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1), FlushCacheReqInput(timeout_s=60))
+    assert answers_of_commands(scheduler) == []
+    transfer.stands(7, Status.FAILED, Failure(UNAVAILABLE, "nobody asked"))
+    scheduler.turn()
+    scheduler.turn()
+    assert answers_of_commands(scheduler) == [True]
+
+
+def test_a_flush_beside_work_of_sglangs_own_is_refused_as_ever(scheduler: SchedulerWithoutModel) -> None:
+    scheduler.waiting_queue.append(SimpleNamespace(kv=SimpleNamespace(holds_kv=False), rid="other"))
+    scheduler.turn(FlushCacheReqInput())
+    assert answers_of_commands(scheduler) == [False]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_memory_is_released_beside_parked_requests(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole, paused: bool
+) -> None:
+    scheduler.turn(request("a", 7, pictures=1))
+    if paused:
+        scheduler.turn(PauseGenerationReqInput(mode="retract"))
+    scheduler.turn(ReleaseMemoryOccupationReqInput())
+    assert len(scheduler.answers) == 1
+    assert role.tables() == {"parked": 1}
+
+
+def test_memory_is_released_when_the_device_has_nothing_left_to_do(
+    scheduler: SchedulerWithoutModel, role: EncodeRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(role.tower, "wait_for_device", lambda: done.append("waited"))
+    monkeypatch.setattr(scheduler.memory_saver_adapter, "pause", done.append)
+    scheduler.turn(ReleaseMemoryOccupationReqInput(tags=["weights"]))
+    assert done == ["waited", "weights"]
+
+
+UPDATES = {
+    "flushing": (UpdateWeightFromDiskReqInput(model_path="elsewhere", load_format="auto"),),
+    "not flushing": (UpdateWeightFromDiskReqInput(model_path="elsewhere", load_format="auto", flush_cache=False),),
+    "in a session": (BeginWeightUpdateReqInput(), EndWeightUpdateReqInput()),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_rows_that_older_weights_made_serve_no_newer_request(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, update: tuple[Any, ...]
+) -> None:
+    """The same picture has the same hash, by which SGLang remembers its rows."""
+    scheduler.turn(*(request(str(room), room, pictures=1) for room in (1, 2, 3)))
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn(PauseGenerationReqInput(mode="in_place"), *update)
+    transfer.stands(2, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn(KEEP_DEVICE_CACHE)
+    assert (sent(transfer, 1), sent(transfer, 2)) == (1, 2)
+
+
+def test_an_update_in_the_same_turn_comes_before_the_tower(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.turn(request("a", 1, pictures=1), request("b", 2, pictures=1))
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    transfer.stands(2, Status.WAITING_FOR_INPUT)
+    scheduler.turn(NEW_WEIGHTS)
+    assert sent(transfer, 2) == 2
+
+
+def test_a_flush_forgets_the_rows_of_pictures(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    for room in (1, 2):
+        scheduler.turn(request(str(room), room, pictures=1))
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+        scheduler.turn()
+    assert model.calls == 1, "the second was remembered"
+    scheduler.turn(FlushCacheReqInput())
+    scheduler.turn(request("3", 3, pictures=1))
+    transfer.stands(3, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert model.calls == 2
