@@ -22,7 +22,8 @@ from typing import Any, Final
 import torch
 
 from embedding_relay.config import RelayConfig
-from embedding_relay.memory.checks import ModelLimits
+from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.memory.checks import NO_ITEM, ModelLimits
 from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.status import Status
@@ -296,6 +297,22 @@ class TransferWithoutThread:
 
     def request(self, receiver: Any, hint_rows: int | None) -> None:
         self.asked.append(("request", receiver.room, receiver))
+
+    def rows_arrive(self, room: int, seed: int = 0) -> None:
+        """All rows of a prompt with one picture, of `request(…, pictures=1, seed=seed)` at the encode half."""
+        (receiver,) = [more for what, other, more in self.asked if (what, other) == ("request", room)]
+        items = torch.zeros(4, 4, dtype=torch.int32)
+        items[:, 0] = torch.tensor([NO_ITEM, 0, 0, NO_ITEM])
+        items[1:3, 1:3] = torch.tensor([Modality.IMAGE.value, 1 + seed])
+        receiver.target = ReceivedRows(
+            total=4,
+            fill_ids=torch.tensor([1, 9, 9, 2], dtype=torch.int32),
+            mrope=torch.zeros(4, 3, dtype=torch.int32),
+            items=items,
+            embeddings=torch.full((4, 2), float(seed)),
+            media_items=1,
+        )
+        self.stands(room, Status.SUCCESS)
 
     def cancel(self, room: int, failure: Failure | None) -> None:
         self.asked.append(("cancel", room, failure))
