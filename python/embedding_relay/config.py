@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from embedding_relay.keys import BadSecret, Keys, read_keys
+from embedding_relay.pairing import ALLOWED_HOSTS, AllowedHosts
 from embedding_relay.protocol.errors import SettingError
 from embedding_relay.protocol.messages import MAX_BLOCKS
 from embedding_relay.protocol.timing import Timing
@@ -56,6 +57,8 @@ class RelayConfig:
     """None takes RDMA where the machine has a device for it, else TCP."""
     keys: Keys | None = None
     """What is made from the secret of this deployment; None lets everybody in."""
+    allowed_hosts: AllowedHosts | None = None
+    """The encode instances that a request may have asked; None allows any host."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RelayConfig:
@@ -73,6 +76,7 @@ class RelayConfig:
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
             transport=reader.transport(),
             keys=reader.keys(),
+            allowed_hosts=reader.allowed_hosts(),
         )
         if config.cache_blocks > MAX_BLOCKS:
             raise SettingError(f"{CACHE_BLOCKS} must be at most {MAX_BLOCKS} blocks, not {config.cache_blocks}")
@@ -82,6 +86,9 @@ class RelayConfig:
                 f" are more than {_LARGEST} tokens"
             )
         return config
+
+    def may_ask(self, host: str) -> bool:
+        return self.allowed_hosts is None or host in self.allowed_hosts
 
     @property
     def timing(self) -> Timing:
@@ -149,6 +156,14 @@ class _Reader:
             return read_keys(path) if path else None
         except BadSecret as reason:
             raise SettingError(f"{SECRET_FILE}: {_shown(path, 100)} {reason}") from None
+
+    def allowed_hosts(self) -> AllowedHosts | None:
+        text = self._text(ALLOWED_HOSTS)
+        try:
+            return AllowedHosts.parse(text) if text else None
+        except ValueError as entry:
+            known = "an address, a network, a host name or *.domain"
+            raise SettingError(f"{ALLOWED_HOSTS} must have {known} between commas, not {_shown(str(entry))}") from None
 
 
 def _shown(text: str, longest: int = 40) -> str:

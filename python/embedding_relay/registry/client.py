@@ -5,12 +5,15 @@ Both do so in threads of their own, so that a registry that does not answer hold
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
+import json
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
@@ -26,7 +29,10 @@ from embedding_relay.threads import WatchedThread
 
 logger = logging.getLogger(__name__)
 
+# For each step of a request, and for the whole: who sends a byte now and then must not keep a thread for ever.
 _REQUEST_TIMEOUT: Final = 5.0
+_WHOLE_REQUEST_TIMEOUT: Final = 10.0
+_MOST_QUOTED: Final = 200
 
 # An encode rank and its registry start at the same time, in two processes.
 _ANNOUNCE_AGAIN_AFTER: Final = 0.5
@@ -42,7 +48,18 @@ _LOOK_UP_AGAIN_AFTER: Final = 0.2
 
 
 class RegistryError(RemoteError):
-    """The registry did not answer as it should, or does not know the rank (yet)."""
+    """The registry did not answer as it should, or does not know the rank (yet). A client may read the text.
+
+    A client also chooses which host is asked. So `said`, what that host answered, is for the log only.
+    """
+
+    def __init__(self, text: str, said: str = "") -> None:
+        super().__init__(text)
+        self.said = json.dumps(said[:_MOST_QUOTED]) if said else "nothing"
+
+    @property
+    def for_the_log(self) -> str:
+        return f"{self}; it said {self.said}"
 
 
 # ---- one request
@@ -59,7 +76,13 @@ def look_up(registry: Address, rank: int, key: bytes | None = None) -> EncodeRan
     try:
         return msgspec.json.decode(body, type=EncodeRank)
     except msgspec.DecodeError as error:
-        raise RegistryError(f"what answers at {registry} is no bootstrap registry of this version: {error}") from error
+        raise _no_registry(registry, f"{error}: {body.decode(errors='replace')}") from error
+
+
+def _no_registry(registry: Address, said: str) -> RegistryError:
+    """The same whatever it is: a client learns nothing about hosts that only this instance reaches."""
+    text = f"what answers at {registry} is no bootstrap registry of this version, or knows no such encode rank (yet)"
+    return RegistryError(text, said)
 
 
 def parse_address(text: str) -> Address:
@@ -81,25 +104,48 @@ def _request(registry: Address, method: str, path: str, body: bytes, key: bytes 
             sent_to = connection.sock.getpeername() if method == "PUT" else None
             request = seals.Request(method, path, body, seals.destination(sent_to))
             headers = seals.seal_request(key, request, time.time_ns())
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        answer = response.read(MAX_BODY)
-    except (OSError, UnicodeError, http.client.HTTPException) as error:  # Unicode: a host that no name server takes
+        with _cut_off(connection.sock):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            answer = response.read(MAX_BODY)
+    except (OSError, UnicodeError) as error:  # Unicode: a host that no name server takes
         raise RegistryError(f"bootstrap registry {registry} did not answer: {error}") from error
+    except http.client.HTTPException as error:
+        raise _no_registry(registry, repr(error)) from error
     finally:
         connection.close()
-    text = answer.decode(errors="replace")[:200]
+    said = f"{response.status} {answer.decode(errors='replace')}"
     if response.status == http.HTTPStatus.UNAUTHORIZED:  # never sealed: whoever asked may not have the secret
-        raise RegistryError(f"bootstrap registry {registry} refuses this instance: {text}")
+        text = f"bootstrap registry {registry} refuses this instance: {SECRET_FILE} or the clock differs there"
+        raise RegistryError(text, said)
     seal = response.getheader(seals.SEAL, "")
     if key and not seals.is_sealed_answer(key, headers[seals.NONCE], response.status, answer, seal):
         raise RegistryError(
             f"bootstrap registry {registry} does not prove that it has our secret:"
-            f" {SECRET_FILE} differs or is missing there"
+            f" {SECRET_FILE} differs or is missing there",
+            said,
         )
     if response.status != http.HTTPStatus.OK:
-        raise RegistryError(f"bootstrap registry {registry} answered {response.status}: {text}")
+        raise _no_registry(registry, said)
     return answer
+
+
+@contextlib.contextmanager
+def _cut_off(connection: socket.socket) -> Iterator[None]:
+    """End the connection under whoever waits for it when its time is up: its own time-out begins with each byte."""
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_WHOLE_REQUEST_TIMEOUT, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 # ---- encode side
@@ -147,7 +193,7 @@ class Announcer:
                 break
             except RegistryError as error:
                 if time.monotonic() > deadline:
-                    self._give_up(f"no bootstrap registry within {self._patience:g} s: {error}")
+                    self._give_up(f"no bootstrap registry within {self._patience:g} s: {error.for_the_log}")
                     return
             if self._stopped.wait(_ANNOUNCE_AGAIN_AFTER):
                 return
@@ -163,7 +209,7 @@ class Announcer:
             except RegistryError as error:
                 missed += 1
                 if missed == _MOST_MISSED:
-                    self._give_up(f"the bootstrap registry is gone: {error}")
+                    self._give_up(f"the bootstrap registry is gone: {error.for_the_log}")
                     return
 
 
@@ -185,9 +231,15 @@ class PeerLookup:
     """Finds out which encode rank a registry has, and posts the answer to the control thread."""
 
     def __init__(
-        self, answers: LookupAnswers, post: Callable[[Callable[[float], None]], None], key: bytes | None = None
+        self,
+        answers: LookupAnswers,
+        post: Callable[[Callable[[float], None]], None],
+        key: bytes | None = None,
+        may_ask: Callable[[str], bool] = lambda host: True,
     ) -> None:
+        """`may_ask`: whether an operator lets a host be asked. Clients choose registries, and these name more hosts."""
         self._answers = answers
+        self._may_ask = may_ask
         self._key = key
         self._post = post
         self._stopped = threading.Event()
@@ -209,7 +261,7 @@ class PeerLookup:
             self._find(peer)
         except BaseException as error:  # the top of a thread: who waits for this answer must get one
             logger.exception("the lookup of %s failed", peer)
-            self._post(functools.partial(self._answers.peer_unreachable, peer, repr(error)))
+            self._post(functools.partial(self._answers.peer_unreachable, peer, type(error).__name__))
 
     def _find(self, peer: str) -> None:
         known = self._known.get(peer)
@@ -219,6 +271,7 @@ class PeerLookup:
         try:
             rank = self._ask(peer)
         except RegistryError as error:
+            logger.warning("relay: encode instance %s cannot be found: %s", peer, error.for_the_log)
             self._post(functools.partial(self._answers.peer_unreachable, peer, str(error)))
         else:
             self._known[peer] = rank.address
@@ -229,10 +282,11 @@ class PeerLookup:
         while True:
             try:
                 rank = look_up(registry, _SENDING_RANK, self._key)
+                if not self._may_ask(rank.host):
+                    raise RegistryError(f"{registry} names a host that may not be asked", str(rank.address))
                 if is_refused(rank.address):
-                    raise RegistryError(
-                        f"encode rank {rank.rank} of {registry} is gone: {rank.address} refuses connections"
-                    )
+                    text = f"encode rank {rank.rank} of {registry} is gone: its address refuses connections"
+                    raise RegistryError(text, str(rank.address))
                 return rank
             except RegistryError:
                 if time.monotonic() > deadline or self._stopped.wait(_LOOK_UP_AGAIN_AFTER):

@@ -1,17 +1,24 @@
 """The bootstrap registry over real HTTP."""
 
 import http.client
+import logging
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
-from embedding_relay.protocol.errors import SettingError
+from embedding_relay.config import RelayConfig
+from embedding_relay.pairing import AllowedHosts
+from embedding_relay.protocol.errors import BAD_GATEWAY, SettingError
 from embedding_relay.protocol.messages import Address
+from embedding_relay.registry import client
 from embedding_relay.registry.client import RegistryError, announce, look_up, parse_address
 from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
-from support.loopback import HOST, small_layout
+from support.loopback import HOST, language_rank, small_layout
 
 RANK = EncodeRank(0, HOST, 1234, "abc", small_layout().handshake())
 
@@ -36,8 +43,9 @@ def request(registry: Address, method: str, path: str, body: bytes = b"") -> tup
 
 
 def test_a_rank_is_found_where_it_said(registry: Address) -> None:
-    with pytest.raises(RegistryError, match="no encode rank 0"):
+    with pytest.raises(RegistryError, match="knows no such encode rank") as caught:
         look_up(registry, 0)
+    assert 'it said "404 no encode rank 0 has registered here"' in caught.value.for_the_log
     announce(registry, RANK)
     assert look_up(registry, 0) == RANK
 
@@ -112,3 +120,122 @@ def test_ipv6() -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(RegistryError, match="no address"):
         parse_address(text)
+
+
+# ---- a client names a host that is no registry
+
+HIDDEN = "hidden-word"
+
+
+class ForeignHost:
+    """Answers whoever connects with these bytes, one connection at a time, and notes how many there were."""
+
+    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+        self._answer = answer
+        self._listening = socket.create_server((HOST, 0))
+        self.address = Address(HOST, self._listening.getsockname()[1])
+        self.asked = 0
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listening.accept()
+            with connection:
+                if not connection.recv(65536):
+                    return  # that was `close`
+                self.asked += 1
+                self._answer(connection)
+
+    def close(self) -> None:
+        with socket.create_connection((self.address.host, self.address.port)):
+            pass
+        self._thread.join()
+        self._listening.close()
+
+
+def says(*lines: str, body: str = "") -> Callable[[socket.socket], None]:
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "Connection: close", "", ""])
+    return lambda connection: connection.sendall((head + body).encode())
+
+
+def entry(**changes: object) -> str:
+    return msgspec.json.encode({**msgspec.to_builtins(RANK), **changes}).decode()
+
+
+@pytest.fixture
+def foreign(request: pytest.FixtureRequest) -> Iterator[ForeignHost]:
+    host = ForeignHost(request.param)
+    yield host
+    host.close()
+
+
+ANSWERS = {
+    "a page": says("HTTP/1.1 200 OK", body=f"<html>{HIDDEN}\n\x1b[31m" + "x" * 1000),
+    "not found": says("HTTP/1.1 404 Not Found", body=HIDDEN),
+    "unauthorized": says("HTTP/1.1 401 Unauthorized", body=HIDDEN),
+    "an error": says(f"HTTP/1.1 500 {HIDDEN}", body=HIDDEN),
+    "a redirect": says("HTTP/1.1 302 Found", f"Location: http://{HIDDEN}/", body=HIDDEN),
+    "no HTTP": says(f"SSH-2.0-{HIDDEN}"),
+    "an unknown version": says(f"HTTP/9.{HIDDEN} 200 OK"),
+    "almost an entry": says("HTTP/1.1 200 OK", body=entry(port=HIDDEN)),
+    "an entry of another version": says("HTTP/1.1 200 OK", body=entry(handshake={HIDDEN: HIDDEN})),
+    "an endless header": says("HTTP/1.1 200 OK", f"{HIDDEN}: {'x' * 70_000}"),
+}
+
+
+@pytest.mark.parametrize("foreign", ANSWERS.values(), ids=ANSWERS, indirect=True)
+def test_what_a_foreign_host_answers_is_for_the_log_only(
+    foreign: ForeignHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client chooses which host is asked: it must not read there through us."""
+    monkeypatch.setattr(client, "_LOOKUP_PATIENCE", 0.0)
+    with caplog.at_level(logging.WARNING), language_rank(small_layout()) as language:
+        receivers = language.start(str(foreign.address), 1)
+        language.wait(receivers.values())
+    failure = receivers[1].failure()
+    assert failure is not None
+    assert failure.code == BAD_GATEWAY
+    assert str(foreign.address) in failure.text
+    assert HIDDEN not in failure.text
+    assert len(failure.text) < 300
+    (line,) = [record.getMessage() for record in caplog.records if "cannot be found" in record.getMessage()]
+    assert "it said" in line
+    assert line.isprintable()
+    assert len(line) < 700
+    assert foreign.asked == 1
+
+
+def test_a_host_that_answers_a_byte_at_a_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_WHOLE_REQUEST_TIMEOUT", 0.5)
+    gone = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        try:
+            while not gone.wait(0.01):
+                connection.sendall(b"x")
+        except OSError:
+            gone.set()
+
+    host = ForeignHost(drip)
+    began = time.monotonic()
+    with pytest.raises(RegistryError):
+        look_up(host.address, 0)
+    assert gone.wait(5.0), "the connection was left open"
+    assert time.monotonic() - began < 4.0
+    host.close()
+
+
+@pytest.mark.parametrize("foreign", [says("HTTP/1.1 200 OK", body=entry(host="192.0.2.1"))], ids=[""], indirect=True)
+def test_a_registry_cannot_name_a_host_that_may_not_be_asked(
+    foreign: ForeignHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_LOOKUP_PATIENCE", 0.0)
+    monkeypatch.setattr(client, "is_refused", lambda address: pytest.fail(f"{address} was asked"))
+    config = RelayConfig(allowed_hosts=AllowedHosts.parse(HOST))
+    with language_rank(small_layout(), config) as language:
+        receivers = language.start(str(foreign.address), 1)
+        language.wait(receivers.values())
+    failure = receivers[1].failure()
+    assert failure is not None
+    assert failure.text.endswith(f"cannot be found: {foreign.address} names a host that may not be asked")

@@ -4,6 +4,7 @@ import pytest
 
 from embedding_relay import config
 from embedding_relay.config import RelayConfig
+from embedding_relay.pairing import ALLOWED_HOSTS
 from embedding_relay.protocol.errors import SettingError
 
 COUNTS = [
@@ -124,3 +125,22 @@ def test_mooncakes_own_settings_choose_the_transport() -> None:
     assert RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "tcp"}).transport == "tcp"
     with pytest.raises(SettingError, match=config.MOONCAKE_PROTOCOL):
         RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "no-such-transport"})
+
+
+def test_hosts_may_be_named_that_requests_may_have_asked() -> None:
+    assert RelayConfig.from_environment({}).may_ask("169.254.169.254")
+    assert RelayConfig.from_environment({ALLOWED_HOSTS: " "}).may_ask("any.example")
+    named = RelayConfig.from_environment({ALLOWED_HOSTS: "10.0.0.0/8, encode.example"})
+    assert named.may_ask("10.1.2.3")
+    assert named.may_ask("encode.example")
+    assert not named.may_ask("169.254.169.254")
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/33", "a b", "http://encode:8998", "encode:8998", "x" * 300 + "/"])
+def test_a_host_that_nobody_can_have_is_one_line(text: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        RelayConfig.from_environment({ALLOWED_HOSTS: f"encode.example,{text}"})
+    line = str(caught.value)
+    assert line.startswith(f"{ALLOWED_HOSTS} must have an address, a network, a host name or *.domain between commas")
+    assert "\n" not in line
+    assert len(line) < 200

@@ -127,6 +127,7 @@ def generate(original: Original, manager: Any, obj: Any, request: Any = None) ->
         return original(manager, obj, request)
     from sglang.srt.disaggregation.multimodal import front
 
+    modes.check_pairing(obj)
     if mode == modes.ENCODE:
         modes.ask_for_rows_only(obj)
     return front.generate(original, manager, obj, request)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, Final
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from embedding_relay.pairing import AllowedHosts
 
 ENCODE: Final = "encode"
 LANGUAGE: Final = "language"
@@ -47,6 +51,32 @@ def _add_member(cls: type[enum.Enum], name: str, value: str) -> None:
     cls._value2member_map_[value] = member
 
 
+def check_pairing(obj: Any) -> None:
+    """What a client says about the other half of its request; a ValueError becomes a 400. Both halves check alike.
+
+    Before SGLang makes lists of it: that counts rooms up, and takes lists to be as long as the batch.
+    """
+    if not hasattr(obj, "bootstrap_room"):
+        return  # a request for an embedding model, which SGLang refuses
+    from embedding_relay import pairing
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    prompts = obj.text if obj.text is not None else obj.input_ids
+    is_batch = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
+    said = pairing.Pairing(obj.bootstrap_host, obj.bootstrap_port, obj.bootstrap_room)
+    number = len(prompts) if is_batch else None
+    obj.bootstrap_host, obj.bootstrap_port, obj.bootstrap_room = pairing.settle(
+        said, number, _allowed_hosts(), never_asked=FAKE_BOOTSTRAP_HOST
+    )
+
+
+@functools.cache
+def _allowed_hosts() -> AllowedHosts | None:
+    from embedding_relay.config import RelayConfig
+
+    return RelayConfig.from_environment().allowed_hosts
+
+
 # What only the language half can serve. An encode instance without the flag for it must not refuse the request.
 _GENERATION_FIELDS: Final = {
     "custom_logit_processor": None,
@@ -63,8 +93,7 @@ _GRAMMARS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
 def ask_for_rows_only(obj: Any) -> None:
     """The encode half of a request: its prompt and its images, and nothing about what will be generated.
 
-    `n` samples share one embedding: here they are one request. The router numbers samples (`n` rooms for one prompt);
-    the language side asks for the first of them only.
+    `n` samples share one embedding: here they are one request.
     """
     if not hasattr(obj, "bootstrap_room"):
         return  # a request for an embedding model, which SGLang refuses
@@ -76,12 +105,6 @@ def ask_for_rows_only(obj: Any) -> None:
             one["n"] = 1
             for grammar in _GRAMMARS:
                 one.pop(grammar, None)
-    prompts = obj.text if obj.text is not None else obj.input_ids
-    is_batch = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
-    for field in ("bootstrap_host", "bootstrap_port", "bootstrap_room"):
-        value = getattr(obj, field, None)
-        if isinstance(value, list):
-            setattr(obj, field, value[: len(prompts)] if is_batch else value[0])
 
 
 class LoadsPlugins:
