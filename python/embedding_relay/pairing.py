@@ -67,16 +67,16 @@ class Pairing(NamedTuple):
     room: Any
 
 
-def settle(said: Pairing, prompts: int | None, allowed: AllowedHosts | None, never_asked: str = "") -> Pairing:
+def settle(said: Pairing, prompts: int | None, allowed: AllowedHosts | None, local: str = "") -> Pairing:
     """What a request says, once it is known to be usable; raises BadPairing.
 
     `prompts`: how many a batch has, None for a single prompt. A router may name a room for each sample of a prompt; the
-    first is the prompt's. `never_asked` is a host that stands for this instance itself.
+    first is the prompt's. `local` is a host that is never asked.
     """
 
     def host(value: Any) -> str:
         checked = _host(value)
-        if allowed is not None and checked != never_asked and checked not in allowed:
+        if allowed is not None and checked != local and checked not in allowed:
             raise BadPairing(f"bootstrap_host {_shown(checked)} may not be asked: {ALLOWED_HOSTS} does not name it")
         return checked
 

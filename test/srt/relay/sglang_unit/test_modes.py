@@ -73,7 +73,17 @@ def test_a_request_of_another_kind_says_nothing() -> None:
 def test_only_hosts_that_the_operator_names_and_the_instance_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RelayConfig.from_environment({ALLOWED_HOSTS: "10.0.0.0/8"})
     monkeypatch.setattr(modes, "_allowed_hosts", lambda: config.allowed_hosts)
-    for host in ("10.1.2.3", FAKE_BOOTSTRAP_HOST, None):
+    for host in ("10.1.2.3", None):
         assert asked("a", bootstrap_host=host, bootstrap_room=1).bootstrap_host == host
     with pytest.raises(ValueError, match=ALLOWED_HOSTS):
         asked("a", bootstrap_host="169.254.169.254", bootstrap_room=1)
+
+
+def test_the_host_of_warm_up_requests_is_for_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the scheduler such a request is its own: it would be answered without its picture."""
+    config = RelayConfig.from_environment({ALLOWED_HOSTS: "10.0.0.0/8"})
+    monkeypatch.setattr(modes, "_allowed_hosts", lambda: config.allowed_hosts)
+    modes.check_pairing(GenerateReqInput(text="a", bootstrap_host=FAKE_BOOTSTRAP_HOST, bootstrap_room=0))
+    for text, host in (("a", FAKE_BOOTSTRAP_HOST), (["a", "b"], ["10.1.2.3", FAKE_BOOTSTRAP_HOST])):
+        with pytest.raises(ValueError, match="is no encode instance"):
+            asked(text, bootstrap_host=host, bootstrap_room=1)

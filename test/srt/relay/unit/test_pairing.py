@@ -149,8 +149,8 @@ def test_hosts_that_may_not_be_asked(host: str) -> None:
     assert refusal(said(host=["10.1.0.1", host]), 2, ALLOWED) == wanted
 
 
-def test_what_stands_for_the_instance_itself_is_never_asked_and_so_never_refused() -> None:
-    assert settle(said(host="2.2.2.2"), None, ALLOWED, never_asked="2.2.2.2").host == "2.2.2.2"
+def test_a_host_that_is_never_asked_need_not_be_allowed() -> None:
+    assert settle(said(host="2.2.2.2"), None, ALLOWED, local="2.2.2.2").host == "2.2.2.2"
     with pytest.raises(BadPairing):
         settle(said(host="2.2.2.2"), None, ALLOWED)
 

@@ -65,9 +65,12 @@ def check_pairing(obj: Any) -> None:
     is_batch = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
     said = pairing.Pairing(obj.bootstrap_host, obj.bootstrap_port, obj.bootstrap_room)
     number = len(prompts) if is_batch else None
-    obj.bootstrap_host, obj.bootstrap_port, obj.bootstrap_room = pairing.settle(
-        said, number, _allowed_hosts(), never_asked=FAKE_BOOTSTRAP_HOST
-    )
+    settled = pairing.settle(said, number, _allowed_hosts(), local=FAKE_BOOTSTRAP_HOST)
+    hosts = settled.host if isinstance(settled.host, list) else [settled.host]
+    if FAKE_BOOTSTRAP_HOST in hosts and obj.contains_mm_input():
+        text = f"bootstrap_host {FAKE_BOOTSTRAP_HOST} is no encode instance: nobody would look at the media"
+        raise pairing.BadPairing(text)
+    obj.bootstrap_host, obj.bootstrap_port, obj.bootstrap_room = settled
 
 
 @functools.cache
