@@ -1,0 +1,154 @@
+"""The hooks: each is where SGLang looks, a missing one is noticed, and in no mode but ours do they change anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from embedding_relay.protocol.errors import SettingError
+from sglang.srt.disaggregation.multimodal import hooks, modes
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ReleaseMemoryOccupationReqInput
+from sglang.srt.plugins.hook_registry import HookType
+from support.scheduler import SchedulerWithoutModel, request
+
+MODE = "encode"
+
+pytestmark = pytest.mark.usefixtures("mode")
+
+
+# ---- that they are there
+
+
+def test_every_hook_took() -> None:
+    hooks.verify()
+
+
+@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.target.rpartition(".")[2])
+def test_a_hook_that_did_not_take_is_named(hook: hooks.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _, name = hook.target.rpartition(".")
+    bare = pkgutil.resolve_name(hook.target)
+    while hasattr(bare, "__wrapped__"):
+        bare = bare.__wrapped__
+    monkeypatch.setattr(pkgutil.resolve_name(place), name, bare)
+    with pytest.raises(SettingError, match="did not apply") as error:
+        hooks.verify()
+    assert hook.target in str(error.value)
+
+
+def test_an_sglang_that_we_do_not_know_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.4.0")
+    with pytest.raises(SettingError, match=r"==0\.5\.23.*0\.4\.0"):
+        hooks.verify()
+
+
+def test_a_target_has_one_hook_and_the_argument_that_its_function_names() -> None:
+    """SGLang passes on what it was given: a hook that takes a scheduler must be on a method of one."""
+    targets = [hook.target for hook in hooks.HOOKS]
+    assert len(targets) == len(set(targets))
+    for hook in hooks.HOOKS:
+        names = list(inspect.signature(hook.function).parameters)
+        first = names[0] if hook.kind is HookType.BEFORE else names[1] if len(names) > 1 else ""
+        assert (first == "scheduler") == (".Scheduler." in hook.target), hook.target
+
+
+def test_an_operators_mistake_is_one_line() -> None:
+    with pytest.raises(SystemExit, match="sglang-embedding-relay: this cannot work"), hooks.one_line_for_the_operator():
+        raise SettingError("this cannot work")
+
+
+# ---- a server in another mode
+
+
+@pytest.fixture
+def undivided(scheduler: SchedulerWithoutModel, monkeypatch: pytest.MonkeyPatch) -> SchedulerWithoutModel:
+    """As SGLang makes it in its own modes: our hooks are there, a role is not."""
+    monkeypatch.setattr(modes, "current", lambda: None)
+    hooks.take_role(None, scheduler)
+    assert scheduler.embedding_relay is None
+    return scheduler
+
+
+def test_without_a_role_requests_go_sglangs_way(undivided: SchedulerWithoutModel) -> None:
+    undivided.turn(request("a", None), request("b", 7, pictures=1), request("c", None, priority=3))
+    assert [req.rid for req in undivided.waiting_queue] == ["a", "b"]
+    answer = undivided.answer_to("c")
+    assert answer is not None
+    assert "priority" in answer.text
+    undivided.turn(AbortReq(abort_all=True))
+    assert undivided.waiting_queue == []
+    assert undivided.is_fully_idle()
+
+
+def test_without_a_role_commands_go_sglangs_way(undivided: SchedulerWithoutModel) -> None:
+    undivided.turn(FlushCacheReqInput())
+    assert undivided.answers[-1].success
+    undivided.turn(request("a", None), FlushCacheReqInput())
+    assert not undivided.answers[-1].success
+    with pytest.raises(AssertionError, match="only when server is idle"):
+        undivided.turn(ReleaseMemoryOccupationReqInput())
+
+
+def test_what_runs_once_a_turn_needs_a_role(undivided: SchedulerWithoutModel) -> None:
+    for hook in (hooks.sleep_while_only_we_wait, hooks.close_role):
+        hook(None, undivided)
+    assert undivided.answers == []
+
+
+def test_a_model_in_another_mode_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "current", lambda: None)
+    config = SimpleNamespace(hf_config=SimpleNamespace())
+    hooks.keep_one_half(config, SimpleNamespace(disaggregation_mode="null"))
+    assert vars(config.hf_config) == {}
+    assert hooks.build_without_tower(lambda config, extra: (config, extra), config, "kept") == (config, "kept")
+    limits = SimpleNamespace(max_req_len=3)
+    hooks.restore_prompt_limits(None, limits)
+    assert limits.max_req_len == 3
+
+
+# ---- a server in one of ours
+
+
+def test_to_sglang_a_server_of_ours_is_a_plain_one(
+    scheduler: SchedulerWithoutModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own prefill and decode branches must not see a mode that they do not know."""
+    from sglang.srt.disaggregation.multimodal import instance
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    monkeypatch.setattr(instance, "start_role", lambda scheduler, mode: f"the role of {mode}")
+    scheduler.disaggregation_mode = DisaggregationMode(modes.ENCODE)
+    hooks.take_role(None, scheduler)
+    assert scheduler.embedding_relay == "the role of encode"
+    assert scheduler.disaggregation_mode is DisaggregationMode.NULL
+    scheduler.embedding_relay = None
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_draft_model_stays_whole(draft: bool) -> None:
+    config = SimpleNamespace(hf_config=SimpleNamespace())
+    hooks.keep_one_half(config, SimpleNamespace(disaggregation_mode=modes.LANGUAGE), is_draft_model=draft)
+    assert hasattr(config.hf_config, "language_only") is not draft
+
+
+def test_the_device_of_an_instance_is_meant_where_sglang_names_none() -> None:
+    """Its torch may be built for an accelerator that this machine has not."""
+    before = torch.get_device_module
+    with hooks.torch_on("cpu"):
+        assert torch.get_device_module() is torch.cpu
+        assert torch.get_device_module("cuda") is torch.cuda
+    assert torch.get_device_module is before
+
+
+def test_tokenizer_workers_load_plugins_before_anything_else_of_theirs() -> None:
+    def loads(wrapped: Any) -> bool:
+        return wrapped.__reduce__()[0].__name__ == "_load_plugins_then"
+
+    arguments, options = hooks.bring_plugins_along("ports", "settings", scheduler_info=1) or ((), {})
+    assert loads(arguments[0])
+    assert (arguments[1:], options) == (("settings",), {"scheduler_info": 1})
