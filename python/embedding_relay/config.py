@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from embedding_relay.keys import BadSecret, Keys, read_keys
@@ -21,6 +22,8 @@ MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
 MAX_IN_FLIGHT: Final = "SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB"
 SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
 FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
+ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
+PRIVATE_MEDIA_URLS: Final = "SGLANG_EMBEDDING_ALLOW_PRIVATE_MEDIA_URLS"
 
 # SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
 BOOTSTRAP_TIMEOUT: Final = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
@@ -55,6 +58,10 @@ class RelayConfig:
     heartbeat_max_failures: int = 2
     transport: str | None = None
     """None takes RDMA where the machine has a device for it, else TCP."""
+    allowed_media_dir: Path | None = None
+    """Clients may name files below it as their pictures; None for no file at all."""
+    private_media_urls: bool = False
+    """Pictures may also be fetched from addresses that are not public."""
     keys: Keys | None = None
     """What is made from the secret of this deployment; None lets everybody in."""
     allowed_hosts: AllowedHosts | None = None
@@ -75,6 +82,8 @@ class RelayConfig:
             heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
             transport=reader.transport(),
+            allowed_media_dir=reader.directory(ALLOWED_MEDIA_DIR),
+            private_media_urls=reader.flag(PRIVATE_MEDIA_URLS),
             keys=reader.keys(),
             allowed_hosts=reader.allowed_hosts(),
         )
@@ -149,6 +158,21 @@ class _Reader:
         if text and text not in TRANSPORTS:
             raise SettingError(f"{MOONCAKE_PROTOCOL} must be one of {', '.join(TRANSPORTS)}, not {_shown(text)}")
         return text or None
+
+    def flag(self, name: str) -> bool:
+        text = self._text(name).lower()
+        if text not in ("", "0", "1", "false", "true"):
+            raise SettingError(f"{name} must be 1 or 0, not {_shown(text)}")
+        return text in ("1", "true")
+
+    def directory(self, name: str) -> Path | None:
+        text = self._text(name)
+        if not text:
+            return None
+        path = Path(text)
+        if not path.is_absolute() or path == path.parent or not path.is_dir():
+            raise SettingError(f"{name} must be the absolute path of a directory other than /, not {_shown(text, 100)}")
+        return path
 
     def keys(self) -> Keys | None:
         path = self._text(SECRET_FILE)

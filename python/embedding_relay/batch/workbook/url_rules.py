@@ -1,7 +1,8 @@
 """Which picture URLs are passed to the endpoint, which fetches them; its own rules are the binding ones.
 
 These rules keep a workbook from naming addresses that only the endpoint's machine can reach. Between this look and the
-endpoint's a name may come to mean another address, so an endpoint beside private services needs SGLang's own
+endpoint's a name may come to mean another address. An encode instance of this plugin looks again, at the address that
+it connects to, also after a redirect; any other endpoint beside private services needs SGLang's own
 `--allowed-media-domains`.
 """
 
@@ -16,13 +17,12 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
+from embedding_relay.public_addresses import Address, is_public
+
 ONE_LOOK_UP_SECONDS: Final = 2.0
 ALL_LOOK_UPS_SECONDS: Final = 60.0
-NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 # A line end or a backslash makes one parser see another host than the next one.
 TRICKS: Final = re.compile(r"[\x00-\x1f\x7f\\]")
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class UrlRules:
@@ -102,18 +102,6 @@ def literal_address(host: str) -> Address | None:
         return ipaddress.IPv4Address(socket.inet_aton(host))
     except OSError:
         return None
-
-
-def is_public(address: Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(inner)
-        if address.teredo is not None:
-            return False
-    return address.is_global and not address.is_multicast
 
 
 def look_up(host: str) -> list[Address]:

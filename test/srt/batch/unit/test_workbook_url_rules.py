@@ -1,6 +1,5 @@
 """Which URLs are handed on; and templates."""
 
-import ipaddress
 import socket
 import threading
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.batch.workbook import url_rules
-from embedding_relay.batch.workbook.url_rules import UrlRules, is_public
+from embedding_relay.batch.workbook.url_rules import UrlRules
 
 NAMES = {"public.example": ["8.8.8.8"], "both.example": ["8.8.8.8", "10.0.0.1"], "inside.example": ["fd00::1"]}
 
@@ -118,8 +117,3 @@ def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.M
         release.set()
     assert refusals[0] == ""
     assert "not looked up" in refusals[-1]
-
-
-def test_public_is_what_the_whole_world_can_reach() -> None:
-    assert is_public(ipaddress.ip_address("1.1.1.1"))
-    assert not is_public(ipaddress.ip_address("2001:0:4136:e378:8000:63bf:3fff:fdd2"))

@@ -1,5 +1,7 @@
 """Every setting: its default, its range, and the one line that a bad value stops the server with."""
 
+from pathlib import Path
+
 import pytest
 
 from embedding_relay import config
@@ -144,3 +146,24 @@ def test_a_host_that_nobody_can_have_is_one_line(text: str) -> None:
     assert line.startswith(f"{ALLOWED_HOSTS} must have an address, a network, a host name or *.domain between commas")
     assert "\n" not in line
     assert len(line) < 200
+
+
+def test_a_directory_of_media_is_an_absolute_path_of_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    read = RelayConfig.from_environment({config.ALLOWED_MEDIA_DIR: f" {tmp_path} "})
+    assert read.allowed_media_dir == tmp_path
+    for wrong in ("media", ".", "/", "//", str(tmp_path / "file"), str(tmp_path / "missing")):
+        with pytest.raises(SettingError, match=config.ALLOWED_MEDIA_DIR):
+            RelayConfig.from_environment({config.ALLOWED_MEDIA_DIR: wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("1", True), ("True", True), ("0", False), ("false", False), ("", False)]
+)
+def test_private_urls_are_allowed_by_a_plain_word(text: str, allowed: bool) -> None:
+    assert RelayConfig.from_environment({config.PRIVATE_MEDIA_URLS: text}).private_media_urls == allowed
+
+
+def test_no_other_word_is_taken_for_it() -> None:
+    with pytest.raises(SettingError, match=config.PRIVATE_MEDIA_URLS):
+        RelayConfig.from_environment({config.PRIVATE_MEDIA_URLS: "yes"})

@@ -57,8 +57,8 @@ def test_the_protocol_knows_python_and_msgspec() -> None:
 
 
 def test_batch_sessions_need_no_torch() -> None:
-    """Of the rest of the package they know the protocol's words for what went wrong, and nothing that needs more."""
-    rest = f"{PACKAGE}.batch", f"{PACKAGE}.protocol"
+    """Of the rest of the package they know the protocol's words for what went wrong, and which addresses are public."""
+    rest = f"{PACKAGE}.batch", f"{PACKAGE}.protocol", f"{PACKAGE}.public_addresses"
     assert users(f"{PACKAGE}.batch", lambda name: is_below(name, PACKAGE) and not is_below(name, *rest)) == []
     assert users(f"{PACKAGE}.batch", lambda name: is_below(name, "torch", "transformers", "mooncake")) == []
 
@@ -66,7 +66,7 @@ def test_batch_sessions_need_no_torch() -> None:
 # Narrower than the rules, and by folder: what lies there, and all that it may use of the package.
 NARROW = {
     "testing": ("protocol", "testing", "memory.plane"),
-    "batch.workbook": ("batch.workbook", "batch.errors", "batch.tasks"),
+    "batch.workbook": ("batch.workbook", "batch.errors", "batch.tasks", "public_addresses"),
     "batch.asking": ("batch.asking", "batch.errors", "batch.tasks", "batch.session.records"),
     "batch.store": ("batch.store", "batch.errors"),
     "memory": ("memory", "protocol"),

@@ -154,6 +154,22 @@ async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
             return await original(manager, obj)
 
 
+def process_in_thread(original: Original, *args: Any) -> Any:
+    if modes.current() is None:
+        return original(*args)
+    from sglang.srt.disaggregation.multimodal import preparation
+
+    return preparation.run_in_thread(original, *args)
+
+
+def guard_media_session(session: Any) -> Any:
+    if modes.current() != modes.ENCODE:
+        return session
+    from sglang.srt.disaggregation.multimodal import preparation
+
+    return preparation.guard_session(session)
+
+
 # ---- scheduler
 
 
@@ -276,6 +292,12 @@ HOOKS: Final = (
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
+    Hook(
+        "sglang.srt.multimodal.processors.executor.MultimodalProcessorExecutor._run",
+        process_in_thread,
+        HookType.AROUND,
+    ),
+    Hook("sglang.srt.utils.common.get_mm_http_session", guard_media_session, HookType.AFTER),
     Hook(f"{_SCHEDULER}.init_model_worker", restore_prompt_limits, HookType.AFTER),
     Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),
     Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),

@@ -2,35 +2,97 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+
+from embedding_relay.config import RelayConfig
+from embedding_relay.media_sources import MediaSources
+from sglang.srt.disaggregation.multimodal import faults, modes, precomputed
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
 
 
-async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Encode half, around SGLang's tokenizing and image processing: whatever that raises is the request's fault.
+# ---- encode half
 
-    SGLang answers a ValueError with 400. Anything else would be a 500, after which the router tries the same image on
-    the next instance, and then takes both for unhealthy.
+
+async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
+    """What SGLang's loaders may not have is refused before they see it; what fails after that is put down to somebody.
+
+    SGLang answers a ValueError with 400. Anything else is a 5xx, after which the router tries the same picture on the
+    next instance, and then takes both for unhealthy.
+    """
+    if not obj.contains_mm_input():
+        return await original(manager, obj)
+    try:
+        for field in _MEDIA_FIELDS:
+            if (media := getattr(obj, field)) is not None:
+                precomputed.check(media, manager.mm_processor.FEATURE_NAMES)
+                setattr(obj, field, await asyncio.to_thread(_sources().accepted, media))
+        tokenized = await original(manager, obj)
+        precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
+        return tokenized
+    except Exception as error:
+        raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
+
+
+def run_in_thread(original: Callable[..., Any], *args: Any) -> Any:
+    """Around the work of a thread of SGLang's image processing, whose result an event loop waits for.
+
+    A StopIteration, which a prompt with too many placeholders brings about, cannot be set as the outcome of a future:
+    the request would wait for ever.
     """
     try:
-        return await original(manager, obj)
-    except Exception as error:
-        if isinstance(error, ValueError) or hasattr(error, "status_code") or not obj.contains_mm_input():
-            raise
-        raise ValueError(str(error) or f"the prompt and its images do not fit ({type(error).__name__})") from error
+        return original(*args)
+    except StopIteration as error:
+        raise RuntimeError("SGLang's processor came to an end of its media too early") from error
+
+
+@functools.cache
+def _sources() -> MediaSources:
+    from sglang.srt.runtime_context import get_mm
+
+    return MediaSources(RelayConfig.from_environment().allowed_media_dir, get_mm().media_url_max_file_size_mb)
+
+
+def guard_session(session: Any) -> Any:
+    """In which SGLang fetches media. Its own list of domains says which hosts are meant, private ones included."""
+    from sglang.srt.runtime_context import get_mm
+
+    if get_mm().allowed_media_domains or _private_urls_allowed():
+        return session
+    from sglang.srt.disaggregation.multimodal import fetching
+
+    return fetching.public_only(session)
+
+
+@functools.cache
+def _private_urls_allowed() -> bool:
+    return RelayConfig.from_environment().private_media_urls
+
+
+# ---- language half
 
 
 async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Language half: the text keeps one placeholder per item, and no image is fetched or decoded."""
+    """The text keeps one placeholder per item, and no media are fetched, read or decoded."""
     if not obj.contains_mm_input():
-        return await original(manager, obj)
-    if obj.bootstrap_room is None:
-        raise ValueError(f"Disaggregated request received without bootstrap room id. {obj.rid=}")
-    with _without_media(obj):
         tokenized = await original(manager, obj)
+        # A client can set this field of SGLang's, and would have the request wait for rows that nobody makes.
+        if hasattr(tokenized, "need_wait_for_mm_inputs"):
+            tokenized.need_wait_for_mm_inputs = False
+        return tokenized
+    if getattr(obj, "bootstrap_room", None) is None:
+        raise ValueError(
+            "Disaggregated request received without bootstrap room id: requests with media need the router"
+        )
+    try:
+        with _without_media(obj):
+            tokenized = await original(manager, obj)
+    except Exception as error:
+        raise faults.explained(error, modes.LANGUAGE) from error
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
     return tokenized

@@ -45,7 +45,12 @@ class VisionTower:
         The tower's own result has the rows of the whole batch, and would stay until the slowest reader of any is done.
         """
         items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
-        embeddings: dict[int, torch.Tensor] = {}
+        embeddings = {
+            id(item): item.precomputed_embeddings.to(self.device)
+            for item in items
+            if item.precomputed_embeddings is not None  # somebody has encoded it already
+        }
+        items = [item for item in items if id(item) not in embeddings]
         for modality in {item.modality for item in items}:
             same = [item for item in items if item.modality is modality]
             for item, rows in zip(same, self._encode_items(same), strict=True):

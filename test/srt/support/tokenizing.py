@@ -1,0 +1,84 @@
+"""SGLang's own `TokenizerManager` without a scheduler: for tests of what our modes do in the HTTP process.
+
+Real are the manager's methods with our hooks around them, the tokenizer and the processor of a tiny model, and whatever
+loads pictures. There is no HTTP server, no scheduler and no detokenizer: what would be sent to the scheduler is kept in
+`sent`, and a test hands in what would come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from embedding_relay.tools import tiny_model
+from embedding_relay.tools.local_process import free_ports
+from sglang.srt import runtime_context
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+T = TypeVar("T")
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+MAX_PROMPT = 1000
+
+
+class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc]  # SGLang is left out of the type check
+    def __init__(self, server_args: ServerArgs) -> None:
+        self.sent: list[Any] = []
+        super().__init__(server_args, PortArgs.init_new(server_args))
+        self.max_req_input_len = MAX_PROMPT
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        self.sent.append(obj)
+
+    def auto_create_handle_loop(self) -> None:
+        """There is nobody to read from."""
+
+    def prepare(self, **request: Any) -> Any:
+        """What the scheduler would be sent for this request; whatever is raised comes out."""
+        obj = GenerateReqInput(**{"sampling_params": {"max_new_tokens": 4}, **request})
+        obj.normalize_batch_and_arguments()
+        self._init_req_state(obj)
+        return run(self._tokenize_one_request(obj))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Processors keep threads for their loop, so all tests of a process share one."""
+    return _loop.run_until_complete(work)
+
+
+_loop = asyncio.new_event_loop()
+
+
+@contextmanager
+def serving(mode: str) -> Iterator[TokenizerManagerWithoutScheduler]:
+    """The manager of a server in that mode."""
+    before = runtime_context.snapshot_context()
+    load_plugins()
+    port, bootstrap_port = free_ports(2)
+    arguments = ServerArgs(
+        model_path=str(tiny_model.cached()),
+        device="cpu",
+        attention_backend="torch_native",
+        host="127.0.0.1",
+        port=port,
+        disaggregation_mode=mode,
+        disaggregation_transfer_backend="mooncake",
+        disaggregation_bootstrap_port=bootstrap_port,
+    )
+    runtime_context.publish(arguments, role="tokenizer")
+    manager = TokenizerManagerWithoutScheduler(arguments)
+    try:
+        yield manager
+    finally:
+        manager.mm_processor.shutdown()
+        if manager.bootstrap_server is not None:
+            manager.bootstrap_server.close()
+        manager.recv_from_detokenizer.close(linger=0)
+        manager.send_to_scheduler.close(linger=0)
+        runtime_context.restore_context(before)
