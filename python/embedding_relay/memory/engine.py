@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from embedding_relay.memory.plane import Entry, Region, TransferError
-from embedding_relay.memory.quiet import HeldConnections, is_gone, own_sockets, shorten_accept
+from embedding_relay.memory.handshake import EngineFacts, address_of, ask, find_data_port
+from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable
+from embedding_relay.memory.quiet import HeldConnections, has_read_everything, is_gone, shorten_accept
 from embedding_relay.protocol.errors import LocalError, SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.plan import BATCH_LIMIT
@@ -22,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 _WHEELS: Final = "install one of the extras: sglang-embedding-relay[cpu], [cuda12] or [cuda13]"
 _INFINIBAND: Final = "/sys/class/infiniband"
+# Of the rows, what is written first and alone; and how long a peer whose engine has just answered may take over it.
+_FIRST_BYTES: Final = 8
+_FIRST_WRITE_TIMEOUT: Final = 5.0
+_LOOK_EVERY: Final = 0.001
+# The proof of quiet needs every connection that an engine has had to a peer. With these there is one, and no engine
+# replaces it because its peer is slow. So they are not an operator's to set.
+_ONE_CONNECTION: Final = {
+    "MC_TCP_LANES_PER_PEER": "1",  # as fast as more, for merged entries
+    "MC_TCP_STATUS_TIMEOUT_SEC": "86400",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "86400",
+}
 
 
 class MooncakeDataPlane:
@@ -30,11 +43,16 @@ class MooncakeDataPlane:
     def __init__(self, host: str, transport: str | None = None, device: str = "", *, receives: bool = True) -> None:
         """Unless `transport` says which: RDMA if the machine has it. Whoever only sends has no session of its own."""
         self._host = host
-        self._transport = transport or ("rdma" if os.path.isdir(_INFINIBAND) and os.listdir(_INFINIBAND) else "tcp")
+        self._transport = transport or ("rdma" if _devices() else "tcp")
         self._device = device
         self._receives = receives
         self._regions: tuple[Region, ...] = ()
         self._engine: Any = None
+        self._data_port = 0
+        """Where others connect to write to our memory over TCP."""
+        self._spare: Sender | None = None
+        """Of a link that is not needed any more. The next one need not register the memory anew, which takes long over
+        RDMA."""
         self._links: list[MooncakeLink] = []
         self.renewals = 0
         self._lock = threading.Lock()
@@ -42,29 +60,79 @@ class MooncakeDataPlane:
     def start(self, regions: Sequence[Region]) -> None:
         self._set_environment()
         self._regions = tuple(regions)
-        _engine_class()  # a missing wheel is the operator's to know now, not at the first request
+        # Even one that only sends: what does not work is the operator's to know now, not at the first request.
+        engine = self.make_engine()
         if self._receives:
-            self._engine = self.make_engine()
+            self._engine, self._data_port = engine, self._facts_of(engine).data_port
+        else:
+            self._spare = Sender(engine)
 
     def _set_environment(self) -> None:
         """Mooncake takes some settings only from the environment; what the operator has set stays."""
-        if self._transport == "tcp":
+        if self.is_tcp:
             os.environ.setdefault("MC_FORCE_TCP", "1")
-            # One connection per peer is as fast for merged entries, and makes one proof of quiet enough.
-            os.environ.setdefault("MC_TCP_LANES_PER_PEER", "1")
+        os.environ.update(_ONE_CONNECTION)
         if ":" in self._host:
             os.environ.setdefault("MC_USE_IPV6", "1")
 
     def make_engine(self) -> Any:
-        """A new engine, with our memory registered."""
+        """A new engine, with our memory registered, that moves bytes over what we were asked for."""
         engine = _engine_class()()
         if engine.initialize(self._host, "P2PHANDSHAKE", self._transport, self._device):
-            raise SettingError(f"Mooncake's transfer engine does not start on {self._host} over {self._transport}")
-        for region in self._regions:
-            code = engine.register_memory(region.pointer, region.length)
-            if code:
-                raise SettingError(f"Mooncake does not register {region.length} bytes of memory (code {code})")
+            raise SettingError(f"Mooncake's engine does not start on {self._host}{self._hint()}")
+        try:
+            self._check(self._facts_of(engine))
+            for region in self._regions:
+                code = engine.register_memory(region.pointer, region.length)
+                if code:
+                    raise SettingError(f"Mooncake does not register {region.length} bytes of memory (code {code})")
+        except SettingError:
+            _end_quickly(engine)
+            raise
         return engine
+
+    def _facts_of(self, engine: Any) -> EngineFacts:
+        try:
+            return ask(Address("::1" if ":" in self._host else "127.0.0.1", engine.get_rpc_port()))
+        except (OSError, ValueError) as error:
+            raise SettingError(f"Mooncake's engine does not say over what it moves bytes: {error}") from error
+
+    def _check(self, facts: EngineFacts) -> None:
+        """What an engine is decides how fast it is, and what proves that its writes are over."""
+        if self._transport not in facts.protocols or facts.is_tcp != self.is_tcp:
+            raise SettingError(f"Mooncake's engine runs over {facts.spoken}{self._hint()}")
+
+    def _hint(self) -> str:
+        """The end of a line that says what an engine does instead."""
+        if self.is_tcp:
+            return ", and was asked for tcp"
+        devices = ", ".join(sorted(_devices())) or "none"
+        return (
+            f", and was asked for {self._transport} (device: {self._device or 'any'}; {_INFINIBAND} has {devices})."
+            " A device needs /dev/infiniband and its provider's library (package ibverbs-providers)."
+            " To run over TCP, set MC_FORCE_TCP=1"
+        )
+
+    def has_read_everything(self) -> bool:
+        """Over RDMA nothing waits to be read."""
+        return not self.is_tcp or has_read_everything(self._data_port)
+
+    # ---- engines for links
+
+    def take_sender(self, session_id: str, peer: EngineFacts) -> Sender:
+        """Raises SettingError if Mooncake does not make an engine."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None and spare.peers.get(session_id, peer) == peer:
+            return spare
+        return Sender(self.make_engine())
+
+    def give_back(self, sender: Sender) -> None:
+        """One that has finished all it had to send."""
+        with self._lock:
+            surplus, self._spare = self._spare, sender
+        if surplus is not None:
+            surplus.end()
 
     @property
     def session_id(self) -> str:
@@ -96,79 +164,145 @@ class MooncakeDataPlane:
             link.close()
         _end_quickly(self._engine)
         self._engine = None  # the destructor closes its sockets and joins its threads
+        if self._spare is not None:
+            self._spare.end()
+        self._spare = None
+
+
+class Sender:
+    """An engine that writes, and what it believes of the peers to which it has written: it asks each but once."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.peers: dict[str, EngineFacts] = {}
+
+    def end(self) -> None:
+        _end_quickly(self.engine)
+        self.engine = None
 
 
 class MooncakeLink:
-    """The engine that writes to one peer, made when it is first needed. One thread owns it and calls every method."""
+    """The engine that writes to one peer, there when it is first needed. One thread owns it and calls every method."""
 
     def __init__(self, plane: MooncakeDataPlane, session_id: str) -> None:
         self._plane = plane
         self._session_id = session_id
-        self._engine: Any = None
-        self._before: frozenset[str] = frozenset()
-        """The sockets that this process had before the engine: what was opened since may be the engine's."""
+        self._sender: Sender | None = None
+        """From the first bytes that it is given to send."""
+        self._is_proven = False
+        """The peer has confirmed what this sender has sent."""
+        self._peer: EngineFacts | None = None
+        self._data_port: frozenset[tuple[str, int]] = frozenset()
         self._connections = HeldConnections()
-        self._holds = False
-        self._undrained: list[HeldConnections] = []
-        """Connections of earlier engines that the peer has not read to their end yet."""
 
     def write(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
         if len(entries) > BATCH_LIMIT:
             raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
-        if self._engine is None:
-            self._make_engine()
+        if not self._is_proven:
+            self._prove_the_way(entries[0])
         sources, destinations, lengths = (list(column) for column in zip(*entries, strict=True))
+        self._is_proven = False
         code = self._engine.batch_transfer_sync_write(self._session_id, sources, destinations, lengths)
         if code:
             raise TransferError(f"Mooncake could not write {sum(lengths)} bytes to {self._session_id} (code {code})")
-        if self._plane.is_tcp and not self._holds:
-            # Before anything goes wrong: an engine that gives up on a connection closes it.
-            self._connections.hold_new(self._before)
-            self._holds = True
+        self._is_proven = True
 
-    def _make_engine(self) -> None:
-        self._before, self._holds = frozenset(own_sockets()), False
+    @property
+    def _engine(self) -> Any:
+        assert self._sender is not None
+        return self._sender.engine
+
+    # ---- the first write
+
+    def _prove_the_way(self, entry: Entry) -> None:
+        """Before many bytes are on a way that nobody has tried, a few of them go alone, and are confirmed.
+
+        Mooncake waits a minute for a peer that does not answer. So we ask first whether it does: until it has, nothing
+        is sent, and what was never sent cannot land.
+        """
+        peer = self._find_peer()
+        if self._sender is None:
+            try:
+                sender = self._plane.take_sender(self._session_id, peer)
+            except SettingError as error:
+                raise Unreachable(str(error)) from error
+            sender.peers[self._session_id] = peer
+            self._sender = sender
+        what = self._session_id, entry.source, entry.destination, min(entry.length, _FIRST_BYTES)
+        if not (self._write_first(*what) if self._plane.is_tcp else self._engine.transfer_sync_write(*what) == 0):
+            raise TransferError(f"the first write to {self._session_id} was not confirmed")
+        self._is_proven = True
+
+    def _find_peer(self) -> EngineFacts:
         try:
-            self._engine = self._plane.make_engine()
-        except SettingError as error:
-            raise TransferError(str(error)) from error
+            address = address_of(self._session_id)
+            peer = ask(address)
+            if peer.is_tcp != self._plane.is_tcp:
+                raise ValueError(f"it moves bytes over {peer.spoken}, and this side does not")
+            self._data_port = find_data_port(address, peer) if peer.is_tcp else frozenset()
+        except (OSError, UnicodeError, ValueError) as error:
+            raise Unreachable(f"the engine of {self._session_id} cannot be reached: {error}") from error
+        if peer != self._peer:
+            self._connections.forget_ended()  # they went to another one, which is gone
+            self._peer = peer
+        return peer
+
+    def _write_first(self, *what: Any) -> bool:
+        """Over TCP. Its connection is held as soon as it is there: an engine that gives up on it closes it."""
+        number = self._engine.transfer_submit_write(*what)
+        if not number:
+            raise Unreachable(f"the engine of {self._session_id} answers us, but not Mooncake")
+        deadline, status = time.monotonic() + _FIRST_WRITE_TIMEOUT, 0
+        while not status and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY)
+            status = self._engine.transfer_check_status(number)
+            if not self._connections.has_any:
+                self._connections.hold(self._data_port)
+        return status == 1 and self._connections.has_any
+
+    # ---- after a failed write
 
     def renew(self) -> None:
         """The new engine is made by the next write; dropping the old one ends its sending."""
-        ended, self._connections = self._connections, HeldConnections()
+        if self._sender is None:
+            return
         if self._plane.is_tcp:
-            self._undrained.append(ended)
-            ended.hold_new(self._before)
-        _end_quickly(self._engine)
-        self._engine = None
+            self._connections.hold(self._data_port)
+        self._drop_sender()
+        if self._plane.is_tcp:
+            self._connections.end()
         self._plane.note_renewal()
-        ended.end_those_of_the_engine()
         logger.warning(
             "relay engine for %s renewed; the peer has yet to read %d connections of the old one to their end",
             self._session_id,
-            len(ended),
+            len(self._connections),
         )
-        if is_gone(self._session_id):
-            self._forget_undrained()
+
+    def _drop_sender(self) -> None:
+        if self._sender is not None:
+            self._sender.end()
+        self._sender, self._is_proven = None, False
 
     def is_quiet(self) -> bool:
         """Over RDMA a destroyed queue pair sends nothing; over TCP the peer has to have read to the end."""
-        self._undrained = [ended for ended in self._undrained if not ended.are_drained()]
-        return not self._undrained
+        return self._connections.is_quiet(self._peer_is_gone)
 
-    def _forget_undrained(self) -> None:
-        for connections in self._undrained:
-            connections.close()
-        self._undrained.clear()
+    def _peer_is_gone(self) -> bool:
+        return self._peer is not None and is_gone(address_of(self._session_id), self._peer)
 
     def close(self) -> None:
-        _end_quickly(self._engine)
-        self._engine = None
+        if self._sender is not None and self._is_proven:
+            self._plane.give_back(self._sender)
+            self._sender = None
+        self._drop_sender()
         self._connections.close()
-        self._forget_undrained()
         self._plane.forget(self)
+
+
+def _devices() -> list[str]:
+    return os.listdir(_INFINIBAND) if os.path.isdir(_INFINIBAND) else []
 
 
 def _end_quickly(engine: Any) -> None:

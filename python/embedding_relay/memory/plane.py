@@ -12,6 +12,10 @@ class TransferError(RelayError):
     """A write was not confirmed. It may still land, whole or in part: see `Link.renew` and `Link.is_quiet`."""
 
 
+class Unreachable(TransferError):
+    """Nothing was written, nor will be: the peer's engine does not answer. To try again at once is of no use."""
+
+
 class Region(NamedTuple):
     """Memory of ours that the engine may read from or write to."""
 
@@ -33,7 +37,8 @@ class Link(Protocol):
     def write(self, entries: Sequence[Entry]) -> None:
         """Return when every byte is in the peer's memory; raise `TransferError` when that is not certain.
 
-        At most `plan.BATCH_LIMIT` entries.
+        At most `plan.BATCH_LIMIT` entries. As long as nothing has been written to the peer over this link (again, after
+        `renew`), the first few bytes go alone: a peer that does not answer is an error within seconds.
         """
 
     def renew(self) -> None:
@@ -59,5 +64,8 @@ class DataPlane(Protocol):
         """Register `regions` once, for as long as this lives."""
 
     def link(self, session_id: str) -> Link: ...
+
+    def has_read_everything(self) -> bool:
+        """Whether nothing can land here any more that was written by processes that are gone. May take seconds."""
 
     def close(self) -> None: ...

@@ -1,22 +1,32 @@
-"""Proofs that no earlier write can still land at a peer: its process is gone, or has read our connections to the end.
+"""Proofs that no earlier write can still land at a peer: it has read our connections to the end, or is gone.
 
 Mooncake's `-1` does not stop a write: bytes lie in socket buffers, and the peer's engine writes them to its memory when
 it gets to them, even after our engine is gone. But the peer's engine closes its end of a connection when it has read
 our end-of-file, and not before. So we keep the engine's connections open past the engine's own end, send that
 end-of-file ourselves, and wait for the peer's.
+
+Any other end of a connection proves nothing by itself. A reset, a time-out or a firewall may end it for us while the
+peer's kernel still has bytes that its engine has yet to read. Then only the end of that engine is proof.
+
+The other way around, a writer that is gone has left bytes in our kernel, which our engine has yet to read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
+import fcntl
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+import termios
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from embedding_relay.memory.handshake import EngineFacts, ask
 from embedding_relay.protocol.effects import ProveGone
 from embedding_relay.protocol.messages import Address
 
@@ -24,15 +34,20 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT: Final = 2.0
 _PROBE_THREADS: Final = 4
-_TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_IN_FLIGHT: Final = 1.0
+_READ_WITHIN: Final = 5.0
+_LOOK_EVERY: Final = 0.01
 _LOOPBACK: Final = {socket.AF_INET: ("0.0.0.0", "127.0.0.1"), socket.AF_INET6: ("::", "::1")}
 _FIVE_MILLISECONDS: Final = struct.pack("ll", 0, 5000)
 
-# ---- its process is gone
+# ---- it is gone
 
 
 def is_refused(address: Address) -> bool:
-    """Whether its machine refuses a connection to it: the process that listened there is gone."""
+    """Whether its machine refuses a connection to it: nobody listens there any more.
+
+    Of the process that did, this says that it takes no new connections. It may still read from those that it has.
+    """
     try:
         socket.create_connection((address.host, address.port), timeout=_PROBE_TIMEOUT).close()
     except ConnectionRefusedError:
@@ -42,12 +57,18 @@ def is_refused(address: Address) -> bool:
     return False
 
 
-def is_gone(session_id: str) -> bool:
-    """Whether the process that had this Mooncake session is gone: its engine listened for as long as it lived."""
-    host, _, port = session_id.rpartition(":")
-    if not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
-        return False
-    return is_refused(Address(host.removeprefix("[").removesuffix("]"), int(port)))
+def is_gone(engine: Address, facts: EngineFacts) -> bool:
+    """Whether the engine that said this of itself is gone, and with it whatever its connections had yet to deliver.
+
+    Another one answers in its place, or nobody listens at either of its ports. To be asked only about connections that
+    have ended already: a living engine may be hidden by a firewall that refuses, but not one that is read from.
+    """
+    try:
+        return ask(engine) != facts
+    except ConnectionRefusedError:
+        return is_refused(Address(engine.host, facts.data_port))
+    except (OSError, ValueError):
+        return False  # no answer proves nothing
 
 
 class Prover:
@@ -76,24 +97,60 @@ class Prover:
         self._answer(question, proven)
 
 
+# ---- nothing of it is left here
+
+
+def has_read_everything(data_port: int) -> bool:
+    """Whether our engine has read what had arrived at its data port a second from now, from whomever. Takes seconds.
+
+    To be asked when a writer is gone: its kernel sent what it had left, and a healthy network has brought it by then.
+    Whose connection is whose, nobody can tell; so every one that had unread bytes has to be seen without, or closed.
+    """
+    time.sleep(_IN_FLIGHT)
+    deadline, unread = time.monotonic() + _READ_WITHIN, _unread(data_port)
+    while unread and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY)
+        unread &= _unread(data_port)
+    return not unread
+
+
+def _unread(data_port: int) -> set[str]:
+    """Connections at our port with bytes in the kernel. One that was reset keeps them, and they will be read."""
+    found = set()
+    for name, descriptors in own_sockets().items():
+        connection = duplicate(name, descriptors[0])
+        if connection is None:
+            continue
+        with connection, contextlib.suppress(OSError):
+            is_here = _is_tcp(connection) and connection.getsockname()[1] == data_port
+            if is_here and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                count = fcntl.ioctl(connection, termios.FIONREAD, struct.pack("i", 0))
+                if struct.unpack("i", count) != (0,):
+                    found.add(name)
+    return found
+
+
 # ---- it has read our connections to their end
 
 
-def own_sockets() -> dict[str, int]:
-    """The sockets of this process: what the kernel calls them, and a descriptor of each."""
-    sockets = {}
+def own_sockets() -> dict[str, list[int]]:
+    """The sockets of this process: what the kernel calls them, and all descriptors of each."""
+    sockets: dict[str, list[int]] = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile
             target = os.readlink(f"/proc/self/fd/{name}")
             if target.startswith("socket:"):
-                sockets[target] = int(name)
+                sockets.setdefault(target, []).append(int(name))
     return sockets
 
 
 def shorten_accept(port: int) -> None:
     """Have our thread that accepts connections at this port, on all addresses, look up every few milliseconds."""
-    for descriptor in own_sockets().values():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
+    for name, descriptors in own_sockets().items():
+        listener = duplicate(name, descriptors[0])
+        if listener is None:
+            continue
+        with listener, contextlib.suppress(OSError):
             if listener.family in _LOOPBACK and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 every, loopback = _LOOPBACK[listener.family]
                 if listener.getsockname()[:2] == (every, port):
@@ -102,75 +159,129 @@ def shorten_accept(port: int) -> None:
                     socket.create_connection((loopback, port), timeout=_PROBE_TIMEOUT).close()
 
 
+def duplicate(name: str, descriptor: int) -> socket.socket | None:
+    """A descriptor of our own for a socket of this process, unless its number means something else by now."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        if os.readlink(f"/proc/self/fd/{copy}") == name:
+            return socket.socket(fileno=copy)
+    except OSError:
+        pass
+    os.close(copy)
+    return None
+
+
 class HeldConnections:
-    """TCP connections of an engine, kept open by descriptors of our own for longer than the engine lives."""
+    """TCP connections of the engines of one link, kept open by descriptors of our own for longer than an engine lives.
+
+    They are told from all others of this process by where they go: to the data port of one engine of one peer.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[str, socket.socket] = {}
-        self._any_has_ended = False
+        self._of_the_engine: dict[str, socket.socket] = {}
+        self._ending: dict[str, socket.socket] = {}
+        """Those of engines that are gone, to which we have sent an end-of-file."""
+        self._lost = False
+        """One has ended otherwise than by the peer's end-of-file, or was never seen."""
 
-    def hold_new(self, before: frozenset[str]) -> None:
-        """Hold what was opened since `before`; it may be more than the engine's."""
-        for name, descriptor in own_sockets().items():
-            if name not in before and name not in self._held:
-                with contextlib.suppress(OSError):
-                    connection = socket.socket(fileno=os.dup(descriptor))
-                    if _is_tcp_connection(connection):
-                        self._held[name] = connection
-                    else:
-                        connection.close()
+    def hold(self, data_port: Collection[tuple[str, int]]) -> None:
+        """Whatever this process has open to these addresses, and nobody holds yet: that would have two descriptors."""
+        for name, descriptors in own_sockets().items():
+            connection = duplicate(name, descriptors[0]) if len(descriptors) == 1 else None
+            if connection is None:
+                continue
+            if _goes_to(connection, data_port):
+                self._of_the_engine[name] = connection
+            else:
+                connection.close()
 
-    def end_those_of_the_engine(self) -> None:
-        """After the engine is gone: what only we hold now was the engine's; what others hold too is theirs."""
-        ours = {connection.fileno() for connection in self._held.values()}
-        in_use = {name for name, descriptor in _all_descriptors() if descriptor not in ours}
-        for name in [name for name in self._held if name in in_use]:
-            self._held.pop(name).close()
-        for connection in self._held.values():
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):  # it ended already; reading tells
-                connection.shutdown(socket.SHUT_WR)
+    @property
+    def has_any(self) -> bool:
+        return bool(self._of_the_engine)
 
-    def are_drained(self) -> bool:
-        """Whether the peer has closed every one of them. Having held none proves nothing."""
-        for name, connection in list(self._held.items()):
-            if _has_ended(connection):
-                self._held.pop(name).close()
-                self._any_has_ended = True
-        return self._any_has_ended and not self._held
+    def end(self) -> None:
+        """The engine is gone: what only we have now was the engine's, what others have too is theirs."""
+        descriptors, before = own_sockets(), len(self._ending)
+        for name, connection in self._of_the_engine.items():
+            if descriptors[name] == [connection.fileno()] and _end(connection):
+                self._ending[name] = connection
+            else:
+                connection.close()
+        self._of_the_engine.clear()
+        self._lost |= len(self._ending) == before
+
+    def is_quiet(self, is_gone: Callable[[], bool]) -> bool:
+        """Whether nothing of the engines that are gone can land at the peer. `is_gone` may take seconds."""
+        for name, connection in list(self._ending.items()):
+            end = _look_for_end(connection)
+            if end is not _End.NOT_YET:
+                self._ending.pop(name).close()
+                self._lost |= end is _End.CUT
+        if self._ending or (self._lost and not is_gone()):
+            return False
+        self._lost = False
+        return True
+
+    def forget_ended(self) -> None:
+        """The peer's engine, to which they went, is known to be gone."""
+        for connection in self._ending.values():
+            connection.close()
+        self._ending.clear()
+        self._lost = False
 
     def __len__(self) -> int:
-        return len(self._held)
+        """How many the peer has yet to read to their end."""
+        return len(self._ending)
 
     def close(self) -> None:
-        for connection in self._held.values():
+        for connection in self._of_the_engine.values():
             connection.close()
-        self._held.clear()
+        self._of_the_engine.clear()
+        self.forget_ended()
 
 
-def _all_descriptors() -> Iterator[tuple[str, int]]:
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            yield os.readlink(f"/proc/self/fd/{name}"), int(name)
+def _is_tcp(connection: socket.socket) -> bool:
+    return connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM
 
 
-def _is_tcp_connection(connection: socket.socket) -> bool:
+def _goes_to(connection: socket.socket, addresses: Collection[tuple[str, int]]) -> bool:
+    if not _is_tcp(connection):
+        return False
     try:
-        connection.getpeername()
+        host, port = connection.getpeername()[:2]
     except OSError:
-        return False  # it listens, or was never connected
-    return connection.family in _TCP_FAMILIES and connection.type == socket.SOCK_STREAM
+        return False  # it listens, or is not connected
+    return (host.removeprefix("::ffff:"), port) in addresses
 
 
-def _has_ended(connection: socket.socket) -> bool:
+class _End(enum.Enum):
+    NOT_YET = enum.auto()
+    READ = enum.auto()
+    """The peer closed it: what it has not read by now it will never read."""
+    CUT = enum.auto()
+    """Nobody knows what the peer has of it, and what it will read."""
+
+
+def _end(connection: socket.socket) -> bool:
+    """Whether it was still there to be told of the end. If not, how it ended was told to the engine, and not to us."""
+    connection.setblocking(False)
+    try:
+        connection.shutdown(socket.SHUT_WR)
+    except OSError:
+        return False
+    return True
+
+
+def _look_for_end(connection: socket.socket) -> _End:
     """Read what the peer still says, acknowledgements of writes, up to its end-of-file."""
     try:
         while connection.recv(4096):
             pass
     except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True  # reset: the peer has closed it without reading on
+        return _End.NOT_YET
     except OSError:
-        return False  # a timeout, for example, says nothing about the peer
-    return True
+        return _End.CUT  # and every later look would read an end-of-file, which is not the peer's
+    return _End.READ

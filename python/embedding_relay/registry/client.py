@@ -236,16 +236,21 @@ class PeerLookup:
         post: Callable[[Callable[[float], None]], None],
         key: bytes | None = None,
         may_ask: Callable[[str], bool] = lambda host: True,
+        has_read_everything: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`may_ask`: whether an operator lets a host be asked. Clients choose registries, and these name more hosts."""
+        """`may_ask`: whether an operator lets a host be asked. Clients choose registries, and these name more hosts.
+
+        `has_read_everything`: whether nothing that processes wrote before they ended can still land here.
+        """
         self._answers = answers
         self._may_ask = may_ask
+        self._has_read_everything = has_read_everything
         self._key = key
         self._post = post
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="relay-lookup")
         self._known: dict[str, Address] = {}
-        """Where ranks were last: a refused connection there proves that such a process is gone."""
+        """Where ranks were last: if a connection there is refused, such a process is gone."""
 
     def resolve(self, peer: str) -> None:
         self._pool.submit(self._resolve, peer)
@@ -265,11 +270,14 @@ class PeerLookup:
 
     def _find(self, peer: str) -> None:
         known = self._known.get(peer)
-        if known is not None and is_refused(known):
-            self._known.pop(peer, None)
+        if known is not None and is_refused(known) and self._has_read_everything():
+            del self._known[peer]
+            known = None
             self._post(functools.partial(self._answers.peer_dead, peer))
         try:
             rank = self._ask(peer)
+            if known not in (None, rank.address) and not self._has_read_everything():
+                raise RegistryError(f"what its predecessor at {peer} wrote is still being read here")
         except RegistryError as error:
             logger.warning("relay: encode instance %s cannot be found: %s", peer, error.for_the_log)
             self._post(functools.partial(self._answers.peer_unreachable, peer, str(error)))

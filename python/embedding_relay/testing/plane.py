@@ -124,6 +124,9 @@ class MemoryDataPlane:
     def link(self, session_id: str) -> MemoryLink:
         return MemoryLink(self, session_id)
 
+    def has_read_everything(self) -> bool:
+        return True  # a process that is killed takes along what it has yet to write: see `MemoryFabric.kill`
+
     def close(self) -> None:
         self.fabric.kill(self._session_id)
 

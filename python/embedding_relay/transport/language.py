@@ -125,7 +125,13 @@ class LanguageManager(MooncakeEmbeddingManager):
             timing=self.config.timing,
         )
         keys = self.config.keys
-        self._lookup = PeerLookup(self, self._loop.post, keys.registry if keys else None, self.config.may_ask)
+        self._lookup = PeerLookup(
+            self,
+            self._loop.post,
+            keys.registry if keys else None,
+            self.config.may_ask,
+            self.plane.has_read_everything,
+        )
         self._receivers: dict[int, MooncakeEmbeddingReceiver] = {}
         self._chunks = self._resumes = self._rows = self._bytes = 0
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
-from embedding_relay.memory.plane import DataPlane, Entry, Link, TransferError
+from embedding_relay.memory.plane import DataPlane, Entry, Link, TransferError, Unreachable
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk
 from embedding_relay.protocol.plan import batches, plan_chunk
 from embedding_relay.threads import WatchedThread
@@ -273,6 +273,8 @@ class TransferWorker(WatchedThread):
     def _write_or_retry(self, link: Link, write: Write) -> str:
         try:
             write(link)
+        except Unreachable as error:
+            return str(error)
         except TransferError as error:
             logger.warning("relay transfer failed, the engine is renewed: %s", error)
         else:

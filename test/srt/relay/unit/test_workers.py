@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from embedding_relay.memory.plane import Entry, Link, Region, TransferError
+from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable
 from embedding_relay.transport import workers
 from embedding_relay.transport.workers import IDLE_SECONDS, TransferWorker, TransferWorkers
 
@@ -23,6 +23,7 @@ class ScriptedPlane:
 
     def __init__(self) -> None:
         self.failures = 0
+        self.failure: type[TransferError] = TransferError
         self.broken: BaseException | None = None
         self.quiet = True
         self.calls: list[str] = []
@@ -31,6 +32,9 @@ class ScriptedPlane:
     def start(self, regions: Sequence[Region]) -> None: ...
 
     def close(self) -> None: ...
+
+    def has_read_everything(self) -> bool:
+        return True
 
     def link(self, session_id: str) -> Link:
         return ScriptedLink(self, session_id)
@@ -47,7 +51,7 @@ class ScriptedLink:
         self._plane.calls.append("write")
         if self._plane.failures:
             self._plane.failures -= 1
-            raise TransferError("no luck")
+            raise self._plane.failure("no luck")
 
     def renew(self) -> None:
         if self._plane.broken:
@@ -107,6 +111,27 @@ def test_a_failed_write_is_repeated_once_over_a_renewed_link(desk: Desk) -> None
     desk.write()
     assert desk.answer() == ""
     assert desk.plane.calls == ["write", "renew", "write"]
+
+
+def test_a_peer_that_does_not_answer_is_not_asked_again_and_owes_no_proof(desk: Desk) -> None:
+    desk.plane.failures, desk.plane.failure = 1, Unreachable
+    desk.write()
+    assert desk.answer() == "no luck"
+    assert desk.plane.calls == ["write"]
+    desk.workers.report_when_quiet("peer")
+    assert desk.quiet.get(timeout=10) == "peer"
+
+
+def test_a_peer_that_is_gone_when_a_write_is_repeated(desk: Desk) -> None:
+    desk.plane.failures, answers = 2, iter([TransferError, Unreachable])
+
+    def write(link: Link) -> None:
+        desk.plane.failure = next(answers)
+        link.write(ENTRIES)
+
+    desk.write(write=write)
+    assert desk.answer() == "no luck"
+    assert desk.plane.calls[:3] == ["write", "renew", "write"]
 
 
 def test_a_second_failure_is_reported_and_the_link_renewed_again(desk: Desk) -> None:
