@@ -103,8 +103,9 @@ class Service:
         return session
 
     def monitored(self, session_id: str) -> Session:
+        """A session whose start was accepted, also while no worker has taken its run yet."""
         session = self.sessions.get(session_id)
-        if not session.execution.ready_for_monitoring:
+        if not session.execution.is_accepted():
             raise Refusal(400, f"session {session_id} has no run to look at: {session.where()}")
         return session
 

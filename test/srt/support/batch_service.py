@@ -96,7 +96,7 @@ class BatchService:
         return self.get(f"/api/sessions/{session_id}")
 
     def wait_running(self, session_id: str, seconds: float = 60) -> None:
-        wait_until(lambda: self.get(f"/api/sessions/{session_id}")["execution"]["ready_for_monitoring"], seconds)
+        wait_until(lambda: self.get(f"/api/execute/status/{session_id}")["ready_for_monitoring"], seconds)
 
     def run(self, content: bytes, name: str = "prompts.csv", seconds: float = 60, **options: Any) -> str:
         """Upload, split, start, and wait for the end."""

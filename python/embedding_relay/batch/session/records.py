@@ -73,7 +73,8 @@ SPLIT_MOVES: Final[Mapping[SplitStatus, frozenset[SplitStatus]]] = {
     SplitStatus.FAILED: frozenset(),
 }
 EXECUTION_MOVES: Final[Mapping[ExecutionStatus, frozenset[ExecutionStatus]]] = {
-    ExecutionStatus.IDLE: frozenset({ExecutionStatus.INITIALIZING, ExecutionStatus.FAILED}),
+    # The only way out is an accepted start: whatever is not IDLE can be asked how far it is.
+    ExecutionStatus.IDLE: frozenset({ExecutionStatus.INITIALIZING}),
     ExecutionStatus.INITIALIZING: frozenset({ExecutionStatus.RUNNING, ExecutionStatus.FAILED}),
     ExecutionStatus.RUNNING: frozenset({ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED, ExecutionStatus.FAILED}),
     ExecutionStatus.COMPLETED: frozenset(),
@@ -94,6 +95,9 @@ SAVING_FROM: Final = 90.0
 VERIFYING_FROM: Final = 95.0
 VERIFIED: Final = 98.0
 EVERYTHING: Final = 100.0
+
+# What a part says from the moment it is accepted until a worker begins.
+WAITING: Final = "waiting for a worker"
 
 Moment = Literal["in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelling_at", "cancelled_at"]
 
@@ -117,7 +121,7 @@ class SplitProgress(msgspec.Struct):
 
     def begin(self) -> None:
         self.status = move(SPLIT_MOVES, self.status, SplitStatus.PROCESSING)
-        self.message = "waiting for a worker"
+        self.message = WAITING
 
     def take(self) -> int:
         """A worker begins, or begins again what a dead one left. Returns the number of its attempt."""
@@ -204,9 +208,13 @@ class ExecutionProgress(msgspec.Struct):
     counts: Counts = Counts()
     wish: Wish = msgspec.field(default_factory=Wish)
 
+    def is_accepted(self) -> bool:
+        """Whether a start was accepted. From then on there is a run to look at, and until it is saved one to steer."""
+        return self.status is not ExecutionStatus.IDLE
+
     def begin(self, total: int) -> None:
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.INITIALIZING)
-        self.total, self.message = total, "waiting for a worker"
+        self.total, self.message = total, WAITING
 
     def take(self) -> int:
         """A worker takes the run, or takes it over from a dead one. Returns the number of its attempt."""
@@ -219,7 +227,7 @@ class ExecutionProgress(msgspec.Struct):
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.RUNNING)
         self.saving = False
         self.ready_for_monitoring = True
-        self.message = "running"
+        self.message = self._wished("running")
 
     def advance(self, counts: Counts) -> None:
         self._require_running()
@@ -227,12 +235,7 @@ class ExecutionProgress(msgspec.Struct):
         finished = counts.done + counts.failed
         # The last hundredth is the saving of the workbook.
         self.progress = 99.0 * finished / self.total if self.total else 99.0
-        if self.wish.cancelled:
-            self.message = "cancelling"
-        elif self.wish.paused:
-            self.message = "paused"
-        else:
-            self.message = counts.waiting or "running"
+        self.message = self._wished(counts.waiting or "running")
 
     def mark_saving(self) -> None:
         self._require_running()
@@ -250,6 +253,12 @@ class ExecutionProgress(msgspec.Struct):
     def mark_failed(self, error: str) -> None:
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.FAILED)
         self.error, self.message, self.saving = error, "the run failed", False
+
+    def _wished(self, otherwise: str) -> str:
+        """The message of a run under way: what people want of it comes first."""
+        if self.wish.cancelled:
+            return "cancelling"
+        return "paused" if self.wish.paused else otherwise
 
     def _require_running(self) -> None:
         """As for a split: a report that comes late, and be it while the answers are saved, changes nothing."""
@@ -389,7 +398,7 @@ class Session(msgspec.Struct, kw_only=True):
 
     def wish(self, verb: Literal["pause", "resume", "cancel"]) -> None:
         execution = self.execution
-        if execution.status is not ExecutionStatus.RUNNING or execution.saving or execution.wish.cancelled:
+        if self.stage is not Stage.EXECUTING or execution.saving or execution.wish.cancelled:
             raise Refusal(400, f"there is no run to {verb}: {self.where()}")
         if verb == "cancel":
             execution.wish.cancelled = True
@@ -397,7 +406,8 @@ class Session(msgspec.Struct, kw_only=True):
             self._stamp("cancelling_at")
         else:
             execution.wish.paused = verb == "pause"
-            execution.message = "pausing" if verb == "pause" else "running"
+            going = "running" if execution.ready_for_monitoring else WAITING
+            execution.message = "pausing" if verb == "pause" else going
 
     def cancel_order(self) -> None:
         """A batch may be cancelled before its run has begun: then the run ends before it has asked anything."""

@@ -20,8 +20,6 @@ from support.batch_service import BatchService, batch_service, sheet_of, workboo
 from support.patience import wait_until
 from support.stub_endpoint import StubEndpoint, stub_endpoint
 
-RACES = 1000
-RACERS = 8
 SLOW_SAVING = 42
 LEASE = 1.5
 
@@ -37,40 +35,6 @@ def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def asked(stub: StubEndpoint, beginning: str) -> dict[str, int]:
     """How often each prompt that begins so was asked."""
     return {prompt: count for prompt, count in stub.counts().items() if prompt.startswith(beginning)}
-
-
-def race(service: BatchService, number: int) -> int:
-    """Upload, split, ask as fast as possible, start at the first yes; the answer is how often was asked.
-
-    Every call is on a connection of its own, which any of the workers may take.
-    """
-    prompts = [f"race {number} row {row}" for row in range(3)]
-    session_id = service.upload(sheet_of(prompts))["session_id"]
-    service.post("/api/tasks/split", {"session_id": session_id})
-    questions = 1
-    while not service.get(f"/api/tasks/split/status/{session_id}")["ready_for_next_stage"]:
-        questions += 1
-    service.post("/api/execute/start", {"session_id": session_id})
-    return questions
-
-
-@pytest.mark.timeout(300)
-def test_a_thousand_races(service: BatchService) -> None:
-    """`get` and `post` fail on anything but 200, so one 404 or 400 fails this."""
-    with ThreadPoolExecutor(RACERS) as racers:
-        questions = list(racers.map(lambda number: race(service, number), range(RACES)))
-    print(f"{RACES} races, {sum(questions)} questions whether it is ready")
-    sessions = service.get("/api/sessions")["sessions"]
-    assert len(sessions) == RACES
-    wait_until(lambda: stages_of(service) == {"completed": RACES}, 120)
-    for session in sessions[:: RACES // 20]:
-        rows = service.answers(session["session_id"])
-        assert len(rows) == 3
-        assert {row["status"] for row in rows} == {"done"}
-
-
-def stages_of(service: BatchService) -> dict[str, int]:
-    return dict(collections.Counter(session["stage"] for session in service.get("/api/sessions")["sessions"]))
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +84,14 @@ def mortal(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def kill_the_one_at(service: BatchService, part: str, session_id: str) -> None:
     """The worker that holds the lease of this part; its holder is named by its process."""
     holder = holder_of(service, f"{part}:{session_id}")
+    assert holder
     service.kill_worker(int(holder.split()[1]))
 
 
-def holder_of(service: BatchService, name: str) -> str:
+def holder_of(service: BatchService, name: str) -> str | None:
     with diskcache.Cache(str(service.cache_dir / "store")) as cache:
-        return str(cache[f"claim:{name}"])
+        holder: str | None = cache.get(f"claim:{name}")
+        return holder
 
 
 def is_split(status: str) -> Callable[[BatchService, str], bool]:
@@ -187,7 +153,7 @@ def test_workers_killed_while_they_ask(mortal: BatchService, stub: StubEndpoint)
 
 
 def execution(service: BatchService, session_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = patient(service, f"/api/sessions/{session_id}")["execution"]
+    found: dict[str, Any] = patient(service, f"/api/execute/status/{session_id}")
     return found
 
 
@@ -383,6 +349,34 @@ def test_one_deletes_what_the_other_watches(service: BatchService, stub: StubEnd
         assert len(asked(stub, "deleted")) <= before + 8, "a deleted session goes on"
     finally:
         stub.delay(0)
+
+
+REACHED: dict[str, Callable[[BatchService, str], bool]] = {
+    "building": is_split("processing"),
+    "saving": is_split("saving"),
+    "asking": lambda service, session_id: execution(service, session_id)["done"] > 0,
+    "saving the answers": lambda service, session_id: bool(execution(service, session_id)["saving"]),
+}
+
+
+@pytest.mark.parametrize("moment", REACHED)
+def test_deleted_at_any_moment_nothing_is_left(mortal: BatchService, stub: StubEndpoint, moment: str) -> None:
+    """No file that a worker was still writing, and no traceback of one that found its folder gone."""
+    said_before = len(mortal.process.log_text())
+    part, rows = ("split", 20_000) if moment in ("building", "saving") else ("run", 20)
+    session_id = mortal.upload(sheet_of(f"{moment} {row}" for row in range(rows)))["session_id"]
+    if part == "split":
+        mortal.post("/api/tasks/split", {"session_id": session_id})
+    else:
+        assert mortal.split(session_id)["ready_for_next_stage"]
+        stub.delay(0.1)
+        mortal.start(session_id, concurrency=2)
+    wait_until(lambda: REACHED[moment](mortal, session_id), 60)
+    assert mortal.call("DELETE", f"/api/sessions/{session_id}").status_code == 200
+    stub.delay(0)
+    wait_until(lambda: holder_of(mortal, f"{part}:{session_id}") is None)
+    assert list((mortal.cache_dir / "sessions").glob(f"{session_id}*")) == []
+    assert "Traceback" not in mortal.process.log_text()[said_before:]
 
 
 def settled(stub: StubEndpoint, prompts: str) -> bool:

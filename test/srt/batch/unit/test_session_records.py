@@ -88,6 +88,7 @@ def test_no_order_of_calls_says_ready_too_early(names: list[str]) -> None:
         done.append(name)
         split, execution = session.split, session.execution
         assert split.ready_for_next_stage == (split.status is SplitStatus.COMPLETED) == ("complete split" in done)
+        assert execution.is_accepted() == ("begin execution" in done)
         assert execution.ready_for_monitoring == ("running" in done)
         assert execution.ready_for_download == (execution.status is ExecutionStatus.COMPLETED)
         assert (split.progress == 100) == split.ready_for_next_stage
@@ -173,6 +174,37 @@ def test_a_report_out_of_its_time_is_refused_and_changes_nothing(report: str, fa
 def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Asking(**wrong)  # type: ignore[arg-type]
+
+
+def accepted_session() -> Session:
+    session = new_session()
+    for name in IN_ORDER[: IN_ORDER.index("begin execution") + 1]:
+        STEPS[name](session)
+    return session
+
+
+def test_an_accepted_run_can_be_steered_before_a_worker_has_taken_it() -> None:
+    session = accepted_session()
+    assert session.execution.message == "waiting for a worker"
+    session.wish("pause")
+    assert (session.execution.wish.paused, session.execution.message) == (True, "pausing")
+    session.wish("resume")
+    assert (session.execution.wish.paused, session.execution.message) == (False, "waiting for a worker")
+    session.wish("cancel")
+    for verb in ("pause", "resume", "cancel"):
+        with pytest.raises(Refusal, match=f"there is no run to {verb}"):
+            session.wish(verb)
+
+
+@pytest.mark.parametrize(("verb", "message"), [("pause", "paused"), ("cancel", "cancelling")])
+def test_a_wish_is_not_unsaid_when_a_worker_takes_the_run(verb: str, message: str) -> None:
+    session = accepted_session()
+    session.wish(verb)  # type: ignore[arg-type]
+    session.execution.take()
+    session.execution.mark_running()
+    assert session.execution.message == message
+    session.execution.advance(Counts(waiting="the endpoint is away"))
+    assert session.execution.message == message
 
 
 def test_a_cancelled_run_tells_what_was_not_asked() -> None:
