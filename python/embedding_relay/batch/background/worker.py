@@ -17,7 +17,7 @@ from embedding_relay.batch.background.running import Execution
 from embedding_relay.batch.background.splitting import Split
 from embedding_relay.batch.errors import StaleJob, UnknownSession
 from embedding_relay.batch.openai.files import Files
-from embedding_relay.batch.session.folder import Folder
+from embedding_relay.batch.session.folder import REMOVED, Folder
 from embedding_relay.batch.session.records import ExecutionStatus, Session, SplitStatus
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
@@ -140,8 +140,9 @@ class Worker:
                     if isinstance(error, OSError) and not self._is_gone(error):
                         raise
                     lease.check()
-                    logger.exception("batch: session %s: the %s failed", session_id, part)
                     await asyncio.to_thread(self._fail, part, session_id, error)
+                    # Not before: a session that was deleted under our hands has not failed, and is no news.
+                    logger.exception("batch: session %s: the %s failed", session_id, part)
             logger.info("batch: session %s: the %s is over", session_id, part)
             if self._passed_by:
                 self._passed_by = False
@@ -199,10 +200,14 @@ class Worker:
     # ---- expired sessions
 
     def _sweep(self) -> None:
-        """Remove folders without a session, if older than any session: younger ones may belong to another store."""
+        """Remove folders without a session, if older than any session: younger ones may belong to another store.
+
+        And those whose removal was begun and not ended.
+        """
         known = set(self._sessions.ids())
         for path in self._settings.sessions_dir.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # other workers sweep too, and refused uploads are removed
-                if path.name not in known and time.time() - path.stat().st_mtime > self._settings.keep_seconds:
+                is_old = time.time() - path.stat().st_mtime > self._settings.keep_seconds
+                if path.suffix == REMOVED or (is_old and path.name not in known):
                     Folder(path).remove()
         Files(self._store, self._sessions, self._settings).sweep()

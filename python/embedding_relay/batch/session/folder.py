@@ -28,6 +28,8 @@ _decode_task = msgspec.json.Decoder(Task).decode
 _decode_result = msgspec.json.Decoder(Result).decode
 
 MANIFEST: Final = "manifest.json"
+# Ends the name of a folder that is being removed. What is left under such a name, a process was killed over.
+REMOVED: Final = ".removed"
 FAILED_MARK: Final = _encode(Outcome.FAILED)
 # So much must be free on the disk before anything is asked: an answer that cannot be kept was paid for in vain.
 PROBE_BYTES: Final = 2**20
@@ -55,7 +57,11 @@ class Folder:
         self.path.mkdir(parents=True)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Renamed first: whoever is still writing into it finds no place to leave another file behind."""
+        removed = self.path.with_suffix(REMOVED)
+        with contextlib.suppress(OSError):
+            self.path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     @property
     def upload(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,37 @@ def folder(tmp_path: Path) -> Folder:
     made = Folder(tmp_path / "session")
     made.make()
     return made
+
+
+# ---- removing
+
+
+def test_nothing_stays_behind_of_a_folder_that_somebody_writes_into(tmp_path: Path) -> None:
+    """A worker goes on writing for a moment after the session that it works on was deleted."""
+    for number in range(20):
+        folder = Folder(tmp_path / f"{number:016x}")
+        folder.make()
+        begun = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(write_until_it_is_gone, folder.path, begun)
+            assert begun.wait(10)
+            folder.remove()
+            writing.result(10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_until_it_is_gone(place: Path, begun: threading.Event) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for number in range(10_000):
+            (place / str(number)).write_bytes(b"a task")
+            if number == 9:
+                begun.set()
+
+
+def test_what_is_gone_is_removed_again(folder: Folder) -> None:
+    folder.remove()
+    folder.remove()
+    assert not folder.path.exists()
 
 
 # ---- results
