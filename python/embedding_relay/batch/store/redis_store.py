@@ -13,7 +13,13 @@ from embedding_relay.batch.store.contract import StoreAway
 PREFIX: Final = "sglang-relay:batch:"
 PATIENCE_SECONDS: Final = 5.0
 
-# Both return 1 or 0. A claim is a key with a time to live; who holds it is checked in the same atomic step.
+# Each returns 1 or 0. A value is replaced only while it is still the one that the new one was made from. A claim is a
+# key with a time to live; who holds it is checked in the same atomic step.
+REPLACE: Final = """
+if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('set', KEYS[1], ARGV[2], 'px', ARGV[3])
+return 1
+"""
 CLAIM: Final = """
 local holder = redis.call('get', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -32,10 +38,12 @@ def _milliseconds(seconds: float) -> int:
 
 class RedisStore:
     def __init__(self, url: str) -> None:
-        # Without these time-outs TCP would wait many minutes for a Redis whose machine is gone.
+        # Without these time-outs TCP would wait many minutes for a Redis whose machine is gone. The client is given no
+        # retries: what got no answer may have been done.
         self._redis = redis.Redis.from_url(
             url, socket_timeout=PATIENCE_SECONDS, socket_connect_timeout=PATIENCE_SECONDS
         )
+        self._replace = self._redis.register_script(REPLACE)
         self._claim = self._redis.register_script(CLAIM)
         self._release = self._redis.register_script(RELEASE)
 
@@ -48,20 +56,13 @@ class RedisStore:
             return cast("bytes | None", self._redis.get(PREFIX + key))
 
     def change(self, key: str, seconds: float, by: Callable[[bytes], bytes]) -> bytes | None:
-        with _mapped(), self._redis.pipeline() as pipe:
-            while True:
-                pipe.watch(PREFIX + key)  # type: ignore[no-untyped-call]
-                before = cast("bytes | None", pipe.get(PREFIX + key))
-                if before is None:
-                    return None
+        with _mapped():
+            while (before := cast("bytes | None", self._redis.get(PREFIX + key))) is not None:
                 after = by(before)
-                pipe.multi()
-                pipe.set(PREFIX + key, after, px=_milliseconds(seconds))
-                try:
-                    pipe.execute()
-                except redis.WatchError:
-                    continue  # another worker changed it meanwhile: again, from what it left
-                return after
+                if self._replace([PREFIX + key], [before, after, _milliseconds(seconds)]):
+                    return after
+                # Another worker changed it meanwhile: again, from what it left.
+            return None
 
     def delete(self, key: str) -> bool:
         with _mapped():

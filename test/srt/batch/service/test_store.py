@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -150,6 +154,53 @@ def test_a_store_that_is_away_says_so(tmp_path: Path) -> None:
         with pytest.raises(StoreAway, match="cannot be used"):
             use()
     store.close()
+
+
+def test_a_change_whose_answer_is_lost_is_not_made_again(tmp_path: Path) -> None:
+    """It is away, the caller hears. A second start would be refused, although the first one was accepted."""
+    with redis_server(tmp_path) as url, losing_answers_to(b"started", int(url.split(":")[2].split("/")[0])) as port:
+        behind, store = open_store(url), open_store(f"redis://127.0.0.1:{port}/0")
+        store.create("a", b"analysed", FOREVER)
+        store.change("a", FOREVER, lambda before: b"split")
+        befores = list[bytes]()
+
+        def start(before: bytes) -> bytes:
+            befores.append(before)
+            return b"started"
+
+        with pytest.raises(StoreAway, match="cannot be used"):
+            store.change("a", FOREVER, start)
+        assert befores == [b"split"]
+        assert behind.get("a") == b"started", "Redis has done it: that is the case which is tried here"
+        assert store.get("a") == b"started", "and the next call finds its way"
+        behind.close()
+        store.close()
+
+
+@contextmanager
+def losing_answers_to(what: bytes, redis_port: int) -> Iterator[int]:
+    """A port that leads to Redis, and whose connections end before the answer to anything with these bytes in it."""
+
+    def carry(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", redis_port)) as server:
+            while asked := client.recv(65536):
+                server.sendall(asked)
+                answer = server.recv(65536)
+                if what in asked:
+                    return
+                client.sendall(answer)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                threading.Thread(target=carry, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = threading.Thread(target=serve)
+        serving.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join()
 
 
 # ---- several processes at once
