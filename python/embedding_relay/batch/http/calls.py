@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from embedding_relay.batch.errors import Refusal
 from embedding_relay.batch.service import Service, Verb
 from embedding_relay.batch.session.records import Asking, Session
+from embedding_relay.batch.store.contract import StoreAway
 from embedding_relay.batch.workbook.analysis import Choices
 
 router = APIRouter(prefix="/api")
@@ -169,18 +170,21 @@ async def execution_stream(request: Request, session_id: str) -> StreamingRespon
 
     async def events() -> AsyncIterator[bytes]:
         said = b""
-        while True:
+        while not await request.is_disconnected():
             try:
                 session = await run_in_threadpool(service.monitored, session_id)
+            except StoreAway:
+                pass  # it may be back in a moment, and what was said last stays true until then
             except Refusal as refusal:
                 yield b"event: gone\ndata: " + msgspec.json.encode({"detail": refusal.detail}) + b"\n\n"
                 return
-            now = msgspec.json.encode(execution_view(session))
-            if now != said:
-                said = now
-                yield b"data: " + now + b"\n\n"
-            if session.stage.is_over() or await request.is_disconnected():
-                return
+            else:
+                now = msgspec.json.encode(execution_view(session))
+                if now != said:
+                    said = now
+                    yield b"data: " + now + b"\n\n"
+                if session.stage.is_over():
+                    return
             await asyncio.sleep(STREAM_EVERY)
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

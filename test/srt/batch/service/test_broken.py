@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import diskcache
+import httpx
 import pytest
 import redis
 
@@ -233,15 +235,25 @@ def test_redis_that_hangs_for_a_while_costs_no_row(stub: StubEndpoint, tmp_path:
         service.start(session_id, concurrency=4)
         wait_until(lambda: service.get(f"/api/sessions/{session_id}")["execution"]["done"] > 4)
         process = client.info()["process_id"]
-        os.kill(process, signal.SIGSTOP)
-        try:
-            answer = service.call("GET", f"/api/sessions/{session_id}")
-        finally:
-            os.kill(process, signal.SIGCONT)
-        assert (answer.status_code, "session store" in answer.json()["detail"]) == (503, True)
-        execution = service.wait_stage(session_id, "completed")["execution"]
+        with ThreadPoolExecutor(1) as thread:
+            watching = thread.submit(watch, service, session_id)
+            os.kill(process, signal.SIGSTOP)
+            try:
+                answer = service.call("GET", f"/api/sessions/{session_id}")
+            finally:
+                os.kill(process, signal.SIGCONT)
+            assert (answer.status_code, "session store" in answer.json()["detail"]) == (503, True)
+            execution = service.wait_stage(session_id, "completed")["execution"]
+            assert watching.result(30)["stage"] == "completed", "the live stream has outlasted it"
     assert (execution["done"], execution["attempt"]) == (30, 1)
     assert set(stub.counts().values()) == {1}
+
+
+def watch(service: BatchService, session_id: str) -> Any:
+    """The last event of the live stream."""
+    url = f"{service.url}/api/execute/stream/{session_id}"
+    with httpx.stream("GET", url, timeout=60, trust_env=False) as stream:
+        return [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")][-1]
 
 
 def test_the_same_command_in_several_windows(stub: StubEndpoint, tmp_path: Path) -> None:
