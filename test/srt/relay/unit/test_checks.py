@@ -60,6 +60,8 @@ def test_a_model_without_any_modality() -> None:
 def test_an_item_that_is_described_in_two_ways(axis: int) -> None:
     wrong = changed(GOOD, "items", 5, axis, 2).flaw(LIMITS)
     assert wrong == "rows 3 and 5 describe media item 1 differently"
+    wrong = changed(GOOD, "items", 2, axis, 2).flaw(LIMITS)
+    assert wrong == "rows 1 and 2 describe media item 0 differently"
 
 
 @pytest.mark.parametrize("position", [-1, 500, LARGEST, SMALLEST])

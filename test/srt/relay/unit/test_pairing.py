@@ -113,7 +113,7 @@ def test_counting_on_must_not_lead_out_of_63_bits() -> None:
 
 # ---- allowed hosts
 
-ALLOWED = AllowedHosts.parse(" 10.1.0.0/16, fd00::/8 , 192.0.2.7,[2001:db8::7], encode-0.example,*.Encode.Example ,")
+ALLOWED = AllowedHosts.parse(" 10.1.9.9/16, fd00::/8 , 192.0.2.7,[2001:db8::7], encode-0.example,*.Encode.Example ,")
 
 
 @pytest.mark.parametrize(
