@@ -79,6 +79,5 @@ def serving(mode: str) -> Iterator[TokenizerManagerWithoutScheduler]:
         manager.mm_processor.shutdown()
         if manager.bootstrap_server is not None:
             manager.bootstrap_server.close()
-        manager.recv_from_detokenizer.close(linger=0)
-        manager.send_to_scheduler.close(linger=0)
+        manager.send_to_scheduler.context.destroy(linger=0)
         runtime_context.restore_context(before)

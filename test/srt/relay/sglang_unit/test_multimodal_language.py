@@ -22,7 +22,7 @@ from embedding_relay.protocol.errors import (
 )
 from embedding_relay.protocol.status import Status
 from sglang.srt.disaggregation.multimodal import multimodal_language
-from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message
+from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, ask_for_prompt_ids
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.io_struct import (
@@ -96,6 +96,20 @@ def test_a_request_whose_rows_are_here_is_one_of_sglangs_own(
     (item,) = req.multimodal_inputs.mm_items
     assert torch.equal(item.precomputed_embeddings, torch.full((2, 2), 3.0))
     assert role.tables() == {"parked": 0, "shared": 0}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_ids_of_the_expanded_prompt_are_sent_ahead_if_the_client_wants_them(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, wanted: bool
+) -> None:
+    recv_req = request("a", 7)
+    ask_for_prompt_ids(recv_req, SimpleNamespace(return_prompt_token_ids=wanted))
+    scheduler.turn(recv_req)
+    transfer.rows_arrive(7)
+    scheduler.turn()
+    assert queued(scheduler) == ["a"]
+    told = [answer.finished_reason for answer in scheduler.answers]
+    assert told == ([{"relay_prompt_token_ids": [1, 9, 9, 2]}] if wanted else [])
 
 
 def test_text_goes_to_sglang_at_once(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:

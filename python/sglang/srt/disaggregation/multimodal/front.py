@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.pulse import SchedulerWatch, socket_name
+from sglang.srt.disaggregation.multimodal import modes
 
 logger = logging.getLogger(__name__)
 
@@ -79,20 +80,34 @@ async def _generate_or_tell(
             async for answer in answers:
                 yield answer
     except Exception as error:
+        error = _unforeseen(error) if _has_other_half(obj) else error
         for refusal in _refusals(obj, error):
             logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
             manager._dispatch_to_scheduler(_as_message(refusal))
-        raise
+        raise error
     finally:
         _with_scheduler.difference_update(_rooms(obj))
+
+
+def _has_other_half(obj: Any) -> bool:
+    return bool(_rooms(obj)) and bool(obj.contains_mm_input())
+
+
+def _unforeseen(error: Exception) -> Exception:
+    """To a client nothing of what Python says about a mistake of ours or SGLang's; the log has it."""
+    if isinstance(error, ValueError) or hasattr(error, "status_code"):
+        return error
+    from fastapi import HTTPException
+
+    logger.error("relay: a request failed before the scheduler had it", exc_info=error)
+    return HTTPException(INTERNAL, f"this {modes.current()} instance failed on the request: its log says why")
 
 
 def _refusals(obj: Any, error: Exception) -> list[Refusal]:
     rooms = [room for room in _rooms(obj) if room not in _with_scheduler]
     if not rooms or not obj.contains_mm_input():
         return []  # no other half, or one that waits for nothing
-    code = getattr(error, "status_code", BAD_REQUEST if isinstance(error, ValueError) else INTERNAL)
-    failure = Failure(code, str(getattr(error, "detail", error)) or type(error).__name__)
+    failure = Failure(getattr(error, "status_code", BAD_REQUEST), str(getattr(error, "detail", error)))
     return [Refusal(room, _first(obj.bootstrap_host), _first(obj.bootstrap_port), failure) for room in rooms]
 
 
@@ -136,6 +151,40 @@ def abort_message(rid: str, failure: Failure, **more: Any) -> Any:
 
     reason = {"type": "abort", "status_code": failure.code, "message": failure.text}
     return AbortReq(rid=rid, finished_reason={**reason, **more})
+
+
+# ---- the ids of an expanded prompt, which only the language half's scheduler has
+
+
+# A field of SGLang's own encoder split, which our modes exclude, and of a request only.
+_WANTED: Final = ["relay:prompt_token_ids"]
+_PROMPT_IDS: Final = "relay_prompt_token_ids"
+
+
+def ask_for_prompt_ids(tokenized: Any, obj: Any) -> None:
+    """In the HTTP process, where SGLang would answer with what it has: placeholders. A late answer has none instead."""
+    tokenized.encoder_urls = _WANTED if obj.return_prompt_token_ids else None
+    obj.return_prompt_token_ids = False
+
+
+def wants_prompt_ids(recv_req: Any) -> bool:
+    """In the scheduler."""
+    return bool(recv_req.encoder_urls == _WANTED)
+
+
+def prompt_ids_message(rid: str, ids: list[int]) -> Any:
+    """To the HTTP process, ahead of the first token; like a refusal it is an abort of nothing."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(rid=rid, finished_reason={_PROMPT_IDS: ids})
+
+
+def take_prompt_ids(manager: Any, recv_obj: Any) -> bool:
+    """In the HTTP process, for each abort that comes from the scheduler; True if it was none."""
+    ids = (recv_obj.finished_reason or {}).get(_PROMPT_IDS)
+    if ids is not None and (state := manager.rid_to_state.get(recv_obj.rid)) is not None:
+        state.prompt_token_ids = ids
+    return ids is not None
 
 
 # ---- a scheduler that does not answer

@@ -140,6 +140,15 @@ def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
         front.note_dispatched(state.obj)
 
 
+def hear_of_abort(original: Original, manager: Any, recv_obj: Any) -> Any:
+    if modes.current() == modes.LANGUAGE:
+        from sglang.srt.disaggregation.multimodal import front
+
+        if front.take_prompt_ids(manager, recv_obj):
+            return None
+    return original(manager, recv_obj)
+
+
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
     match modes.current():
         case modes.ENCODE:
@@ -291,6 +300,7 @@ HOOKS: Final = (
     Hook("sglang.srt.model_loader.loader._initialize_model", build_without_tower, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
+    Hook(f"{_TOKENIZER_MANAGER}._handle_abort_req", hear_of_abort, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
     Hook(
         "sglang.srt.multimodal.processors.executor.MultimodalProcessorExecutor._run",

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.media_sources import MediaSources
-from sglang.srt.disaggregation.multimodal import faults, modes, precomputed
+from sglang.srt.disaggregation.multimodal import faults, front, modes, precomputed
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
 
@@ -95,6 +95,7 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
         raise faults.explained(error, modes.LANGUAGE) from error
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
+    front.ask_for_prompt_ids(tokenized, obj)
     return tokenized
 
 
