@@ -7,6 +7,7 @@ import itertools
 import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import pytest
 import zmq
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.errors import Failure, SettingError
 from embedding_relay.protocol.messages import Address
@@ -158,6 +160,7 @@ def test_a_room_that_gets_no_block_in_time(encode: EncodeInstance, room: int) ->
     # Before the other side says that its own half of that request did not come.
     sooner = dataclasses.replace(QUICK, bootstrap_timeout=1)
     with language_rank(small_layout(blocks=1), sooner) as tight:
+        tight.receive(encode, Spec(next(_rooms), 100))  # more than one room at a time is for instances that deliver
         holder = tight.start(encode.peer, room)
         encode.expect(Spec(room, 100, held=True))
         wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
@@ -213,9 +216,55 @@ def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeIn
         assert failure.text.startswith(f"encode instance {doomed_instance.peer} did not answer for ")
         assert time.monotonic() - started < 2 * QUICK.timing.silence
         language.receive(encode, Spec(survivor, 2000))
-        # Its control port refuses: that is the proof of its death, and the blocks come out of quarantine.
+        # Its control port refuses, and what it had sent was read: the blocks come out of quarantine.
         assert_all_given_back(encode, language)
         doomed_instance.stop()
+
+
+def test_blocks_of_a_dead_encode_instance_wait_for_what_it_had_sent(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its control port refuses, and that alone says nothing about bytes in this machine's kernel."""
+    has_read, looks = threading.Event(), []
+
+    def has_read_everything(_: MooncakeDataPlane) -> bool:
+        looks.append(has_read.is_set())
+        return has_read.is_set()
+
+    monkeypatch.setattr(MooncakeDataPlane, "has_read_everything", has_read_everything)
+    with language_rank(small_layout(blocks=2), QUICK) as language:
+        doomed_instance = EncodeInstance(LAYOUT, QUICK)
+        doomed = language.start(doomed_instance.peer, room)
+        doomed_instance.expect(Spec(room, 500_000))
+        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 5)
+        doomed_instance.kill()
+        language.wait(doomed.values())
+        settle(language.manager.metrics, lambda _: len(looks) >= 2, patience=10)
+        assert language.manager.metrics().sizes["quarantined_rooms"] == 1
+        has_read.set()
+        assert_all_given_back(language)
+        doomed_instance.stop()
+
+
+def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its control plane lives. Something takes connections where its engine should be, and answers nothing."""
+    rooms = [room, next(_rooms), next(_rooms)]
+    patient = dataclasses.replace(QUICK, bootstrap_timeout=60, waiting_timeout=60)
+    with socket.create_server((HOST, 0)) as silent, encode_instance(LAYOUT, patient) as encode:
+        session_id = f"{HOST}:{silent.getsockname()[1]}"
+        monkeypatch.setattr(MooncakeDataPlane, "session_id", session_id)
+        with language_rank(small_layout(blocks=8), patient) as dead:
+            started = time.monotonic()
+            receivers = dead.start(encode.peer, *rooms)
+            encode.expect(*(Spec(number, 2000) for number in rooms))
+            dead.wait(receivers.values())
+            assert time.monotonic() - started < 25, "one after another, and each within seconds"
+            for receiver in receivers.values():
+                failure = receiver.failure()
+                assert failure is not None
+                assert failure.code == 502
+                assert f"the engine of {session_id} cannot be reached: timed out" in failure.text
+            assert_all_given_back(encode, dead)
 
 
 def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: EncodeInstance, room: int) -> None:
