@@ -71,6 +71,7 @@ METRICS: Final = (
     ),
     _gauge("rooms", "rooms", "Rooms that the transfer has and that have not ended."),
     _gauge("waiting_rooms", "waiting_for_blocks", "Rooms that wait, in order, for their first block."),
+    _gauge("held_back_rooms", "held_back", "Those of them whose encode instance may have no more blocks.", LANGUAGE),
     _gauge(
         "quarantined_rooms",
         "quarantined_rooms",

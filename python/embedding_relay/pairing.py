@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from embedding_relay.protocol.codec import MAX_ROOM
-from embedding_relay.protocol.messages import HOST
+from embedding_relay.protocol.messages import HOST, MAX_ROOM
 
 ALLOWED_HOSTS: Final = "SGLANG_EMBEDDING_ALLOWED_HOSTS"
 

@@ -18,6 +18,7 @@ from embedding_relay.protocol.messages import (
     HOST,
     MAX_BLOCKS,
     MAX_COLUMNS,
+    MAX_ROOM,
     Abort,
     AbortAck,
     Address,
@@ -34,7 +35,6 @@ from embedding_relay.protocol.messages import (
 from embedding_relay.protocol.status import Status
 
 MAX_ROWS: Final = 1 << 40
-MAX_ROOM: Final = (1 << 63) - 1
 MAX_RANKS: Final = 1024
 MAX_TEXT: Final = 256
 MAX_REASON: Final = 4096

@@ -6,11 +6,12 @@ from typing import Annotated, Final
 
 import msgspec
 
-from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.errors import BAD_REQUEST, Failure
 from embedding_relay.protocol.status import Status
 
 PROTOCOL_VERSION = 1
 
+MAX_ROOM: Final = (1 << 63) - 1
 MAX_BLOCKS: Final = 1 << 20
 MAX_COLUMNS: Final = 32
 
@@ -25,6 +26,13 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 _Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
 _Facts = Annotated[tuple[tuple[Word, Word], ...], msgspec.Meta(max_length=64)]
 _Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
+
+
+def flaw_of_room(room: int) -> Failure | None:
+    """Why no message can be about this room, so that the other side would never hear of it."""
+    if 0 <= room <= MAX_ROOM:
+        return None
+    return Failure(BAD_REQUEST, f"room {room} is not from 0 to {MAX_ROOM}")
 
 
 class Address(msgspec.Struct, frozen=True, order=True):

@@ -27,6 +27,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Until an unanswered message is sent again for the first time; doubles with each repetition."""
     longest_repeat_interval: float = 16.0
     """What it doubles up to. A lost message costs no more than this."""
+    trial: float = 30.0
+    """How long a room may be the only one of an encode instance that has not delivered rows yet."""
     quarantine: float = 60.0
     """After this, blocks in quarantine are counted as overdue. They are never freed without proof."""
     remember_ended: float = 600.0

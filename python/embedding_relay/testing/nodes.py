@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -82,6 +83,8 @@ class EncodeNode:
         self.sources: dict[int, Truth] = {}
         self.failed_sessions: set[str] = set()
         self.proofs: list[ProveGone] = []
+        self.is_cut_off = False
+        """Its data plane reaches nobody, so that it can prove nothing about it either; its control plane lives."""
 
     def run(self, effects: Sequence[EncodeEffect]) -> None:
         for effect in effects:
@@ -92,13 +95,22 @@ class EncodeNode:
                 if effect.status is Status.WAITING_FOR_INPUT:
                     self.towers.append(effect.room)
             elif isinstance(effect, TransferEmbeddingChunk):
-                self.jobs.append((effect, {d.session_id: self.core.session(d.session_id) for d in effect.destinations}))
+                self._take_job(effect)
             elif isinstance(effect, ProveGone):
                 self.proofs.append(effect)
             elif isinstance(effect, DropRows):
                 self.sources.pop(effect.room, None)
                 if any(chunk.room == effect.room for chunk, _ in self.jobs):
                     raise Violation(f"rows of room {effect.room} are dropped while they are being written")
+
+    def _take_job(self, chunk: TransferEmbeddingChunk) -> None:
+        registers = {d.session_id: self.core.session(d.session_id) for d in chunk.destinations}
+        for other, known in self.jobs:
+            for ours, theirs in itertools.product(chunk.destinations, other.destinations):
+                is_same = ours.session_id == theirs.session_id and known[ours.session_id] == registers[ours.session_id]
+                if is_same and not set(ours.blocks).isdisjoint(theirs.blocks):
+                    raise Violation(f"S2: rooms {chunk.room} and {other.room} write to one block of {ours.session_id}")
+        self.jobs.append((chunk, registers))
 
     def expect(self, room: int) -> None:
         self.journal.begin(room)
@@ -124,6 +136,8 @@ class EncodeNode:
             try:
                 if register is None:
                     raise TransferError("the session is gone")
+                if self.is_cut_off:
+                    raise TransferError("no answer")
                 if self.world.is_refused(register.address):
                     raise TransferError("another process has the session, and its engine knows other memory")
                 self._write(chunk, destination, register)
@@ -162,12 +176,15 @@ class EncodeNode:
         """Is the process that had a session gone? Not if it only cannot be reached."""
         asked = self.proofs.pop(index)
         is_gone = self.world.is_refused(asked.address)
+        known = self.core.session(asked.session_id)
         self.run(self.core.proven(asked.session_id, asked.address, is_gone, self.world.clock.now))
+        if known and not self.world.is_refused(known.address) and self.core.session(asked.session_id) != known:
+            raise Violation(f"session: {asked.session_id} is taken away from {known.address}, which is alive")
 
     def look_for_quiet(self) -> None:
         """What the workers do after a failed write: tell the core once nothing of it can land any more."""
         for session_id in sorted(self.failed_sessions):
-            if self.plane.link(session_id).is_quiet():
+            if not self.is_cut_off and self.plane.link(session_id).is_quiet():
                 self.failed_sessions.discard(session_id)
                 self.run(self.core.session_quiet(session_id, self.world.clock.now))
 
@@ -227,7 +244,7 @@ class LanguageNode:
         self.offers.append(info)
         if before is not None and len(info.dst_embedding_indices) > len(before.dst_embedding_indices):
             sizes = self.core.sizes()
-            if sizes["waiting_for_blocks"] or not sizes["blocks_free"]:
+            if sizes["waiting_for_blocks"] > sizes["held_back"] or not sizes["blocks_free"]:
                 raise Violation(f"L2: room {info.room} takes blocks that others wait for: {sizes}")
         if any(self.pool.owner_of(block) != info.room for block in info.dst_embedding_indices):
             raise Violation(f"S2: room {info.room} offers blocks that are not its own")

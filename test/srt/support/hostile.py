@@ -25,6 +25,7 @@ from embedding_relay.protocol import codec
 from embedding_relay.protocol.encode.admission import MAX_CONTENDERS
 from embedding_relay.protocol.errors import Failure, UndecodableFrames
 from embedding_relay.protocol.messages import (
+    MAX_ROOM,
     Abort,
     AbortAck,
     Address,
@@ -130,7 +131,7 @@ class Stranger:
     def _room(self) -> int:
         kind = self._choices.number(0, 9)
         if kind == 0:
-            return self.pick([0, -1, codec.MAX_ROOM, codec.MAX_ROOM + 1, 1 << 64])
+            return self.pick([0, -1, MAX_ROOM, MAX_ROOM + 1, 1 << 64])
         if kind <= 4 or not self._world.truths:
             return self._choices.number(1000, 100_000)
         return self.pick(list(self._world.truths)[-4:])
@@ -370,6 +371,8 @@ def run_attack_with_faults(choices: Choices, steps: int = 80, knows_all: bool = 
 
 
 def _attack_at_random(attacked: AttackedWorld, choices: Choices, steps: int, now_and_then: Callable[[], None]) -> None:
+    if choices.number(0, 3):
+        attacked.schedule.warm_up()
     attacked.start()
     for _ in range(steps):
         if choices.is_used_up():

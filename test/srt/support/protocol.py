@@ -34,6 +34,7 @@ BLOCK = 4
 TIMING = Timing(bootstrap=30.0, first_word=10.0, waiting=60.0, heartbeat_interval=5.0, heartbeat_max_failures=2)
 ENCODE = Address("encode", 1)
 ROOM = 7
+PROVED = 77
 SESSION, KNOWN_AT = "language-0:1", Address("language", 100)
 PEER, SECOND = "registry:80", "registry2:80"
 
@@ -128,6 +129,15 @@ def language_side(
         ranks=ranks,
         timing=timing,
     )
+
+
+def language_side_with_proven_peer(blocks: int = 8, default: int | None = 8, max_rows: int = 1000) -> LanguageSide:
+    """The peer has delivered the rows of one room, so that it may have blocks for as many as there are."""
+    side = language_side(blocks, default, max_rows=max_rows)
+    request_and_resolve(side, PROVED)
+    side.receive(report(Status.SUCCESS, 1, room=PROVED), 0.0)
+    side.copied(PROVED, 1, 1, 0.0)
+    return side
 
 
 def request_and_resolve(side: LanguageSide, *rooms: int, now: float = 0.0) -> list[LanguageEffect]:

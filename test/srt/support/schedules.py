@@ -22,6 +22,7 @@ TIMING = Timing(
     heartbeat_max_failures=2,
     repeat_interval=0.5,
     longest_repeat_interval=4.0,
+    trial=6.0,
     quarantine=5.0,
     remember_ended=300.0,
     forget_session=400.0,
@@ -32,6 +33,9 @@ PATIENCE = TIMING.bootstrap + 2 * TIMING.waiting
 
 # Long enough to find out that the other side is gone: nothing is heard of a room at all, or nothing more.
 NOTICED = max(TIMING.unasked, TIMING.silence + TIMING.heartbeat_interval)
+
+# A peer whose blocks do not come back is given up, and its rooms with it.
+GIVEN_UP = TIMING.quarantine + TIMING.longest_repeat_interval
 
 # Whatever was lost has been said again by then, and whoever could not be found has been missed. With the defaults 46 s.
 RECOVERED = NOTICED + TIMING.longest_repeat_interval
@@ -61,6 +65,18 @@ class Shape:
         )
 
     @classmethod
+    def wide(cls, rng: random.Random) -> "Shape":
+        """Two peers, and pools of which an eighth is at least a block."""
+        ranks = rng.choice((1, 1, 2))
+        return cls(
+            block_size=rng.randint(1, 4),
+            encode_blocks=rng.randint(1, 6),
+            language_blocks=tuple(rng.randint(8, 20) for _ in range(ranks)),
+            defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
+            encodes=2,
+        )
+
+    @classmethod
     def random(cls, rng: random.Random) -> "Shape":
         ranks = rng.choice((1, 1, 2))
         return cls(
@@ -78,14 +94,23 @@ class Schedule:
     def __init__(self, world: World, first_room: int = 1) -> None:
         self.world = world
         self.rooms = first_room - 1
+        self.peers: dict[int, int] = {}
+        """Which encode instance each room was sent to, as a number."""
 
     # ---- what happens when nothing fails
 
     def start(self, total: int, text_rows: int, peer: int, halves: Sequence[str] = ("encode", "language")) -> None:
         self.rooms += 1
         names = list(self.world.encodes)
+        self.peers[self.rooms] = peer % len(names)
         runs = [(text_rows, total)] if text_rows < total else []
         self.world.start(self.rooms, total, runs, names[peer % len(names)], halves)
+
+    def warm_up(self) -> None:
+        """Every peer has delivered rows before, so that it may have many rooms at a time."""
+        for peer in range(len(self.world.encodes)):
+            self.start(1, 0, peer)
+        self.world.settle()
 
     def deliver_in_order(self, which: int, again: bool = False) -> None:
         if ready := self.world.deliverable():
@@ -130,6 +155,10 @@ class Schedule:
         language = self.world.languages[rank % len(self.world.languages)]
         faults = list(Fault)
         self.world.fabric.fail_next(language.plane.session_id, faults[fault % len(faults)])
+
+    def toggle_data_plane(self, peer: int) -> None:
+        encode = list(self.world.encodes.values())[peer % len(self.world.encodes)]
+        encode.is_cut_off = not encode.is_cut_off
 
     def land_late(self) -> None:
         self.world.fabric.land_late()
@@ -189,6 +218,31 @@ class Schedule:
             if open_rooms := node.journal.open_rooms:
                 raise Violation(f"L3: {node.journal.name} has rooms {open_rooms} {RECOVERED:g} s after the last loss")
 
+    def check_share(self, peer: int, may_try_only: bool) -> None:
+        """What one peer holds of each pool: never all, and before it has delivered anything only what a room has."""
+        for language in self.world.languages:
+            owners = [language.pool.owner_of(block) for block in range(language.pool.count)]
+            rooms = [room for room in owners if isinstance(room, int) and self.peers[room] == peer]
+            if len(rooms) > language.pool.count - language.pool.count // 8:
+                raise Violation(f"share: {len(rooms)} of {language.pool.count} blocks are held by one peer")
+            if may_try_only and len(set(rooms)) > 1:
+                raise Violation(f"share: rooms {set(rooms)} have blocks for a peer that has never delivered a row")
+
+    def serve_the_healthy(self, dead: int) -> None:
+        """One peer of two is cut off. The other's rooms succeed, and need no clock; its own rooms end soon."""
+        self.world.settle()
+        for node in (*self.world.languages, *self.world.encodes.values()):
+            for room in node.journal.open_rooms:
+                if self.peers[room] != dead:
+                    raise Violation(f"L1: {node.journal.name} has not served room {room} of a healthy peer")
+            for room, failure in node.journal.failures.items():
+                if failure is not None and self.peers[room] != dead:
+                    raise Violation(f"L1: {node.journal.name}: room {room} of a healthy peer has failed: {failure}")
+        self.world.advance(GIVEN_UP, between=self.world.settle)
+        for node in (*self.world.languages, *self.world.encodes.values()):
+            if open_rooms := node.journal.open_rooms:
+                raise Violation(f"L3: {node.journal.name} has rooms {open_rooms} of a peer that delivers nothing")
+
     def kill_one_side(self, dead: str) -> None:
         """L3: every instance of one side dies; the other side waits less long for it than for one that is only slow."""
         world = self.world
@@ -231,6 +285,8 @@ class Schedule:
         world = self.world
         world.unreachable.clear()
         world.fabric.faults.clear()
+        for encode in world.encodes.values():
+            encode.is_cut_off = False
         self._settle_everything()
         world.advance(PATIENCE, between=self._settle_everything)
         for node in (*world.languages, *world.encodes.values()):
@@ -259,11 +315,19 @@ class Schedule:
                 raise Violation(f"S5: {node.journal.name} wants to be called at {node.core.next_wakeup()}")
 
 
-def run_orderly(seed: int, steps: int = 60, **sides: Any) -> World:
+def run_orderly(
+    seed: int,
+    steps: int = 60,
+    shape: Callable[[random.Random], Shape] = Shape.random,
+    warm: float = 0.7,
+    **sides: Any,
+) -> World:
     """Nothing is lost, nobody fails, messages of one sender keep their order; all of them may be late or repeated."""
     rng = random.Random(seed)
-    world = Shape.random(rng).build(**sides)
+    world = shape(rng).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < warm:
+        schedule.warm_up()
     for _ in range(steps):
         if rng.random() < 0.15:
             schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2))
@@ -280,6 +344,8 @@ def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None 
     rng = random.Random(seed)
     world = (shape or Shape.random(rng)).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < 0.7:
+        schedule.warm_up()
     seconds_left = TIMING.bootstrap - 1.0
     for _ in range(steps):
         luck = rng.random()
@@ -300,19 +366,45 @@ def run_slow(seed: int, steps: int = 80, busy: float = 0.1, shape: Shape | None 
     return world
 
 
+def run_one_data_plane_dies(seed: int, steps: int = 80, **sides: Any) -> World:
+    """Nothing that one of two peers writes arrives, from the beginning or from some time on."""
+    rng = random.Random(seed)
+    world = Shape.wide(rng).build(**sides)
+    schedule = Schedule(world)
+    dead, since = rng.randrange(2), rng.choice((0, 0, rng.randrange(steps)))
+    for step in range(steps):
+        if step == since:
+            list(world.encodes.values())[dead].is_cut_off = True
+        luck = rng.random()
+        if luck < 0.2:
+            schedule.start(rng.randint(1, 60), rng.randint(0, 6), rng.choice((dead, rng.randrange(2))))
+        elif luck < 0.6:
+            schedule.deliver_in_order(rng.randrange(1000), again=rng.random() < 0.1)
+        else:
+            schedule.work(rng.randrange(1000))
+        schedule.check_share(dead, may_try_only=since == 0)
+    schedule.serve_the_healthy(dead)
+    schedule.finish()
+    return world
+
+
 def run_lossy(seed: int, steps: int = 80, **sides: Any) -> World:
-    """Messages of any kind are lost. Rooms may fail of it, but nobody waits long."""
+    """Messages of any kind are lost, and clients leave. Rooms may fail of it, but nobody waits long."""
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < 0.7:
+        schedule.warm_up()
     for _ in range(steps):
         luck = rng.random()
         if luck < 0.12:
             schedule.start(rng.randint(1, 40), rng.randint(0, 6), rng.randrange(2))
         elif luck < 0.5:
             schedule.deliver_in_order(rng.randrange(1000))
-        elif luck < 0.8:
+        elif luck < 0.78:
             schedule.work(rng.randrange(1000))
+        elif luck < 0.81:
+            schedule.cancel(rng.randrange(1000), rng.randrange(1000))
         elif luck < 0.95:
             schedule.lose(rng.randrange(1000))
         else:
@@ -327,6 +419,8 @@ def run_offers_and_reports_lost(seed: int, steps: int = 80, **sides: Any) -> Wor
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < 0.7:
+        schedule.warm_up()
     seconds_left = TIMING.waiting - 2 * TIMING.longest_repeat_interval
     for _ in range(steps):
         luck = rng.random()
@@ -352,6 +446,8 @@ def run_one_side_dies(seed: int, steps: int = 50, **sides: Any) -> World:
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < 0.7:
+        schedule.warm_up()
     dead, alive = rng.sample(("encode", "language"), 2)
     for _ in range(steps):
         luck = rng.random()
@@ -374,6 +470,8 @@ def run_chaos(seed: int, steps: int = 80, focus: tuple[str, ...] = (), **sides: 
     rng = random.Random(seed)
     world = Shape.random(rng).build(**sides)
     schedule = Schedule(world)
+    if rng.random() < 0.7:
+        schedule.warm_up()
     mishaps = _mishaps(schedule, rng)
     # Only a few kinds of faults in each schedule: with all of them at once, no room gets far.
     chosen = [mishaps[name] for name in focus or rng.sample(sorted(mishaps), rng.randint(1, 4))]
@@ -402,6 +500,7 @@ def _mishaps(schedule: Schedule, rng: random.Random) -> dict[str, Callable[[], N
         "lose": lambda: schedule.lose(pick()),
         "spoil write": lambda: schedule.spoil_write(pick(), pick()),
         "write late": lambda: schedule.spoil_write(pick(), LANDS_LATE),
+        "cut off": lambda: schedule.toggle_data_plane(pick()),
         "land late": schedule.land_late,
         "look for quiet": schedule.look_for_quiet,
         "cancel": lambda: schedule.cancel(pick(), pick()),

@@ -32,6 +32,7 @@ from embedding_relay.protocol.messages import (
     StatusReport,
     ToEncode,
     TransferEmbeddingInfo,
+    flaw_of_room,
 )
 from embedding_relay.protocol.status import EndedRooms, Ending, Status
 from embedding_relay.protocol.timing import Alarms, Timing
@@ -73,6 +74,9 @@ class EncodeSide:
 
     def expect(self, room: int, now: float) -> list[EncodeEffect]:
         """Our half of the request arrived. Repeated for a room that is over, it says how the room ended."""
+        if flaw := flaw_of_room(room):
+            self._shared.counts.failures[flaw.code] += 1
+            return [StatusChanged(room, Status.FAILED, flaw)]
         if ending := self._shared.ended.get(room):
             return [StatusChanged(room, ending.status, ending.failure)]
         known = self._room(room, now)
@@ -83,7 +87,7 @@ class EncodeSide:
         """The tower has run: the rows exist, and the transport can stage them until it is told to drop them."""
         if total_rows < 1:
             raise LocalError(f"room {room} with {total_rows} rows")
-        if self._rooms.get(room) is None and self._shared.ended.get(room):
+        if flaw_of_room(room) or (self._rooms.get(room) is None and self._shared.ended.get(room)):
             return [DropRows(room)]
         return [*self._room(room, now).submit(total_rows, now), *self._serve_queue()]
 
@@ -92,7 +96,8 @@ class EncodeSide:
         known = self._rooms.get(room)
         if known is not None and not known.is_over:
             return [*known.fail(failure, now), *self._serve_queue()]
-        self._end_unopened(room, failure, now)
+        if not flaw_of_room(room):
+            self._end_unopened(room, failure, now)
         return []
 
     def _end_unopened(self, room: int, failure: Failure, now: float) -> None:

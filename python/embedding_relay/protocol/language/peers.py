@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from embedding_relay.protocol.effects import LanguageEffect, Resolve, Send
@@ -36,6 +36,15 @@ class Peer:
     registered_with: tuple[Address, str] | None = None
     looking: bool = False
     """A lookup is under way; all requests share it."""
+    is_proven: bool = False
+    """This instance has delivered rows: what it writes arrives here."""
+    trial: int | None = None
+    """Before that: the room that tries it."""
+    held: int = 0
+    """Blocks of its rooms, those in quarantine included."""
+    quarantined: int = 0
+    overdue: int = 0
+    """Its rooms whose blocks have been in quarantine for too long."""
     heard: float = 0.0
     unanswered: int = 0
     """Pings since it was last heard."""
@@ -68,6 +77,7 @@ class Peer:
     def lose(self) -> None:
         """Ask the registry again before anything more is sent there. The instance stays known, to tell a new one."""
         self.address = self.registered_with = None
+        self.is_proven = False
         self.announced.clear()
 
 
@@ -81,6 +91,9 @@ class Peers:
 
     def __len__(self) -> int:
         return len(self._peers)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers.values())
 
     def __getitem__(self, name: str) -> Peer:
         return self._peers[name]
@@ -107,6 +120,7 @@ class Peers:
         peer.looking = False
         if (peer.address, peer.instance) != (address, instance):
             peer.announced.clear()
+            peer.is_proven = False
         peer.address, peer.instance = address, instance
         peer.hear(now)
         self._set_check(peer, now)
@@ -135,6 +149,8 @@ class Peers:
     def _leave(self, peer: Peer, room: int) -> None:
         for rooms in (peer.queued, peer.announced, peer.under_way, peer.untold):
             rooms.discard(room)
+        if peer.trial == room:
+            peer.trial = None
 
     def forget_if_useless(self, peer: Peer) -> None:
         if peer.is_idle and peer.address is None and not peer.looking:

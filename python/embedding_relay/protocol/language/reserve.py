@@ -1,13 +1,17 @@
-"""How many rows the language side reserves before it can know how many there will be."""
+"""How many rows the language side reserves before it can know how many there will be, and what one peer may hold."""
 
 from __future__ import annotations
 
 import collections
 from typing import Final
 
+from embedding_relay.protocol.language.peers import Peer
+
 _UNTIL_LEARNED: Final = 8192
 _REMEMBERED: Final = 256
 _QUANTILE: Final = 0.9
+# Of the pool: what one peer leaves to the others, and how much of it may be in quarantine before it gets no more.
+_SHARES: Final = 8
 
 
 class DefaultReservation:
@@ -30,3 +34,23 @@ class DefaultReservation:
             ordered = sorted(self._recent)
             learned = ordered[min(len(ordered) - 1, int(len(ordered) * _QUANTILE))]
         return max(1, min(learned, self._capacity // max(1, rooms)))
+
+
+class PeerShare:
+    """How many blocks one peer may hold. Whatever becomes of it, there are some for others, those to come included."""
+
+    def __init__(self, capacity: int) -> None:
+        self._an_eighth = capacity // _SHARES
+        self._most = capacity - self._an_eighth
+
+    def left(self, peer: Peer) -> int:
+        """How many more it may have now."""
+        return 0 if self.why_none(peer) else max(0, self._most - peer.held)
+
+    def why_none(self, peer: Peer) -> str:
+        """What is wrong with the peer, so that its rooms get no blocks; empty if nothing is."""
+        if peer.quarantined > (self._an_eighth if peer.is_proven else 0):
+            return f"has {peer.quarantined} blocks of failed requests in quarantine"
+        if not peer.is_proven and peer.trial is not None:
+            return f"has delivered no rows yet, and only room {peer.trial} may try"
+        return ""

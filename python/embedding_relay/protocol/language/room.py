@@ -18,7 +18,7 @@ from embedding_relay.protocol.errors import (
     LocalError,
 )
 from embedding_relay.protocol.language.peers import Peer, Peers
-from embedding_relay.protocol.language.reserve import DefaultReservation
+from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
 from embedding_relay.protocol.messages import Abort, Address, Queued, Register, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
@@ -31,6 +31,7 @@ class Shared:
     register: Register
     pool: BlockPool
     reservation: DefaultReservation
+    share: PeerShare
     ranks: int
     max_rows: int
     timing: Timing
@@ -46,6 +47,22 @@ class Shared:
     @property
     def block_size(self) -> int:
         return self.register.handshake.block_size
+
+    @property
+    def looked_up(self) -> int:
+        """Rooms of the queue whose peer has not been found yet."""
+        return sum(len(peer.queued) for peer in self.peers if peer.address is None)
+
+    @property
+    def held_back(self) -> int:
+        """Rooms of the queue that get no block even if some are free, because their peer may have no more."""
+        found = (peer for peer in self.peers if peer.queued and peer.address is not None)
+        return sum(len(peer.queued) for peer in found if not self.share.left(peer))
+
+    @property
+    def servable(self) -> int:
+        """Rooms of the queue that get a block as soon as one is free."""
+        return len(self.queue) - self.looked_up - self.held_back
 
 
 class LanguageRoom:
@@ -80,6 +97,7 @@ class LanguageRoom:
         """Of what the room waits for now."""
         self._repetitions = 0
         """How often the last message has been sent again."""
+        self._trial_ends = math.inf
         shared.rooms[room] = shared.queue[room] = self
         peer.queued.add(room)
         shared.alarms.set(room, self._deadline)
@@ -132,9 +150,11 @@ class LanguageRoom:
     def begin(self, count: int, address: Address, now: float) -> list[LanguageEffect]:
         """Leave the queue with `count` blocks, and offer them."""
         shared = self._shared
-        self._offer(shared.pool.lease(count, self.room), self.wanted_rows)
+        self._offer(self._lease(count), self.wanted_rows)
         del shared.queue[self.room]
         shared.peers.begin(self.peer, self.room, now)
+        if not self.peer.is_proven:
+            self.peer.trial, self._trial_ends = self.room, now + shared.timing.trial
         self._wait_for(shared.timing.waiting, now)
         self.address, self.instance = address, self.peer.instance
         self.introductions += 1
@@ -145,6 +165,14 @@ class LanguageRoom:
             self._send(self._info()),
             StatusChanged(self.room, self.status),
         ]
+
+    def _lease(self, count: int) -> tuple[int, ...]:
+        self.peer.held += count
+        return self._shared.pool.lease(count, self.room)
+
+    def _give_back(self, blocks: tuple[int, ...]) -> None:
+        self._shared.pool.give_back(blocks, self.room)
+        self.peer.held -= len(blocks)
 
     def _offer(self, blocks: tuple[int, ...], limit: int | None = None) -> None:
         capacity = len(blocks) * self._shared.block_size
@@ -177,13 +205,13 @@ class LanguageRoom:
 
     def _refill(self) -> None:
         """Go on with the blocks in hand: fewer if fewer will do, more if nobody else could want them, never waiting."""
-        pool, needed, blocks = self._shared.pool, self.needed_blocks(), self.blocks
-        more = min(needed - len(blocks), pool.free - 1)
+        shared, needed, blocks = self._shared, self.needed_blocks(), self.blocks
+        more = min(needed - len(blocks), shared.pool.free - 1, shared.share.left(self.peer))
         if needed < len(blocks):
-            pool.give_back(blocks[needed:], self.room)
+            self._give_back(blocks[needed:])
             blocks = blocks[:needed]
-        elif more > 0 and not self._shared.queue:
-            blocks = tuple(sorted(blocks + pool.lease(more, self.room)))
+        elif more > 0 and len(shared.queue) == shared.held_back:
+            blocks = tuple(sorted(blocks + self._lease(more)))
         self._offer(blocks)
 
     # ---- what the encode side reports
@@ -258,6 +286,7 @@ class LanguageRoom:
             return self.fail(failure, now)
         self.total = total
         self.received += rows
+        self.peer.is_proven = True
         return self._deliver(now) if report.status is Status.SUCCESS else self.resume(now)
 
     def copy_failed(self, text: str, now: float) -> list[LanguageEffect]:
@@ -306,7 +335,7 @@ class LanguageRoom:
         self.move(Status.SUCCESS)
         shared.ended.succeed(self.room, now, self.received)
         shared.reservation.observe(self.received)
-        shared.pool.give_back(self.blocks, self.room)
+        self._give_back(self.blocks)
         self._forget()
         return [Deliver(self.room, self.received, self.rounds), StatusChanged(self.room, self.status)]
 
@@ -318,6 +347,7 @@ class LanguageRoom:
         if self.is_queued:
             return [changed, *self._leave_queue(now)]
         self._shared.pool.quarantine(self.blocks, self.room)
+        self.peer.quarantined += len(self.blocks)
         self._wait_for(math.inf, now)
         return [changed, self._send(self._abort_message())]
 
@@ -378,6 +408,9 @@ class LanguageRoom:
             return []
         if self.blocks:
             self._shared.pool.release_quarantine(self.room)
+            self.peer.held -= len(self.blocks)
+            self.peer.quarantined -= len(self.blocks)
+            self.peer.overdue -= self.overdue
         return self._forget()
 
     def _forget(self) -> list[LanguageEffect]:
@@ -389,6 +422,15 @@ class LanguageRoom:
     def _abort_message(self) -> Abort:
         register = self._shared.register
         return Abort(self.room, register.address, register.session_id, self.failure)
+
+    def fail_for_lost_blocks(self, now: float) -> list[LanguageEffect]:
+        """Its peer gets no blocks, and nobody knows when it will."""
+        return self.fail(self._no_blocks(), now)
+
+    def _no_blocks(self, how_long: str = "") -> Failure:
+        if why := self._shared.share.why_none(self.peer):
+            return Failure(BAD_GATEWAY, f"no receive blocks{how_long}: encode instance {self.peer.name} {why}")
+        return Failure(UNAVAILABLE, f"no receive blocks{how_long}")
 
     # ---- time
 
@@ -406,6 +448,8 @@ class LanguageRoom:
         """No answer: the message is lost, or its answer is, or it only takes long. Whoever has it knows it again."""
         self._repetitions += 1
         self._set_alarm(now)
+        if now >= self._trial_ends and self.peer.trial == self.room:
+            self.peer.trial = None  # its picture may take long, or its other half may never come: let another room try
         address = self.peer.address if self.is_queued else self.address
         if address is None:
             return []  # the peer is looked up again, and then told of the room
@@ -424,6 +468,7 @@ class LanguageRoom:
         if self.overdue or silence < self._shared.timing.quarantine:
             return [abort]
         self.overdue = True
+        self.peer.overdue += 1
         held = f"{len(self.blocks)} blocks of room {self.room} stay in quarantine"
         return [abort, Note(f"{held}: {self.peer.name} has not acknowledged its abort for {silence:g} s")]
 
@@ -436,5 +481,5 @@ class LanguageRoom:
             text = f"encode instance {peer.name} sent no more rows of room {self.room} within {timing.waiting:g} s"
             return Failure(BAD_GATEWAY, text)
         if peer.address is not None:
-            return Failure(UNAVAILABLE, f"no receive blocks within {timing.bootstrap:g} s")
+            return self._no_blocks(f" within {timing.bootstrap:g} s")
         return Failure(BAD_GATEWAY, f"bootstrap registry {peer.name} did not answer within {timing.bootstrap:g} s")

@@ -7,9 +7,9 @@ from embedding_relay.protocol.counts import Counts, Event
 from embedding_relay.protocol.effects import LanguageEffect, Note, Send, StatusChanged
 from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
-from embedding_relay.protocol.language.reserve import DefaultReservation
+from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
 from embedding_relay.protocol.language.room import LanguageRoom, Shared
-from embedding_relay.protocol.messages import AbortAck, Address, Ping, Pong, Register, ToLanguage
+from embedding_relay.protocol.messages import AbortAck, Address, Ping, Pong, Register, ToLanguage, flaw_of_room
 from embedding_relay.protocol.status import EndedRooms, Status
 from embedding_relay.protocol.timing import Alarms, Timing
 
@@ -34,6 +34,7 @@ class LanguageSide:
             register=register,
             pool=pool,
             reservation=DefaultReservation(default_tokens, capacity),
+            share=PeerShare(pool.count),
             ranks=ranks,
             max_rows=max_rows,
             timing=timing,
@@ -48,6 +49,9 @@ class LanguageSide:
     def request(self, room: int, peer: str, now: float, *, hint_rows: int | None = None) -> list[LanguageEffect]:
         """Get the rows of a room from the encode instance whose registry is at `peer`."""
         shared, known = self._shared, self._rooms.get(room)
+        if flaw := flaw_of_room(room):
+            shared.counts.failures[flaw.code] += 1
+            return [StatusChanged(room, Status.FAILED, flaw)]
         if known is not None and not known.is_over:
             raise LocalError(f"room {room} is under way already")
         if known is not None or shared.ended.get(room):
@@ -87,33 +91,40 @@ class LanguageSide:
     # ---- the queue
 
     def _serve_queue(self, now: float) -> list[LanguageEffect]:
-        """First come, first served for the first block.
+        """First come, first served for the first block, except for rooms whose peer may have no more.
 
         With several ranks, a room must not lose its place to a later one only because its peer is still being looked
         up here: on another rank it may be the other way round, and each would hold what the other waits for. So one
-        block is left for each of those.
+        block is left for each of those. A peer that is held back needs none: it leaves a share of every pool to others.
         """
         shared, pool = self._shared, self._shared.pool
-        if not shared.queue or not pool.free:
-            return []
+        effects = self._fail_for_lost_blocks(now)
         left_for_each = 1 if shared.ranks > 1 else 0
-        left_for_all = left_for_each * self._looked_up()
+        left_for_all = left_for_each * shared.looked_up
         left_for_earlier = 0
-        effects: list[LanguageEffect] = []
-        for room in list(shared.queue.values()):
-            address = room.peer.address
-            if address is None:
+        for room in list(shared.queue.values()) if pool.free and shared.servable else ():
+            peer = room.peer
+            if peer.address is None:
                 left_for_earlier += left_for_each
+                continue
+            if not (share := shared.share.left(peer)):
                 continue
             if pool.free <= left_for_earlier:
                 break
             wanted = -(-room.wanted_rows // shared.block_size)
-            effects += room.begin(max(1, min(wanted, pool.free - left_for_all)), address, now)
+            effects += room.begin(max(1, min(wanted, share, pool.free - left_for_all)), peer.address, now)
+            if not shared.servable:
+                break
         return effects
 
-    def _looked_up(self) -> int:
-        """Rooms of the queue whose peer has not been found yet."""
-        return sum(room.peer.address is None for room in self._shared.queue.values())
+    def _fail_for_lost_blocks(self, now: float) -> list[LanguageEffect]:
+        """Rooms of a peer that gets no blocks, and of which it is not known when it will: others may serve them."""
+        effects: list[LanguageEffect] = []
+        for peer in self._peers:
+            if peer.overdue and peer.address is not None and not self._shared.share.left(peer):
+                for number in sorted(peer.queued):
+                    effects += self._rooms[number].fail_for_lost_blocks(now)
+        return effects
 
     def _announce(self, peer: Peer, now: float) -> list[LanguageEffect]:
         """Rooms that must wait for blocks say so, or the encode side would take them for lost."""
@@ -254,6 +265,7 @@ class LanguageSide:
         return {
             "rooms": len(self._rooms) - len(over),
             "waiting_for_blocks": len(self._shared.queue),
+            "held_back": self._shared.held_back,
             "quarantined_rooms": len(over),
             "quarantine_overdue": sum(room.overdue for room in over),
             "remembered": len(self._shared.ended),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.errors import Failure, UndecodableFrames
 from embedding_relay.protocol.messages import (
+    MAX_ROOM,
     Abort,
     AbortAck,
     Address,
@@ -28,7 +29,7 @@ pytestmark = unhurried
 
 words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=codec.MAX_TEXT)
 short_words = words.filter(lambda word: len(word) <= 64)
-rooms = st.integers(0, codec.MAX_ROOM)
+rooms = st.integers(0, MAX_ROOM)
 rows = st.integers(1, codec.MAX_ROWS)
 hosts = st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,60}|::[0-9a-f]{1,4}", fullmatch=True)
 addresses = st.builds(Address, hosts, st.integers(1, 65535))

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import random
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
+from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged, TransferEmbeddingChunk
 from embedding_relay.protocol.encode.admission import Admission
 from embedding_relay.protocol.encode.room import Destination, EncodeRoom
@@ -17,7 +19,9 @@ from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, Peers
+from embedding_relay.protocol.language.reserve import PeerShare
 from embedding_relay.protocol.language.room import LanguageRoom
+from embedding_relay.protocol.language.room import Shared as LanguageShared
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Abort,
@@ -30,12 +34,14 @@ from embedding_relay.protocol.status import EndedRooms, Status
 from embedding_relay.testing.watch import Violation
 from embedding_relay.testing.world import World
 from support.effort import unhurried
-from support.hostile import Seeded, run_attack, run_attack_with_faults
+from support.hostile import AttackedWorld, Seeded, run_attack, run_attack_with_faults
 from support.schedules import (
+    TIMING,
     Shape,
     run_chaos,
     run_lossy,
     run_offers_and_reports_lost,
+    run_one_data_plane_dies,
     run_one_side_dies,
     run_orderly,
     run_slow,
@@ -175,7 +181,7 @@ def one_offer_taken_for_all_ranks(patch: Patch) -> None:
 
 
 def no_block_left_for_rooms_that_are_looked_up(patch: Patch) -> None:
-    patch.setattr(LanguageSide, "_looked_up", lambda self: 0)
+    patch.setattr(LanguageShared, "looked_up", property(lambda self: 0))
 
 
 def status_advanced_by_max(patch: Patch) -> None:
@@ -318,6 +324,23 @@ def offer_alone_claims_its_blocks(patch: Patch) -> None:
     patch.setattr(EncodeSide, "_take_offer", take_offer)
 
 
+def only_the_first_block_of_an_offer_claimed(patch: Patch) -> None:
+    def claim(self: Session, room: int, blocks: tuple[int, ...]) -> Failure | None:
+        return original(self, room, blocks[:1])
+
+    original = Session.claim
+    patch.setattr(Session, "claim", claim)
+
+
+def proof_taken_for_proof_about_whoever_has_the_session_now(patch: Patch) -> None:
+    def proven(self: Admission, session_id: str, address: Any, is_gone: bool, now: float) -> list[EncodeEffect]:
+        known = self._sessions.get(session_id)
+        return original(self, session_id, known.register.address if known else address, is_gone, now)
+
+    original = Admission.proven
+    patch.setattr(Admission, "proven", proven)
+
+
 def answer_sent_to_an_address_that_a_stranger_chose(patch: Patch) -> None:
     """The stranger asks for a room that has its ranks, and one of those is told that the room has failed."""
     patch.setattr(EncodeRoom, "has_destination_at", lambda self, address: False)
@@ -406,6 +429,44 @@ def report_about_a_failed_room_not_repeated(patch: Patch) -> None:
     patch.setattr(EncodeSide, "_answer_for_ended", lambda self, message, ending: [])
 
 
+def one_peer_may_have_everything(patch: Patch) -> None:
+    """Blocks of failed rooms are not counted: when its data plane dies, one room after the other takes its blocks."""
+
+    def left(self: PeerShare, peer: Peer) -> int:
+        return 1000
+
+    patch.setattr(PeerShare, "left", left)
+
+
+def peer_trusted_before_it_has_delivered_anything(patch: Patch) -> None:
+    def for_new_room(self: Peers, name: str, now: float) -> Peer:
+        peer = original(self, name, now)
+        peer.is_proven = True
+        return peer
+
+    original = Peers.for_new_room
+    patch.setattr(Peers, "for_new_room", for_new_room)
+
+
+def rooms_that_are_held_back_hold_up_those_behind_them(patch: Patch) -> None:
+    def serve_queue(self: LanguageSide, now: float) -> list[LanguageEffect]:
+        shared, later = self._shared, {}
+        for number, room in list(shared.queue.items()):
+            if later or (room.peer.address is not None and not shared.share.left(room.peer)):
+                later[number] = shared.queue.pop(number)
+        effects = original(self, now)
+        shared.queue.update(later)
+        return effects
+
+    original = LanguageSide._serve_queue
+    patch.setattr(LanguageSide, "_serve_queue", serve_queue)
+    patch.setattr(LanguageShared, "servable", property(lambda self: len(self.queue)))
+
+
+def rooms_of_a_peer_that_delivers_nothing_wait_for_their_deadline(patch: Patch) -> None:
+    patch.setattr(LanguageSide, "_fail_for_lost_blocks", lambda self, now: [])
+
+
 def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], TransferEmbeddingChunk]) -> None:
     """Every step of a chunk is another one than the room has planned."""
 
@@ -449,9 +510,37 @@ def attack_with_faults(seed: int) -> World:
 
 # One rank has everything long before the other, and then nothing more to say.
 lopsided = functools.partial(run_slow, busy=0.05, shape=Shape(1, 6, (5, 1), (20, 1), 1))
+
+
+def forged_offers(seed: int) -> World:
+    """Requests of a stranger are offered blocks in the name of the only language rank."""
+    rng = random.Random(seed)
+    attacked = AttackedWorld(Seeded(seed), Shape(1, 4, (4,), (3,), 1), knows_all=True)
+    attacked.schedule.warm_up()
+    rank = attacked.world.languages[0]
+    for _ in range(40):
+        attacked.start()
+        attacked.start_own()
+        blocks = tuple(rng.sample(range(4), 2))
+        offer = TransferEmbeddingInfo(
+            attacked.own_rooms[-1], rank.address.host, rank.address.port, rank.plane.session_id, blocks, 1, 0, 2
+        )
+        attacked.attack_encode(codec.encode(offer))
+        for _ in range(4):
+            attacked.go_on()
+    attacked.finish()
+    return attacked.world
+
+
+# Every lookup takes its time, and two ranks have few blocks.
+lookups = functools.partial(
+    run_orderly, warm=0.0, shape=lambda rng: Shape(2, 4, (rng.randint(1, 2), rng.randint(1, 2)), (3, 3), 2)
+)
 restarts = functools.partial(run_chaos, focus=("replace encode", "pass time"))
 
 replacements = functools.partial(run_chaos, focus=("replace language",))
+# A session that is not busy makes way for the next.
+few_sessions = functools.partial(replacements, timing=msgspec.structs.replace(TIMING, max_sessions=1))
 
 FAULTS = [
     Planted(allocate_before_release, run_orderly, ("L1",)),
@@ -466,7 +555,7 @@ FAULTS = [
     Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
     Planted(new_process_at_the_old_address_taken_for_proof, restarts, ("S3",)),
     Planted(one_offer_taken_for_all_ranks, run_orderly, ("L1", "S1", "S3", "refused")),
-    Planted(no_block_left_for_rooms_that_are_looked_up, run_orderly, ("L1",)),
+    Planted(no_block_left_for_rooms_that_are_looked_up, lookups, ("L1",)),
     Planted(status_advanced_by_max, run_chaos, ("S4", "L3", "S5", "refused")),
     Planted(aux_left_out_when_there_are_two_ranks, run_orderly, ("L1", "S1", "refused")),
     Planted(resumed_rows_put_at_the_wrong_place, run_orderly, ("S1",)),
@@ -488,11 +577,17 @@ FAULTS = [
     Planted(success_not_reported_again, run_offers_and_reports_lost, ("L1",)),
     Planted(end_of_a_queued_room_told_once, run_lossy, ("L3",)),
     Planted(report_about_a_failed_room_not_repeated, run_lossy, ("L3",)),
+    Planted(one_peer_may_have_everything, run_one_data_plane_dies, ("share", "L1")),
+    Planted(peer_trusted_before_it_has_delivered_anything, run_one_data_plane_dies, ("share",)),
+    Planted(rooms_that_are_held_back_hold_up_those_behind_them, run_one_data_plane_dies, ("L1",)),
+    Planted(rooms_of_a_peer_that_delivers_nothing_wait_for_their_deadline, run_one_data_plane_dies, ("L3",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
     Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
     Planted(second_registration_believed_without_proof, attack, ("attack",)),
     Planted(abort_of_a_stranger_accepted, attack, ("attack",)),
     Planted(offer_alone_claims_its_blocks, attack, ("attack",)),
+    Planted(only_the_first_block_of_an_offer_claimed, forged_offers, ("S2",)),
+    Planted(proof_taken_for_proof_about_whoever_has_the_session_now, few_sessions, ("session",)),
     Planted(answer_sent_to_an_address_that_a_stranger_chose, attack, ("attack",)),
     Planted(acknowledgement_sent_to_an_address_that_a_stranger_chose, attack_with_faults, ("S3",)),
     Planted(invented_rooms_without_bound, attack_with_faults, ("bounds",)),

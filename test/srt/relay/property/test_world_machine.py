@@ -13,6 +13,7 @@ from support.schedules import (
     run_chaos,
     run_lossy,
     run_offers_and_reports_lost,
+    run_one_data_plane_dies,
     run_one_side_dies,
     run_orderly,
     run_slow,
@@ -95,6 +96,10 @@ class ChaosMachine(RuleBasedStateMachine):
     def spoil_write(self, rank: int, fault: int) -> None:
         self.schedule.spoil_write(rank, fault)
 
+    @rule(peer=numbers)
+    def toggle_data_plane(self, peer: int) -> None:
+        self.schedule.toggle_data_plane(peer)
+
     @rule()
     def land_late(self) -> None:
         self.schedule.land_late()
@@ -155,18 +160,28 @@ def test_orderly_schedules_by_seed() -> None:
         run_orderly(seed)
 
 
+def test_orderly_schedules_of_large_pools_by_seed() -> None:
+    for seed in range(SEEDS // 4):
+        run_orderly(seed, shape=Shape.wide)
+
+
+def test_schedules_in_which_one_data_plane_dies_by_seed() -> None:
+    for seed in range(SEEDS // 2):
+        run_one_data_plane_dies(seed)
+
+
 def test_slow_schedules_by_seed() -> None:
     for seed in range(SEEDS // 2):
         run_slow(seed)
 
 
 def test_schedules_in_which_messages_are_lost_by_seed() -> None:
-    for seed in range(SEEDS):
+    for seed in range(SEEDS // 2):
         run_lossy(seed)
 
 
 def test_schedules_in_which_offers_and_reports_are_lost_by_seed() -> None:
-    for seed in range(SEEDS // 2):
+    for seed in range(SEEDS // 4):
         run_offers_and_reports_lost(seed)
 
 

@@ -5,6 +5,7 @@ import pytest
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.errors import Failure, UndecodableFrames
 from embedding_relay.protocol.messages import (
+    MAX_ROOM,
     Abort,
     AbortAck,
     Address,
@@ -46,6 +47,19 @@ def test_our_own_frames() -> None:
     assert codec.encode(Ping(HERE, SESSION, "b7c1")) == [b"PING", *SENDER, b"b7c1"]
     assert codec.encode(Pong("b7c1", "a001")) == [b"PONG", b"b7c1", b"a001"]
     assert codec.encode(AbortAck(7)) == [b"7", b"ABORTED"]
+
+
+@pytest.mark.parametrize("room", [-1, 1 << 63, (1 << 64) - 1])
+def test_no_message_is_about_a_room_outside_63_bits(room: int) -> None:
+    assert room not in range(MAX_ROOM + 1)
+    to_encode = [Queued(room, HERE, SESSION), Abort(room, HERE, SESSION), Abort(room, HERE, SESSION, Failure(499, ""))]
+    offers = [TransferEmbeddingInfo(room, HERE.host, HERE.port, SESSION, (0,), 1, sent, 8) for sent in (0, 8)]
+    for message in (*to_encode, *offers):
+        with pytest.raises(UndecodableFrames):
+            codec.decode_to_encode(codec.encode(message))
+    for answer in (StatusReport(room, Status.SUCCESS, 8), StatusReport(room, Status.SUCCESS), AbortAck(room)):
+        with pytest.raises(UndecodableFrames):
+            codec.decode_to_language(codec.encode(answer))
 
 
 def test_a_peer_that_sends_less_is_understood() -> None:

@@ -116,6 +116,23 @@ def test_a_session_that_was_forgotten_meanwhile_is_free_for_whoever_registers_th
     assert side.session(SESSION) == RIVAL
 
 
+def test_proof_about_one_address_says_nothing_about_who_has_the_session_from_another() -> None:
+    """While the proof was sought, the session was forgotten, and a third process has registered it."""
+    side = encode_side_with()
+    now = TIMING.forget_session
+    side.receive(RIVAL, now - 1)
+    side.tick(now)
+    third = msgspec.structs.replace(RIVAL, address=Address("language", 777))
+    side.receive(third, now)
+    assert side.session(SESSION) == third
+    side.expect(ROOM, now)
+    side.receive(msgspec.structs.replace(rival_offer(ROOM), dst_port=777), now)
+    effects = side.proven(SESSION, KNOWN_AT, True, now)
+    assert failure_of(effects) is None, "its rooms go on"
+    assert side.session(SESSION) == third
+    assert counted(side) == {"registration_refused": 1}
+
+
 def test_only_so_many_sessions_are_looked_into_at_a_time() -> None:
     side = encode_side_with(*range(65))
     rivals = [Register(RIVAL_AT, register(rank).session_id, (3 << 20, 3 << 21), handshake()) for rank in range(65)]

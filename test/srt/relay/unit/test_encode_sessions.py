@@ -107,6 +107,25 @@ def test_a_block_cannot_be_offered_to_two_rooms_whose_requests_are_here() -> Non
     assert failure.text == "session language-0:1 offers room 2 block 0, which room 1 has"
 
 
+@pytest.mark.parametrize("blocks", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
+def test_no_block_of_an_offer_may_be_another_room_s(blocks: tuple[int, ...]) -> None:
+    side = encode_side_with()
+    for room in (1, 2):
+        side.expect(room, 0.0)
+    side.receive(offer(4, 0, room=1), 0.0)
+    (failure,) = reported_failures(side.receive(offer(12, *blocks, room=2), 0.0))
+    assert failure.text == "session language-0:1 offers room 2 block 0, which room 1 has"
+
+
+def test_an_offer_that_is_refused_claims_nothing() -> None:
+    side = encode_side_with()
+    for room in (1, 2, 3):
+        side.expect(room, 0.0)
+    side.receive(offer(4, 0, room=1), 0.0)
+    side.receive(offer(8, 5, 0, room=2), 0.0)
+    assert side.receive(offer(4, 5, room=3), 0.0) == [StatusChanged(3, Status.WAITING_FOR_INPUT)]
+
+
 def test_a_resume_cannot_take_the_block_of_another_room() -> None:
     side, chunk = encode_side_that_writes()
     side.transferred(ROOM, chunk.transfer_id, {}, 0.0)

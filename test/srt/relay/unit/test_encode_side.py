@@ -135,6 +135,18 @@ def test_a_room_is_settled_when_all_of_its_ranks_have_asked_or_it_is_over() -> N
     assert side.is_settled(ROOM)
 
 
+@pytest.mark.parametrize("room", [-1, 1 << 63, 1 << 64])
+def test_a_room_that_no_message_can_be_about_is_refused_at_once(room: int) -> None:
+    side = encode_side_with()
+    failure = Failure(400, f"room {room} is not from 0 to {(1 << 63) - 1}")
+    assert side.expect(room, 0.0) == [StatusChanged(room, Status.FAILED, failure)]
+    assert side.submit(room, 8, 0.0) == [DropRows(room)], "the tower was quicker than the refusal"
+    assert side.refuse(room, Failure(499, "gone"), 0.0) == []
+    assert side.is_empty()
+    assert side.sizes()["remembered"] == 0
+    assert counted(side) == {400: 1}
+
+
 # ---- rooms that are over
 
 

@@ -206,6 +206,7 @@ def lost_peer() -> LanguageSide:
 def test_nothing_is_sent_to_a_lost_peer_until_its_registry_has_answered() -> None:
     side = lost_peer()
     side.peer_unreachable(PEER, "timeout", 16.0)
+    side.receive(AbortAck(ROOM), 16.5)
     assert side.request(8, PEER, 17.0) == [Resolve(PEER)]
     assert [type(m) for m in sent(side.peer_resolved(PEER, ENCODE, "encode-1", 18.0))] == [
         Register,

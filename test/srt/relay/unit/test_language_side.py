@@ -1,19 +1,26 @@
 """The language side finds the room or the peer that something is about, and shares the receive blocks out."""
 
+from collections.abc import Sequence
+
+import msgspec
 import pytest
 
 from embedding_relay.protocol.effects import (
     Deliver,
+    LanguageEffect,
     Resolve,
     StatusChanged,
 )
 from embedding_relay.protocol.errors import Failure, LocalError
+from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
+    Abort,
     AbortAck,
     Address,
     Pong,
     Queued,
     Register,
+    StatusReport,
     TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.status import Status
@@ -24,10 +31,13 @@ from support.protocol import (
     ROOM,
     SECOND,
     TIMING,
+    counted,
     failure_of,
     first_offers,
     language_side,
+    language_side_with_proven_peer,
     offer_in,
+    only,
     queued,
     register,
     report,
@@ -39,16 +49,17 @@ from support.protocol import (
 
 
 def test_the_first_offer_is_the_default_or_what_is_free() -> None:
-    offers = first_offers(language_side(blocks=5, default=10), 1, 2, 3)
+    side = language_side_with_proven_peer(blocks=5, default=10)
+    offers = {room: offer_in(side.request(room, PEER, 0.0)) for room in (1, 2)}
     assert {room: (len(o.dst_embedding_indices), o.allocated_tokens) for room, o in offers.items()} == {
         1: (3, 10),
         2: (2, 8),
     }
+    assert sent(side.request(3, PEER, 0.0)) == [queued(room=3)]
 
 
 def test_a_hint_replaces_the_default_and_the_context_length_bounds_it() -> None:
-    side = language_side(max_rows=12)
-    request_and_resolve(side)
+    side = language_side_with_proven_peer(max_rows=12)
     (init,) = sent(side.request(8, PEER, 0.0, hint_rows=3))
     assert isinstance(init, TransferEmbeddingInfo)
     assert init.allocated_tokens == 3
@@ -107,11 +118,161 @@ def test_a_room_that_must_wait_for_blocks_says_so_once_and_others_say_nothing() 
 
 
 def test_there_is_no_extra_message_while_blocks_are_free() -> None:
+    side = language_side_with_proven_peer(blocks=8, default=4)
+    messages = [message for room in range(1, 8) for message in sent(side.request(room, PEER, 0.0))]
+    assert [type(message) for message in messages] == 7 * [TransferEmbeddingInfo]
+
+
+# ---- what one peer may have
+
+
+def offered(effects: Sequence[LanguageEffect]) -> list[int]:
+    """The rooms of the inits among the effects."""
+    return [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)]
+
+
+def find_second(side: LanguageSide, *rooms: int, now: float = 0.0) -> list[LanguageEffect]:
+    """Rooms are requested from another peer, which is found."""
+    for room in rooms:
+        side.request(room, SECOND, now)
+    return side.peer_resolved(SECOND, Address("other", 1), "encode-2", now)
+
+
+def test_eight_requests_to_a_dead_data_plane_leave_the_pool_to_a_healthy_peer() -> None:
+    """Its control plane lives: rooms are under way until their writes fail, and then nobody acknowledges."""
     side = language_side(blocks=8, default=4)
-    messages = [type(message) for message in sent(request_and_resolve(side, 1, 2))]
-    for room in range(3, 9):
-        messages += [type(message) for message in sent(side.request(room, PEER, 0.0))]
-    assert messages == [Register] + 8 * [TransferEmbeddingInfo]
+    assert offered(request_and_resolve(side, *range(1, 9))) == [1]
+    assert side.sizes()["held_back"] == 7
+    assert offered(find_second(side, 101)) == [101]
+    side.receive(report(Status.SUCCESS, 4, room=101), 1.0)
+    side.copied(101, 4, 4, 1.0)
+    effects = side.receive(StatusReport(1, Status.FAILED, failure=Failure(502, "the write failed")), 2.0)
+    assert offered(effects) == [], "no second one while the first is in quarantine"
+    served = [room for room in range(102, 110) if offered(side.request(room, SECOND, 3.0))]
+    assert len(served) == 7, "everything else"
+    assert side.sizes()["blocks_quarantined"] == 1
+
+
+def test_rooms_of_a_peer_that_never_proves_itself_fail_soon_and_name_it() -> None:
+    side = language_side(blocks=8, default=4, timing=msgspec.structs.replace(TIMING, bootstrap=300.0))
+    request_and_resolve(side, 1, 2, 3)
+    side.receive(StatusReport(1, Status.FAILED, failure=Failure(502, "the write failed")), 0.0)
+    failures: list[Failure | None] = []
+    for second in range(0, 70, 5):
+        side.receive(Pong("encode-1", "encode-1"), float(second))
+        for change in only(side.tick(float(second)), StatusChanged):
+            failures.append(change.failure)
+            assert second >= TIMING.quarantine
+    text = f"no receive blocks: encode instance {PEER} has 1 blocks of failed requests in quarantine"
+    assert failures == [Failure(502, text)] * 2
+    effects = side.request(4, PEER, 70.0)
+    assert failure_of(effects) == Failure(502, text), "at once, so that a router can try another"
+    assert [type(message) for message in sent(effects)] == [Abort], "the other half need not wait"
+    side.receive(AbortAck(1), 71.0)
+    assert offered(side.request(5, PEER, 72.0)) == [5], "and now it may try again"
+
+
+def test_a_room_whose_time_is_up_while_another_one_tries_says_so() -> None:
+    side = language_side(blocks=8, default=4, timing=msgspec.structs.replace(TIMING, bootstrap=14.0))
+    request_and_resolve(side, 1, 2)
+    failure = failure_of(side.tick(14.0))
+    assert failure == Failure(
+        502, f"no receive blocks within 14 s: encode instance {PEER} has delivered no rows yet, and only room 1 may try"
+    )
+
+
+def test_all_rooms_of_a_peer_go_on_when_it_has_delivered_its_first_rows() -> None:
+    side = language_side(blocks=8, default=4)
+    request_and_resolve(side, 1, 2, 3)
+    side.receive(report(Status.TRANSFERRING, 4, room=1), 0.0)
+    effects = side.copied(1, 4, 9, 0.0)
+    assert sorted(offered(effects)) == [1, 2, 3]
+    assert side.sizes()["held_back"] == 0
+
+
+def test_rows_that_do_not_add_up_prove_nothing() -> None:
+    side = language_side(blocks=8, default=4)
+    request_and_resolve(side, 1, 2)
+    side.receive(report(Status.TRANSFERRING, 4, room=1), 0.0)
+    assert offered(side.copied(1, 3, 9, 0.0)) == []
+
+
+@pytest.mark.parametrize("how", ["restarted", "lost"])
+def test_an_instance_that_was_restarted_or_lost_proves_itself_again(how: str) -> None:
+    side = language_side_with_proven_peer(blocks=8, default=4)
+    if how == "restarted":
+        side.peer_resolved(PEER, ENCODE, "encode-9", 1.0)
+    else:
+        side.peer_unreachable(PEER, "timeout", 1.0)
+        side.request(9, PEER, 1.0)
+        side.cancel(9, 1.0)
+        side.peer_resolved(PEER, ENCODE, "encode-1", 1.0)
+    assert [bool(offered(side.request(room, PEER, 2.0))) for room in (1, 2, 3)] == [True, False, False]
+
+
+def test_rows_of_the_instance_before_do_not_prove_the_one_that_is_there_now() -> None:
+    side = language_side(blocks=8, default=4)
+    request_and_resolve(side, 1)
+    side.receive(report(Status.SUCCESS, 4, room=1), 0.0)
+    side.peer_resolved(PEER, ENCODE, "encode-9", 1.0)
+    side.copied(1, 4, 4, 1.0)
+    side.receive(AbortAck(1), 1.0)
+    assert [bool(offered(side.request(room, PEER, 2.0))) for room in (2, 3)] == [True, False]
+
+
+def test_the_next_room_tries_when_the_first_ends_or_takes_too_long() -> None:
+    """Its other half may never come, and then no rows either."""
+    side = language_side(blocks=8, default=4, timing=msgspec.structs.replace(TIMING, bootstrap=300.0, waiting=300.0))
+    request_and_resolve(side, 1, 2, 3, 4)
+    side.cancel(1, 0.0)
+    assert offered(side.receive(AbortAck(1), 0.5)) == [2]
+    began: list[tuple[int, float]] = []
+    for tenth in range(10, 1000):
+        now = tenth / 10
+        side.receive(Pong("encode-1", "encode-1"), now)
+        began += [(room, now) for room in offered(side.tick(now)) if room in (3, 4) and room not in dict(began)]
+    assert [room for room, _ in began] == [3, 4]
+    assert 0.5 + TIMING.trial <= began[0][1] <= 0.5 + TIMING.trial + TIMING.longest_repeat_interval
+    assert began[0][1] + TIMING.trial <= began[1][1]
+
+
+def test_a_peer_leaves_an_eighth_of_the_pool_to_others() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    assert sum(bool(offered(side.request(room, PEER, 1.0))) for room in range(1, 20)) == 14
+    assert side.sizes()["held_back"] == 5
+    assert offered(find_second(side, 100)) == [100]
+    side.receive(report(Status.SUCCESS, 4, room=100), 1.0)
+    side.copied(100, 4, 4, 1.0)
+    assert [bool(offered(side.request(room, SECOND, 1.0))) for room in (101, 102, 103)] == [True, True, False]
+    side.receive(report(Status.SUCCESS, 4, room=1), 2.0)
+    assert offered(side.copied(1, 4, 4, 2.0)) == [15], "the first of those that wait"
+
+
+def test_growth_stays_within_the_share_and_is_not_stopped_by_rooms_that_are_held_back() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    find_second(side, 100, 101)
+    assert side.sizes()["held_back"] == 1, "room 101, until room 100 has rows"
+    side.request(1, PEER, 1.0)
+    side.receive(report(Status.TRANSFERRING, 4, room=1), 1.0)
+    resume = offer_in(side.copied(1, 4, 1000, 1.0))
+    assert len(resume.dst_embedding_indices) == 14
+
+
+def test_a_proven_peer_with_more_than_an_eighth_of_the_pool_in_quarantine_gets_no_more() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    for room in (1, 2, 3):
+        side.request(room, PEER, 1.0)
+    side.cancel(1, 1.0)
+    side.cancel(2, 1.0)
+    assert offered(side.request(4, PEER, 2.0)) == [4]
+    side.cancel(3, 2.0)
+    assert offered(side.request(5, PEER, 2.0)) == []
+    assert offered(side.receive(AbortAck(2), 3.0)) == [5]
+    for room in (1, 3):
+        side.receive(AbortAck(room), 4.0)
+    side.cancel(4, 5.0)
+    side.cancel(5, 5.0)
+    assert offered(side.request(6, PEER, 5.0)) == [6], "what was released counts no more"
 
 
 # ---- from this instance
@@ -129,6 +290,20 @@ def test_a_room_is_requested_once() -> None:
     assert failure_of(side.request(ROOM, PEER, 0.0)) == used
     side.tick(TIMING.remember_ended)
     assert failure_of(side.request(ROOM, PEER, TIMING.remember_ended)) is None
+
+
+@pytest.mark.parametrize("room", [-1, 1 << 63, 1 << 64])
+def test_a_room_that_no_message_can_be_about_is_refused_at_once(room: int) -> None:
+    side = language_side()
+    failure = Failure(400, f"room {room} is not from 0 to {(1 << 63) - 1}")
+    assert side.request(room, PEER, 0.0) == [StatusChanged(room, Status.FAILED, failure)]
+    assert side.cancel(room, 0.0) == []
+    assert side.sizes()["peers"] == side.sizes()["remembered"] == 0
+    assert counted(side) == {400: 1}
+
+
+def test_the_largest_room_is_served() -> None:
+    assert list(first_offers(language_side(), (1 << 63) - 1)) == [(1 << 63) - 1]
 
 
 def test_cancelling_tells_the_encode_side_why() -> None:

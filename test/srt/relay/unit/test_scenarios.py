@@ -56,8 +56,9 @@ def test_the_second_transfer_begins_within_a_source_block() -> None:
     assert counted(encode.core) == {"init_repeated": 2, "submit_repeated": 2}
 
 
-@pytest.mark.parametrize("blocks", [8, 512])
+@pytest.mark.parametrize("blocks", [10, 512])
 def test_ten_thousand_rows_take_ten_transfers_or_fewer(blocks: int) -> None:
+    """Eight blocks are 1024 rows. Of a pool of eight, one encode instance may have seven."""
     world = run(10_000, 1024, blocks=blocks)
     assert world.languages[0].delivered[7].rounds <= 10
 
