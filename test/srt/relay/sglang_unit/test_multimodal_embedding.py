@@ -111,6 +111,40 @@ def test_rows_are_made_when_they_are_asked_for_and_the_half_is_answered_when_the
     assert scheduler.is_fully_idle()
 
 
+def test_pixels_are_let_go_when_their_rows_are_made_and_when_nobody_wants_them(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole
+) -> None:
+    scheduler.turn(request("made", 1, pictures=1), request("left", 2, pictures=1))
+    items = [one.req.multimodal_inputs.mm_items[0] for one in role.bootstrap_queue.queue]
+    assert all(item.feature is not None for item in items)
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert [item.feature is None for item in items] == [True, False]
+    scheduler.turn(AbortReq(rid="left"))
+    assert items[1].feature is None
+
+
+def test_the_tower_waits_for_slow_readers(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole
+) -> None:
+    role.max_bytes_in_flight = 1
+    for room in (1, 2):
+        scheduler.turn(request(str(room), room, pictures=1, seed=room))
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+        scheduler.turn()
+    assert transfer.rooms("send") == [1]
+    assert not role.has_work()
+    transfer.stands(1, Status.SUCCESS)
+    scheduler.turn()
+    assert transfer.rooms("send") == [1, 2]
+
+
+def test_log_probabilities_are_the_language_halfs_business(scheduler: SchedulerWithoutModel, role: EncodeRole) -> None:
+    scheduler.turn(request("a", 7, pictures=1, return_logprob=True, logprob_start_len=0))
+    (parked,) = role.bootstrap_queue.queue
+    assert not parked.req.return_logprob
+
+
 def test_text_is_answered_at_once_and_needs_no_other_half(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
 ) -> None:
@@ -324,7 +358,8 @@ def test_an_unhealthy_instance_takes_no_pictures_and_answers_no_health_request(
     assert answer == transfer.reason(7)
     assert answer is not None
     assert answer.code == UNAVAILABLE
-    assert scheduler.ended() == ["a"]
+    scheduler.turn(request("text", 9))
+    assert scheduler.ended() == ["a", "text"]
 
 
 def test_the_warm_up_request_waits_until_others_can_find_this_instance(
