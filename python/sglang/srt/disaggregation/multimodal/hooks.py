@@ -75,13 +75,22 @@ def start_registry(original: Original) -> Any:
         return server_settings.start_registry()
 
 
-def check_ports_first(_engine_class: Any, server_args: Any, *_: Any, **__: Any) -> None:
-    """Before any child process exists: an occupied port must not leave a half-alive server behind."""
+def check_machine_first(_engine_class: Any, server_args: Any, *_: Any, **__: Any) -> None:
+    """Before any child process exists: what it would fail for must not leave a half-alive server behind."""
     if modes.of(server_args) is not None:
         from sglang.srt.disaggregation.multimodal import server_settings
 
         with one_line_for_the_operator():
             server_settings.check_ports(server_args)
+            server_settings.check_transport(server_args)
+
+
+def share_cores(_result: Any, server_args: Any) -> None:
+    """Where SGLang sets what its processes find in their environment: none of them exists yet."""
+    if modes.of(server_args) is not None:
+        from sglang.srt.disaggregation.multimodal import server_settings
+
+        server_settings.share_cores()
 
 
 def bring_plugins_along(port_args: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -277,6 +286,17 @@ def close_role(_result: Any, scheduler: Any) -> None:
         scheduler.embedding_relay.close()
 
 
+# ---- a machine without an accelerator, in every mode
+
+
+def leave_unpinned(_original: Original, tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
+
+
+def make_unpinned(original: Original, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
 class Hook(NamedTuple):
     target: str
     function: Callable[..., Any]
@@ -290,7 +310,8 @@ _TOKENIZER_MANAGER: Final = "sglang.srt.managers.tokenizer_manager.TokenizerMana
 HOOKS: Final = (
     Hook("sglang.srt.server_args.ServerArgs.add_cli_args", offer_our_modes, HookType.AFTER),
     Hook("sglang.srt.managers.disagg_service.start_disagg_service", start_registry, HookType.AROUND),
-    Hook("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", check_ports_first, HookType.BEFORE),
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", check_machine_first, HookType.BEFORE),
+    Hook("sglang.srt.entrypoints.engine._set_envs_and_config", share_cores, HookType.AFTER),
     Hook(
         "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer",
         bring_plugins_along,
@@ -322,6 +343,13 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.release_host_resources", close_role, HookType.AFTER),
 )
 
+# For the CPU platform that comes with this package. SGLang pins the frames of a video and the tables of LoRA adapters
+# without asking the platform whether memory can be pinned; without an accelerator torch raises.
+CPU_HOOKS: Final = (
+    Hook("torch.Tensor.pin_memory", leave_unpinned, HookType.AROUND),
+    *(Hook(f"torch.{name}", make_unpinned, HookType.AROUND) for name in ("empty", "tensor", "zeros")),
+)
+
 RESOLUTION_STEPS: Final = {
     "handle_pd_disaggregation": settle_settings,
     "handle_load_balance_method": settle_load_balancing,
@@ -338,8 +366,16 @@ def activate() -> None:
     for name, function in RESOLUTION_STEPS.items():
         register_resolution_hook(name)(function)
     modes.extend_enum()
-    for hook in HOOKS if sglang_is_supported() else HOOKS[:1]:
+    for hook in hooks_here() if sglang_is_supported() else HOOKS[:1]:
         HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def hooks_here() -> tuple[Hook, ...]:
+    """Those for the platform that serves."""
+    from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
+    from sglang.srt.platforms import current_platform
+
+    return HOOKS + CPU_HOOKS if isinstance(current_platform, RelayCpuPlatform) else HOOKS
 
 
 def sglang_is_supported() -> bool:
@@ -351,7 +387,7 @@ def verify() -> None:
     if not sglang_is_supported():
         found = importlib.metadata.version("sglang")
         raise SettingError(f"this version works with SGLang {SUPPORTED_SGLANG}, found {found}")
-    for hook in HOOKS:
+    for hook in hooks_here():
         if hook.function not in _functions_behind(pkgutil.resolve_name(hook.target)):
             raise SettingError(f"the hook on {hook.target} did not apply; the modes encode and language are off")
 
