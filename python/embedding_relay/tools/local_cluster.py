@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from embedding_relay import cores
 from embedding_relay.cpu_platform import NAME as CPU_PLATFORM
 from embedding_relay.cpu_platform import find_accelerator
 from embedding_relay.tools.local_process import (
@@ -45,8 +47,7 @@ ROUTER_ARGUMENTS = (
 # Two servers share one accelerator.
 ACCELERATOR_ARGUMENTS = ("--mem-fraction-static", "0.3")
 
-# Threads that spin while they wait for each other are ten times slower once two servers share the cores.
-CPU_ENVIRON = {"SGLANG_PLATFORM": CPU_PLATFORM, "OMP_WAIT_POLICY": "PASSIVE"}
+CPU_ENVIRON = {"SGLANG_PLATFORM": CPU_PLATFORM}
 COMMON_ENVIRON = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -69,11 +70,15 @@ def sglang_server(
 ) -> LocalProcess:
     """A SGLang server in any mode; later arguments, and `environ`, win over the recipe's."""
     cpu = options.on_cpu()
+    recipe = COMMON_ENVIRON | (CPU_ENVIRON if cpu else {})
+    if cpu and "--disaggregation-mode" not in arguments:
+        # Our two modes share the cores by themselves; a server in another mode may run beside them here.
+        recipe |= cores.share(os.environ, len(os.sched_getaffinity(0)), cores.usable_cores()).environ
     # The command that SGLang recommends; the one beside our interpreter, whatever the PATH says.
     command = [str(Path(sys.executable).with_name("sglang")), "serve"]
     command += ["--model-path", str(options.model), "--port", str(port)]
     command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ACCELERATOR_ARGUMENTS), *options.arguments, *arguments]
-    merged = COMMON_ENVIRON | (CPU_ENVIRON if cpu else {}) | dict(options.environ) | dict(environ or {})
+    merged = recipe | dict(options.environ) | dict(environ or {})
     return LocalProcess(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
+import torch
+
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
@@ -56,7 +58,7 @@ def start_role(scheduler: Any, mode: str) -> Role[Any]:
         role = LanguageRole(scheduler, open_language_manager(scheduler))
     role.start()
     held = sum(parameter.numel() for parameter in scheduler.tp_worker.model_runner.model.parameters())
-    logger.info("relay mode=%s parameters=%d", mode, held)
+    logger.info("relay mode=%s parameters=%d threads=%d", mode, held, torch.get_num_threads())
     return role
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 from contextlib import closing
 from typing import Any, Final
 
+import torch
+
+from embedding_relay import cores
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.disaggregation.multimodal import modes
+
+logger = logging.getLogger(__name__)
 
 _SOURCE: Final = "embedding_relay"
 
@@ -72,6 +80,15 @@ def check_ports(server_args: Any) -> None:
         _refuse_if_taken(cfg.host, port, flag)
 
 
+def check_transport(server_args: Any) -> None:
+    """RDMA that does not come up is one line now, and a traceback of a scheduler later. TCP always does."""
+    transport, device = RelayConfig.from_environment().transport, resolving_view(server_args).disaggregation_ib_device
+    plane = MooncakeDataPlane("127.0.0.1", transport, device or "")
+    if not plane.is_tcp:
+        with closing(plane):
+            plane.start([])
+
+
 def _refuse_if_taken(host: str, port: int, flag: str) -> None:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with closing(socket.socket(family, kind, protocol)) as probe:
@@ -80,6 +97,20 @@ def _refuse_if_taken(host: str, port: int, flag: str) -> None:
             probe.bind(address)
         except OSError as error:
             raise SettingError(f"{flag} {port} cannot be used on {host}: {error.strerror}") from None
+
+
+def share_cores() -> None:
+    """Where instances compute on cores: what this one's processes must know of them before they exist."""
+    from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
+    from sglang.srt.platforms import current_platform
+
+    if not isinstance(current_platform, RelayCpuPlatform):
+        return
+    sharing = cores.share(os.environ, len(os.sched_getaffinity(0)), cores.usable_cores())
+    os.environ.update(sharing.environ)
+    if sharing.own_threads is not None:
+        torch.set_num_threads(sharing.own_threads)
+    logger.info("relay cores: %s", sharing.why)
 
 
 def start_registry() -> Any:

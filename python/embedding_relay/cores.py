@@ -1,0 +1,105 @@
+"""The cores that this process may use, and how the threads of an instance on the CPU share them with its neighbours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple
+
+
+def usable_cores(affinity: int | None = None, root: Path = Path("/")) -> int:
+    """The cores of the affinity, or fewer where a quota allows no more time than so many of them have.
+
+    A quota of a core and a half counts as one: a thread for the half would be stopped in the middle of its work, and
+    the others would wait for it.
+    """
+    if affinity is None:
+        affinity = len(os.sched_getaffinity(0))
+    return max(1, min([affinity, *(int(quota) for quota in _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """In cores, of every group that this process is in; a group without a quota, or that cannot be read, has none."""
+    for base, group in _groups(root):
+        # The limits of the groups above count as well.
+        for part in (group, *group.parents):
+            if (quota := _quota(base / part.relative_to("/"))) is not None:
+                yield quota
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, PurePosixPath]]:
+    """Where the controller of CPU time is mounted, and the path of this process's group below it.
+
+    In a container the path may be one of the host, which does not exist here: then the mount itself is the group.
+    """
+    mounts = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path.startswith("/"):
+            continue
+        if number == "0" and not controllers:
+            yield mounts, PurePosixPath(path)
+        elif "cpu" in controllers.split(","):
+            yield mounts / "cpu", PurePosixPath(path)  # a link to it where it is mounted with other controllers
+
+
+def _quota(directory: Path) -> float | None:
+    quota, _, period = _text(directory / "cpu.max").partition(" ")  # version 2
+    if not quota:
+        quota, period = _text(directory / "cpu.cfs_quota_us"), _text(directory / "cpu.cfs_period_us")
+    try:
+        cores = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max", or no such files
+        return None
+    return cores if cores > 0 else None  # version 1 writes -1 for none
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+# ---- how they are shared
+
+# What libgomp, the OpenMP that torch comes with, and SGLang read; what an operator has set stays as it is.
+THREADS: Final = ("OMP_NUM_THREADS", "SGLANG_CPU_OMP_THREADS_BIND")
+WAITING: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+class Sharing(NamedTuple):
+    """How the processes of an instance on the CPU use its cores beside those of others."""
+
+    environ: dict[str, str]  # for the processes that it starts: libgomp reads it when it is loaded
+    own_threads: int | None  # for the process that decides, whose libgomp is loaded; None leaves them as they are
+    why: str
+
+
+def share(environ: Mapping[str, str], affinity: int, cores: int) -> Sharing:
+    """Threads that sleep while they wait, and no more of them than there are cores.
+
+    By default a thread of OpenMP that has nothing to do waits by spinning, for milliseconds, on a core that another
+    instance of this host needs; and there is one for every core of the machine, whatever a container may use of them.
+    """
+    told, said = {}, []
+    if threads := _given(environ, THREADS):
+        said.append(threads)
+    else:
+        if cores < affinity:
+            told["OMP_NUM_THREADS"] = str(cores)
+        said.append(f"{cores} threads, because so many of {affinity} cores may be used")
+    if waiting := _given(environ, WAITING):
+        said.append(waiting)
+    else:
+        told["OMP_WAIT_POLICY"] = "PASSIVE"
+        said.append("which sleep while they wait, because another instance may need the cores")
+    # The main process cannot be told any more not to spin. It prepares pictures, as SGLang's tokenizer workers do, and
+    # has one thread for it, as they have.
+    return Sharing(told, None if threads or waiting else 1, ", ".join(said))
+
+
+def _given(environ: Mapping[str, str], names: Sequence[str]) -> str:
+    return " and ".join(f"{name}={environ[name]} as it was set" for name in names if environ.get(name))
