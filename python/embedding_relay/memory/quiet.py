@@ -21,8 +21,9 @@ import os
 import socket
 import struct
 import termios
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -39,6 +40,63 @@ _READ_WITHIN: Final = 5.0
 _LOOK_EVERY: Final = 0.01
 _LOOPBACK: Final = {socket.AF_INET: ("0.0.0.0", "127.0.0.1"), socket.AF_INET6: ("::", "::1")}
 _FIVE_MILLISECONDS: Final = struct.pack("ll", 0, 5000)
+
+# ---- the sockets of this process
+
+# To look at a socket takes a second descriptor of it, which nobody else who looks may take for somebody's.
+_looking: Final = threading.Lock()
+
+
+def own_sockets() -> dict[str, list[int]]:
+    """What the kernel calls them, and all descriptors of each."""
+    sockets: dict[str, list[int]] = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith("socket:"):
+                sockets.setdefault(target, []).append(int(name))
+    return sockets
+
+
+def _tcp_sockets() -> Iterator[tuple[str, int, socket.socket]]:
+    """Name, number of descriptors, and one more descriptor, which is closed when the caller goes on."""
+    with _looking:
+        for name, descriptors in own_sockets().items():
+            if (copy := _duplicate(name, descriptors[0])) is not None:
+                with copy:
+                    if copy.family in _LOOPBACK and copy.type == socket.SOCK_STREAM:
+                        yield name, len(descriptors), copy
+
+
+def _duplicate(name: str, descriptor: int) -> socket.socket | None:
+    """None if its number means something else by now."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        if os.readlink(f"/proc/self/fd/{copy}") == name:
+            return socket.socket(fileno=copy)
+    except OSError:
+        pass
+    os.close(copy)
+    return None
+
+
+def _listens(connection: socket.socket) -> bool:
+    return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def shorten_accept(port: int) -> None:
+    """Have our thread that accepts connections at this port, on all addresses, look up every few milliseconds."""
+    for _, _, listener in _tcp_sockets():
+        every, loopback = _LOOPBACK[listener.family]
+        if listener.getsockname()[:2] == (every, port) and _listens(listener):
+            with contextlib.suppress(OSError):
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _FIVE_MILLISECONDS)
+                # The timeout holds from the next wait on; a connection ends this one.
+                socket.create_connection((loopback, port), timeout=_PROBE_TIMEOUT).close()
+
 
 # ---- it is gone
 
@@ -116,62 +174,19 @@ def has_read_everything(data_port: int) -> bool:
 
 def _unread(data_port: int) -> set[str]:
     """Connections at our port with bytes in the kernel. One that was reset keeps them, and they will be read."""
-    found = set()
-    for name, descriptors in own_sockets().items():
-        connection = duplicate(name, descriptors[0])
-        if connection is None:
-            continue
-        with connection, contextlib.suppress(OSError):
-            is_here = _is_tcp(connection) and connection.getsockname()[1] == data_port
-            if is_here and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                count = fcntl.ioctl(connection, termios.FIONREAD, struct.pack("i", 0))
-                if struct.unpack("i", count) != (0,):
-                    found.add(name)
-    return found
+    return {
+        name
+        for name, _, connection in _tcp_sockets()
+        if connection.getsockname()[1] == data_port and not _listens(connection) and _has_unread(connection)
+    }
+
+
+def _has_unread(connection: socket.socket) -> bool:
+    count = fcntl.ioctl(connection, termios.FIONREAD, struct.pack("i", 0))
+    return struct.unpack("i", count) != (0,)
 
 
 # ---- it has read our connections to their end
-
-
-def own_sockets() -> dict[str, list[int]]:
-    """The sockets of this process: what the kernel calls them, and all descriptors of each."""
-    sockets: dict[str, list[int]] = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            target = os.readlink(f"/proc/self/fd/{name}")
-            if target.startswith("socket:"):
-                sockets.setdefault(target, []).append(int(name))
-    return sockets
-
-
-def shorten_accept(port: int) -> None:
-    """Have our thread that accepts connections at this port, on all addresses, look up every few milliseconds."""
-    for name, descriptors in own_sockets().items():
-        listener = duplicate(name, descriptors[0])
-        if listener is None:
-            continue
-        with listener, contextlib.suppress(OSError):
-            if listener.family in _LOOPBACK and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                every, loopback = _LOOPBACK[listener.family]
-                if listener.getsockname()[:2] == (every, port):
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _FIVE_MILLISECONDS)
-                    # The timeout holds from the next wait on; a connection ends this one.
-                    socket.create_connection((loopback, port), timeout=_PROBE_TIMEOUT).close()
-
-
-def duplicate(name: str, descriptor: int) -> socket.socket | None:
-    """A descriptor of our own for a socket of this process, unless its number means something else by now."""
-    try:
-        copy = os.dup(descriptor)
-    except OSError:
-        return None
-    try:
-        if os.readlink(f"/proc/self/fd/{copy}") == name:
-            return socket.socket(fileno=copy)
-    except OSError:
-        pass
-    os.close(copy)
-    return None
 
 
 class HeldConnections:
@@ -189,14 +204,9 @@ class HeldConnections:
 
     def hold(self, data_port: Collection[tuple[str, int]]) -> None:
         """Whatever this process has open to these addresses, and nobody holds yet: that would have two descriptors."""
-        for name, descriptors in own_sockets().items():
-            connection = duplicate(name, descriptors[0]) if len(descriptors) == 1 else None
-            if connection is None:
-                continue
-            if _goes_to(connection, data_port):
-                self._of_the_engine[name] = connection
-            else:
-                connection.close()
+        for name, descriptors, connection in _tcp_sockets():
+            if descriptors == 1 and _goes_to(connection, data_port):
+                self._of_the_engine[name] = socket.socket(fileno=connection.detach())
 
     @property
     def has_any(self) -> bool:
@@ -204,11 +214,14 @@ class HeldConnections:
 
     def end(self) -> None:
         """The engine is gone: what only we have now was the engine's, what others have too is theirs."""
-        descriptors, before = own_sockets(), len(self._ending)
+        with _looking:
+            descriptors, before = own_sockets(), len(self._ending)
         for name, connection in self._of_the_engine.items():
-            if descriptors[name] == [connection.fileno()] and _end(connection):
+            is_ours = descriptors[name] == [connection.fileno()]
+            if is_ours and _end(connection):
                 self._ending[name] = connection
             else:
+                self._lost |= is_ours
                 connection.close()
         self._of_the_engine.clear()
         self._lost |= len(self._ending) == before
@@ -243,13 +256,7 @@ class HeldConnections:
         self.forget_ended()
 
 
-def _is_tcp(connection: socket.socket) -> bool:
-    return connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM
-
-
 def _goes_to(connection: socket.socket, addresses: Collection[tuple[str, int]]) -> bool:
-    if not _is_tcp(connection):
-        return False
     try:
         host, port = connection.getpeername()[:2]
     except OSError:

@@ -109,6 +109,21 @@ def test_a_reset_that_the_engine_has_read_proves_nothing(connection: Connection,
     assert held.is_quiet(gone)
 
 
+def test_one_of_two_connections_was_cut(connection: Connection) -> None:
+    """The other's end proves nothing about it."""
+    held, second = HeldConnections(), socket.create_connection((HOST, connection.port))
+    seconds_peer, _ = connection.listener.accept()
+    held.hold({(HOST, connection.port)})
+    connection.peers.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    for end in (connection.peers, connection.engines, second):
+        end.close()
+    held.end()
+    assert len(held) == 1
+    seconds_peer.close()
+    assert not held.is_quiet(there)
+    assert held.is_quiet(gone)
+
+
 def test_a_peer_that_closes_first(connection: Connection, held: HeldConnections) -> None:
     connection.peers.close()
     connection.engines.close()
@@ -140,6 +155,36 @@ def test_what_one_holds_another_does_not(connection: Connection, held: HeldConne
     other.hold({(HOST, connection.port)})
     assert other.has_any
     other.close()
+
+
+def test_who_looks_at_descriptors_is_not_seen_by_others_who_look(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at a socket takes a second descriptor of it for a moment, and nobody holds it by that."""
+    is_looking, go_on, goes_to = threading.Event(), threading.Event(), quiet._goes_to
+
+    def look_for_long(copy: socket.socket, addresses: frozenset[tuple[str, int]]) -> bool:
+        if addresses == {(HOST, 1)} and goes_to(copy, {(HOST, connection.port)}):
+            is_looking.set()
+            assert go_on.wait(10)
+        return goes_to(copy, addresses)
+
+    monkeypatch.setattr(quiet, "_goes_to", look_for_long)
+    other, held = HeldConnections(), HeldConnections()
+    looks = threading.Thread(target=other.hold, args=({(HOST, 1)},))
+    holds = threading.Thread(target=held.hold, args=({(HOST, connection.port)},))
+    looks.start()
+    assert is_looking.wait(10)
+    holds.start()
+    holds.join(0.1)
+    go_on.set()
+    for thread in (looks, holds):
+        thread.join(10)
+    assert held.has_any
+    connection.engines.close()
+    held.end()
+    assert len(held) == 1
+    held.close()
 
 
 def test_a_listener_and_datagrams_are_nobodys_connection(connection: Connection) -> None:
