@@ -149,7 +149,7 @@ class TransferWorkers:
         return next((used + IDLE_SECONDS for used in self._last_used.values()), None)
 
     def end_idle(self, now: float) -> None:
-        """A session that is served no more costs no thread and no connection; the next chunk opens both anew."""
+        """A session that is served no more costs no thread; the data plane keeps what the next chunk can use."""
         while (due := self.next_wakeup()) is not None and due <= now:
             session_id = next(iter(self._last_used))
             if self._workers[session_id].is_busy:
