@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 
 import pytest
 import zmq
@@ -25,6 +27,7 @@ from embedding_relay.protocol.messages import (
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.sockets import MAX_STRANGERS
 from support.corpus import CORPUS, read_corpus
+from support.engine_stand_in import EngineStandIn
 from support.loopback import (
     HOST,
     EncodeInstance,
@@ -188,6 +191,31 @@ def test_a_rank_that_came_back_with_the_session_of_its_predecessor_is_let_in(
     assert failure is not None
     assert failure.code == 503, "it was let in, and its request never came"
     assert_all_given_back(encode)
+
+
+def test_a_session_whose_engine_is_none_costs_its_own_request_and_holds_up_nobody(
+    encode: EncodeInstance, language: LanguageRank, stranger: Stranger
+) -> None:
+    """The names of sessions are a stranger's words: nothing is sent to what is not an engine of that place."""
+    elsewhere, other = EngineStandIn(HOST), EngineStandIn(HOST)
+    elsewhere.says["tcp_data_host"], other.says["protocol"] = "192.0.2.1", "rdma"
+    with socket.create_server((HOST, 0)) as silent, closing(elsewhere), closing(other):
+        session_ids = [f"{HOST}:{silent.getsockname()[1]}", elsewhere.session_id, other.session_id]
+        offers = {session_id: init(session_id, stranger.address) for session_id in session_ids}
+        for session_id, offer in offers.items():
+            stranger.say(encode.ask("address"), registration(session_id, stranger.address), offer)
+        encode.expect(*(Spec(offer.room, 1) for offer in offers.values()))
+        started = time.monotonic()
+        language.receive(encode, Spec(next(_rooms), 2000))
+        assert time.monotonic() - started < 3
+        failures = {report.room: report.failure for report in (stranger.hear() for _ in offers)}
+        for session_id, offer in offers.items():
+            failure = failures[offer.room]
+            assert failure is not None
+            assert (failure.code, f"the engine of {session_id} cannot be reached" in failure.text) == (502, True)
+        assert elsewhere.connections == other.connections == []
+    assert_all_given_back(encode)
+    settle(encode.metrics, lambda m: m.sizes["unquiet"] == 0)
 
 
 def test_a_session_cannot_be_taken_from_a_living_process(encode: EncodeInstance, stranger: Stranger) -> None:
