@@ -28,9 +28,11 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 _FIRST_BYTES: Final = 8
 _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
-# The proof of quiet needs every connection that an engine has had to a peer. With these there is one, and no engine
-# replaces it because its peer is slow. So they are not an operator's to set.
-_ONE_CONNECTION: Final = {
+# What correctness over TCP needs, so not an operator's to set. A write is done when the peer confirms it. And the proof
+# of quiet needs every connection that an engine has had to a peer: with these there is one, and no engine replaces it
+# because its peer is slow.
+_TCP_SETTINGS: Final = {
+    "MC_TCP_PROTO": "2",
     "MC_TCP_LANES_PER_PEER": "1",  # as fast as more, for merged entries
     "MC_TCP_STATUS_TIMEOUT_SEC": "86400",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "86400",
@@ -71,7 +73,7 @@ class MooncakeDataPlane:
         """Mooncake takes some settings only from the environment; what the operator has set stays."""
         if self.is_tcp:
             os.environ.setdefault("MC_FORCE_TCP", "1")
-        os.environ.update(_ONE_CONNECTION)
+        os.environ.update(_TCP_SETTINGS)
         if ":" in self._host:
             os.environ.setdefault("MC_USE_IPV6", "1")
 
@@ -95,7 +97,7 @@ class MooncakeDataPlane:
         try:
             return ask(Address("::1" if ":" in self._host else "127.0.0.1", engine.get_rpc_port()))
         except (OSError, ValueError) as error:
-            raise SettingError(f"Mooncake's engine does not say over what it moves bytes: {error}") from error
+            raise SettingError(f"Mooncake's engine cannot be used: {error}") from error
 
     def _check(self, facts: EngineFacts) -> None:
         """What an engine is decides how fast it is, and what proves that its writes are over."""

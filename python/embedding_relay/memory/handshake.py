@@ -22,6 +22,8 @@ _ANSWER_TIMEOUT: Final = 6.0
 _LENGTH: Final = struct.Struct("<Q")
 _TELL_ME: Final = b"\x01{}"  # the kind of question, and what we say of ourselves: nothing
 _LONGEST_ANSWER: Final = 4 << 20
+# Before, a write over TCP was done when it had left, and nobody knew when it arrived, or whether it did.
+_CONFIRMS_WRITES: Final = 2
 
 
 class _Region(msgspec.Struct, frozen=True):
@@ -33,6 +35,7 @@ class _Answer(msgspec.Struct, frozen=True):
     protocol: str | list[str]
     tcp_data_port: int = 0
     tcp_data_host: str = ""
+    tcp_proto_version: int = 1
     buffers: tuple[_Region, ...] = ()
 
 
@@ -96,6 +99,8 @@ def _understand(answer: bytes, engine: Address) -> EngineFacts:
     )
     if facts.is_tcp and not 0 < facts.data_port < 65536:
         raise ValueError(f"it names no port for its data, but {facts.data_port}")
+    if facts.is_tcp and said.tcp_proto_version < _CONFIRMS_WRITES:
+        raise ValueError("it does not confirm writes: Mooncake does since 0.3.12")
     if said.tcp_data_host not in ("", engine.host):
         # Whoever names a session names the machine; it does not get to send our rows to yet another one.
         raise ValueError(f"it wants its data sent to {said.tcp_data_host[:100]!r}")

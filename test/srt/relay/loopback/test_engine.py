@@ -94,6 +94,21 @@ def test_too_many_entries_never_reach_the_engine(linked: Linked) -> None:
     assert target.ones() == 0
 
 
+def test_a_write_has_not_landed_when_it_has_only_left(
+    linked_to_mortal: Linked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator may have asked Mooncake for its old way, in which nobody confirms anything."""
+    monkeypatch.setenv("MC_TCP_PROTO", "1")
+    target, *_ = linked_to_mortal
+    with sending_plane() as (plane, ones):
+        link = plane.link(target.session_id)
+        link.write([Entry(ones, target.pointer, 8)])
+        _stop(target)
+        with pytest.raises(TransferError):
+            link.write([Entry(ones, target.pointer, 8)])
+        link.close()
+
+
 def test_a_dead_peer_is_an_error_at_once_and_proven_quiet(linked_to_mortal: Linked) -> None:
     target, link, ones = linked_to_mortal
     link.write([Entry(ones, target.pointer, 8)])
@@ -333,7 +348,14 @@ def test_a_first_write_that_nobody_confirms_may_still_land(stand_in: EngineStand
 
 
 @pytest.mark.parametrize(
-    "says", [{"protocol": "rdma"}, {"tcp_data_host": "192.0.2.1"}, {"tcp_data_port": 0}, {"protocol": 7}]
+    "says",
+    [
+        {"protocol": "rdma"},
+        {"protocol": 7},
+        {"tcp_data_host": "192.0.2.1"},
+        {"tcp_data_port": 0},
+        {"tcp_proto_version": 1},
+    ],
 )
 def test_a_peer_that_is_no_engine_for_us_is_sent_nothing(stand_in: EngineStandIn, says: dict[str, Any]) -> None:
     stand_in.says |= says
