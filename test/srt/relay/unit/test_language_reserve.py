@@ -24,6 +24,7 @@ def test_auto_learns_a_high_quantile_within_a_fair_share() -> None:
     reservation = DefaultReservation(None, 40_000)
     assert reservation.rows(1) == 8192
     assert reservation.rows(10) == 4000
+    assert reservation.rows(0) == 8192
     for total in range(1, 101):
         reservation.observe(total)
     assert reservation.rows(1) == 91
@@ -32,6 +33,15 @@ def test_auto_learns_a_high_quantile_within_a_fair_share() -> None:
     assert reservation.rows(1) == 30_000
     assert reservation.rows(4) == 10_000
     assert reservation.rows(100_000) == 1
+
+
+def test_of_the_first_requests_the_longest_is_learned() -> None:
+    reservation = DefaultReservation(None, 40_000)
+    learned = []
+    for total in (5, 7, 6):
+        reservation.observe(total)
+        learned.append(reservation.rows(1))
+    assert learned == [5, 7, 7]
 
 
 def test_auto_is_used_for_first_offers() -> None:

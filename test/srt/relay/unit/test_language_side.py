@@ -197,16 +197,19 @@ def test_rows_that_do_not_add_up_prove_nothing() -> None:
     assert offered(side.copied(1, 3, 9, 0.0)) == []
 
 
-@pytest.mark.parametrize("how", ["restarted", "lost"])
-def test_an_instance_that_was_restarted_or_lost_proves_itself_again(how: str) -> None:
+@pytest.mark.parametrize("instance", ["encode-1", "encode-9"])
+def test_an_instance_that_was_lost_or_restarted_proves_itself_again(instance: str) -> None:
     side = language_side_with_proven_peer(blocks=8, default=4)
-    if how == "restarted":
-        side.peer_resolved(PEER, ENCODE, "encode-9", 1.0)
-    else:
-        side.peer_unreachable(PEER, "timeout", 1.0)
-        side.request(9, PEER, 1.0)
-        side.cancel(9, 1.0)
-        side.peer_resolved(PEER, ENCODE, "encode-1", 1.0)
+    side.request(9, PEER, 1.0)
+    assert Resolve(PEER) in [effect for now in (6.0, 11.0, 16.0) for effect in side.tick(now)], "silent for too long"
+    side.peer_resolved(PEER, ENCODE, instance, 22.0)
+    side.receive(AbortAck(9), 22.0)
+    assert [bool(offered(side.request(room, PEER, 23.0))) for room in (1, 2, 3)] == [True, False, False]
+
+
+def test_an_instance_that_was_replaced_without_being_missed_proves_itself_too() -> None:
+    side = language_side_with_proven_peer(blocks=8, default=4)
+    side.peer_resolved(PEER, ENCODE, "encode-9", 1.0)
     assert [bool(offered(side.request(room, PEER, 2.0))) for room in (1, 2, 3)] == [True, False, False]
 
 
