@@ -27,6 +27,7 @@ os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
+from embedding_relay.memory.checks import ModelLimits  # noqa: E402
 from embedding_relay.memory.device import everything_queued_on  # noqa: E402
 from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
 from embedding_relay.memory.layout import BufferLayout  # noqa: E402
@@ -75,7 +76,10 @@ def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int, devi
     encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows, device), daemon=True)
     encode.start()
     small = BufferLayout(layout.hidden_size, layout.dtype, 0, layout.block_size, max(1, offer // layout.block_size))
-    manager = LanguageManager.open(small, RelayConfig(), host=HOST, ranks=1, max_rows=rows, device=device)
+    limits = ModelLimits(vocabulary=1, modalities=frozenset({1}))
+    manager = LanguageManager.open(
+        small, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=limits, device=device
+    )
     manager.start()
     peer = f"{HOST}:{here.recv()}"
     poller = zmq.Poller()
@@ -131,6 +135,7 @@ def source_rows(layout: BufferLayout, rows: int, device: str) -> SourceRows:
         mrope=torch.zeros(rows, 3, dtype=torch.int32),
         items=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32).repeat(rows, 1),
         segments=[(0, made)],
+        media_items=1,
         ready=everything_queued_on(made.device),
     )
 
