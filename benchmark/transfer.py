@@ -11,6 +11,8 @@ what its own copies of the same bytes take, from and to page-locked memory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -71,11 +73,12 @@ def report(name: str, rounds: int, seconds: list[float], size: int) -> None:
 
 
 def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int, device: str) -> tuple[int, list[float]]:
-    """A pool of exactly the offered blocks on the language side, so that no resume can grow."""
+    """On the language side one encode instance may have exactly the offered blocks, so that no resume can grow."""
     here, there = multiprocessing.Pipe()
     encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows, device), daemon=True)
     encode.start()
-    small = BufferLayout(layout.hidden_size, layout.dtype, 0, layout.block_size, max(1, offer // layout.block_size))
+    offered = max(1, offer // layout.block_size)
+    small = dataclasses.replace(layout, blocks=next(n for n in itertools.count(offered) if n - n // 8 == offered))
     limits = ModelLimits(vocabulary=1, modalities=frozenset({1}))
     manager = LanguageManager.open(
         small, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=limits, device=device
