@@ -190,16 +190,19 @@ class TransferWorker(WatchedThread):
     # ---- any thread
 
     def submit(self, write: Write, done: Done) -> None:
-        self._jobs.put((write, done))
-        if self._has_ended:
-            self._answer_the_rest()
+        self._put((write, done))
 
     @property
     def is_busy(self) -> bool:
         return self._is_working or self._look_until is not None or not self._jobs.empty()
 
     def report_when_quiet(self) -> None:
-        self._jobs.put(_Command.REPORT_WHEN_QUIET)
+        self._put(_Command.REPORT_WHEN_QUIET)
+
+    def _put(self, job: _Job | _Command) -> None:
+        self._jobs.put(job)
+        if self._has_ended:
+            self._answer_the_rest()
 
     def stop(self) -> None:
         self._stopped = True
@@ -214,6 +217,8 @@ class TransferWorker(WatchedThread):
                 return
             if not isinstance(job, _Command):
                 job[1](f"the transfer worker for {self._session_id} has ended")
+            elif job is _Command.REPORT_WHEN_QUIET and not self.owes_proof:
+                self._on_quiet(self._session_id)
 
     # ---- its own thread
 

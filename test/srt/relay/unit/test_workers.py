@@ -245,11 +245,13 @@ def test_no_other_worker_vouches_for_the_writes_of_one_that_died(desk: Desk) -> 
         desk.quiet.get(timeout=0.2)
 
 
-def test_a_worker_without_an_engine_answers_and_is_reported(desk: Desk) -> None:
+def test_a_worker_without_an_engine_answers_and_is_reported_and_owes_no_proof(desk: Desk) -> None:
     desk.plane.link = None  # type: ignore[method-assign, assignment]
     desk.write()
     assert desk.answer() == "the transfer worker for peer has ended"
     assert desk.deaths.get(timeout=10).startswith("relay-transfer-peer died: TypeError")
+    desk.workers.report_when_quiet("peer")
+    assert desk.quiet.get(timeout=10) == "peer", "it has written nothing"
 
 
 def test_the_worker_of_a_session_that_is_gone_ends(desk: Desk) -> None:
