@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from embedding_relay.tools.chat_client import Answer, ask, chat_body, post
+from embedding_relay.tools.chat_client import Answer, ask, chat_body, data_uri, post
 from embedding_relay.tools.local_cluster import HOST
 from embedding_relay.tools.local_process import free_ports
 from support.pairs import CONTEXT, DEADLINE, MOST_WAITING, SMALL, Pair
@@ -113,6 +113,20 @@ def to_half_alone(pair: Pair, half: str, port: int, room: int, timeout: float = 
     where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
     url = f"{pair[half].url}/v1/chat/completions"
     return post(url, chat_body([squares(pair.family, 4, 4, 4)], "what", **where, **options), timeout=timeout)
+
+
+def test_what_the_schedulers_refuse_without_queueing_it(pair: Pair) -> None:
+    """Beam search. Each half is refused by its own SGLang, or told by the other, whichever comes first."""
+    where = {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port(pair), "bootstrap_room": 8}
+    picture = {
+        "text": "<|vision_start|><|image_pad|><|vision_end|>",
+        "image_data": data_uri(squares(pair.family, 4, 4, 8)),
+    }
+    body = {**picture, **where, "sampling_params": {"beam_width": 2, "max_new_tokens": 4}}
+    with ThreadPoolExecutor(2) as clients:
+        answers = list(clients.map(lambda half: post(f"{pair[half].url}/generate", body), ("encode", "language")))
+    for answer in answers:
+        refused(answer, 400, "Beam search is not supported")
 
 
 @dataclass(frozen=True)
