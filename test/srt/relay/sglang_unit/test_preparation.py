@@ -153,7 +153,9 @@ def fetch(manager: TokenizerManagerWithoutScheduler, url: str) -> str:
 
 def test_a_private_address_is_not_connected_to(manager: TokenizerManagerWithoutScheduler, server: HTTPServer) -> None:
     for host in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
-        assert "has an address that is not public" in fetch(manager, f"http://{host}:{server.server_port}/picture")
+        for scheme in ("http", "https"):
+            url = f"{scheme}://{host}:{server.server_port}/picture"
+            assert "has an address that is not public" in fetch(manager, url)
     assert server.asked == []  # type: ignore[attr-defined]
 
 
@@ -192,6 +194,24 @@ def test_an_operator_can_allow_private_addresses(manager: TokenizerManagerWithou
     there = f"127.0.0.1:{server.server_port}"
     for url in (f"http://{there}/picture", f"http://{there}/to-{there}"):
         assert len(manager.prepare(text=f"{IMAGE}a", image_data=[url]).mm_inputs.mm_items) == 1
+
+
+def test_a_list_of_domains_is_the_whole_answer(
+    manager: TokenizerManagerWithoutScheduler, server: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host on it may be private; the list itself is the operator's affair."""
+    from sglang.srt.runtime_context import get_mm
+    from sglang.srt.utils import common
+
+    common.configure_media_url_security(["127.0.0.1"])
+    try:
+        with get_mm().override(allowed_media_domains=["127.0.0.1"]):
+            url = f"http://127.0.0.1:{server.server_port}/picture"
+            assert len(manager.prepare(text=f"{IMAGE}a", image_data=[url]).mm_inputs.mm_items) == 1
+            words = fetch(manager, f"http://localhost:{server.server_port}/picture")
+            assert words == "a media URL names a host that this server does not fetch from"
+    finally:
+        common.configure_media_url_security([])
 
 
 @pytest.mark.usefixtures("private_urls")
@@ -271,6 +291,8 @@ def test_ids_outside_the_vocabulary(manager: TokenizerManagerWithoutScheduler) -
 
 
 def test_what_sglang_says_about_a_prompt_is_passed_on(manager: TokenizerManagerWithoutScheduler) -> None:
+    with pytest.raises(ValueError, match="content_hash must use the form 'sha256:<64 hex digits>'"):
+        manager.prepare(text=f"{IMAGE}a", image_data=[GOOD_URI], mm_content_hashes=["x"])
     words = refusal(manager, text=f"{IMAGE}{IMAGE}a", image_data=[GOOD_URI])
     assert words == "Prompt has 2 image placeholders but 1 image inputs were provided"
 
@@ -338,7 +360,8 @@ def test_but_a_damaged_video_is(manager: TokenizerManagerWithoutScheduler, monke
             raise RuntimeError("Could not open input file: Invalid data found when processing input")
 
     monkeypatch.setattr("sglang.srt.utils.common.VideoDecoderWrapper", Decoder)
-    assert refusal(manager, text=f"{VIDEO}a", video_data=[uri(b"video", "video/mp4")])
+    words = refusal(manager, text=f"{VIDEO}a", video_data=[uri(b"video", "video/mp4")])
+    assert words == "Could not decode video: it is damaged, or in no format that is known here"
 
 
 # ---- media that somebody has processed already

@@ -76,6 +76,17 @@ def test_an_item_in_several_places_of_a_prompt_is_one_item(model: Model) -> None
     assert numbers([rows]) == [[(21, 0), (21, 1), (21, 2), (21, 3), (21, 4)]]
 
 
+def test_an_item_that_came_with_its_rows_needs_no_tower(model: Model) -> None:
+    given = item(22, (3, 4))
+    given.feature, given.precomputed_embeddings = None, torch.tensor([[0.5, 1.5], [2.5, 3.5]])
+    rows = VisionTower(model, "cpu", 100).encode([request(item(23, (1, 1)), given), request(item(24, (0, 0)))])
+    assert [numbers(one) for one in rows] == [[[(23, 0)], [(0.5, 1.5), (2.5, 3.5)]], [[(24, 0)]]]
+    assert model.batches == [[23, 24]]
+    [[alone]] = VisionTower(model, "cpu", 100).encode([request(given)])
+    assert torch.equal(alone, given.precomputed_embeddings)
+    assert len(model.batches) == 1
+
+
 def test_a_picture_that_was_seen_is_not_encoded_again(model: Model) -> None:
     tower = VisionTower(model, "cpu", 100)
     tower.encode([request(item(31, (0, 1)))])

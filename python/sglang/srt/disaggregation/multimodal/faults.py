@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 _DECODERS: Final = frozenset({"PIL", "torchcodec", "av", "decord", "soundfile"})
 _NEVER_THE_CLIENTS: Final = (ImportError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 _OVERLOADED: Final = (MemoryError, torch.OutOfMemoryError)
+_NOT_DECODED: Final = re.compile(r"Could not decode (image|video|audio)")
 _LIBRARY_MISSING: Final = "Could not load libtorchcodec"
 
 # SGLang and what it uses put into their messages: objects and exceptions as Python writes them, and paths.
 _NOT_FOR_CLIENTS: Final = re.compile(
-    r"<[\w.]+ |0x[0-9a-f]{6}|Traceback|\w+(Error|Exception)\b|\b[A-Z]\w*\(\w+=|\[Errno|[{\[(]['\"]"
+    r"<class |0x[0-9a-f]{6}|image mode=|Traceback|\w+(Error|Exception)\b|\b[A-Z]\w*\(\w+=|\[Errno|[{\[(]['\"]"
     r"|(?<![\w:/.<])[/~][\w.-]+/|file:"
 )
 
@@ -114,10 +115,13 @@ def _sentence(links: list[BaseException]) -> str:
                 return "Could not decode image: it has more pixels than are decoded here"
             case UnidentifiedImageError():
                 return "Could not decode image: it is in no format that is known here"
+            case ValueError() if "domain is not allowed" in str(link):
+                return "a media URL names a host that this server does not fetch from"
             case binascii.Error():
                 return "the data of a picture, video or audio is not valid base64"
-            case OSError() if _was_raised_in_a_decoder(link):
-                return "Could not decode image: it is damaged or incomplete"
+    for link in links:
+        if said := _NOT_DECODED.search(str(link)):
+            return f"{said[0]}: it is damaged, or in no format that is known here"
     innermost = str(links[-1])
     if not innermost or _NOT_FOR_CLIENTS.search(innermost):
         return "the prompt and its media cannot be processed: a picture, video or audio may be damaged"
@@ -135,7 +139,7 @@ def flaw_of_prompt(manager: Any, obj: Any) -> str:
         return "input_ids has numbers outside of the model's vocabulary"
     if tokens is None:
         return ""
-    text = obj.text if obj.text is not None else manager.tokenizer.decode(ids or [])
+    text = obj.text if isinstance(obj.text, str) else manager.tokenizer.decode(ids or [])
     given = {name: _number(getattr(obj, f"{name}_data")) for name in ("image", "video", "audio")}
     parts = re.split(tokens.get_combined_regex(), text)
     found = [modality.name.lower() for part in parts if (modality := tokens.get_modality_of_token(part)) is not None]

@@ -29,7 +29,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     try:
         for field in _MEDIA_FIELDS:
             if (media := getattr(obj, field)) is not None:
-                precomputed.check(media, manager.mm_processor.FEATURE_NAMES)
+                precomputed.check(media, getattr(manager.mm_processor, "FEATURE_NAMES", ()))
                 setattr(obj, field, await asyncio.to_thread(_sources().accepted, media))
         tokenized = await original(manager, obj)
         precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
