@@ -46,6 +46,8 @@ class EngineFacts(NamedTuple):
     data_port: int
     """Where it takes connections over which its memory is written, if that is done over TCP."""
     regions: tuple[tuple[int, int], ...]
+    data_host: str = ""
+    """Where that port is; an older engine does not say it."""
 
     @property
     def is_tcp(self) -> bool:
@@ -72,7 +74,7 @@ def ask(engine: Address) -> EngineFacts:
         (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, deadline))
         if not 0 < length <= _LONGEST_ANSWER:
             raise ValueError(f"it answers with {length} bytes, which no engine does")
-        return _understand(_receive(connection, length, deadline), engine)
+        return _understand(_receive(connection, length, deadline))
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
@@ -86,7 +88,7 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     return bytes(received)
 
 
-def _understand(answer: bytes, engine: Address) -> EngineFacts:
+def _understand(answer: bytes) -> EngineFacts:
     try:
         said = msgspec.json.decode(answer[1:], type=_Answer)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
@@ -96,20 +98,21 @@ def _understand(answer: bytes, engine: Address) -> EngineFacts:
         frozenset(filter(None, protocols)),
         said.tcp_data_port,
         tuple((region.addr, region.length) for region in said.buffers),
+        said.tcp_data_host,
     )
     if facts.is_tcp and not 0 < facts.data_port < 65536:
         raise ValueError(f"it names no port for its data, but {facts.data_port}")
     if facts.is_tcp and said.tcp_proto_version < _CONFIRMS_WRITES:
         raise ValueError("it does not confirm writes: Mooncake does since 0.3.12")
-    if said.tcp_data_host not in ("", engine.host):
-        # Whoever names a session names the machine; it does not get to send our rows to yet another one.
-        raise ValueError(f"it wants its data sent to {said.tcp_data_host[:100]!r}")
     return facts
 
 
 def find_data_port(engine: Address, facts: EngineFacts) -> frozenset[tuple[str, int]]:
     """All addresses by which an engine of this process may connect to it. Raises OSError if that cannot be done."""
     host, port = engine.host, facts.data_port
+    if facts.data_host not in ("", host):
+        # Whoever names a session names the machine; it does not get to send our rows to yet another one.
+        raise ValueError(f"it wants its data sent to {facts.data_host[:100]!r}")
     with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return frozenset((str(address[0]), port) for _, _, _, _, address in found)

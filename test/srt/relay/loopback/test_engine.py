@@ -196,6 +196,19 @@ def test_a_device_that_the_machine_shows_and_nobody_can_open_is_not_passed_over(
     assert "\n" not in str(refused.value)
 
 
+def test_an_instance_on_another_address_than_loopback_starts_and_is_written_to() -> None:
+    """Its own engine is asked over loopback, and names the address that its peers use."""
+    memory = torch.ones(2048, dtype=torch.uint8)
+    memory[1024:] = 0
+    plane = MooncakeDataPlane("127.0.0.2", "tcp")
+    plane.start([Region(memory.data_ptr(), 2048)])
+    link = plane.link(plane.session_id)
+    link.write([Entry(memory.data_ptr(), memory.data_ptr() + 1024, 1024)])
+    assert memory.all()
+    link.close()
+    plane.close()
+
+
 def test_an_engine_says_over_what_it_moves_bytes(target: Target) -> None:
     facts = ask(address_of(target.session_id))
     assert (facts.protocols, facts.regions) == ({"tcp"}, ((target.pointer, SIZE),))

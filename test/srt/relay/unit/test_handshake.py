@@ -67,7 +67,7 @@ def answers(body: bytes | dict[str, object]) -> Callable[[socket.socket], object
 def test_an_engine_over_tcp() -> None:
     with engine_that_does(answers(TCP)) as address:
         facts = ask(address)
-    assert facts == EngineFacts(frozenset({"tcp"}), 15132, (((1 << 64) - 4096, 4096),))
+    assert facts == EngineFacts(frozenset({"tcp"}), 15132, (((1 << 64) - 4096, 4096),), HOST)
     assert facts.is_tcp
     assert facts.spoken == "tcp"
 
@@ -99,7 +99,6 @@ def test_an_engine_over_rdma(protocol: object, protocols: set[str]) -> None:
         (TCP | {"tcp_data_port": 10**30}, "no port for its data, but 10"),
         (TCP | {"tcp_proto_version": 1}, "does not confirm writes: Mooncake does since 0.3.12"),
         ({name: TCP[name] for name in TCP if name != "tcp_proto_version"}, "does not confirm writes"),
-        (TCP | {"tcp_data_host": "192.0.2.1"}, "data sent to '192.0.2.1'"),
     ],
 )
 def test_answers_that_no_engine_gives(answer: bytes | dict[str, object], problem: str) -> None:
@@ -133,6 +132,14 @@ def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     silent = socket.create_server((HOST, 0))
     with silent, pytest.raises(TimeoutError):
         ask(Address(HOST, silent.getsockname()[1]))
+
+
+def test_data_is_not_sent_to_another_machine_than_the_session_names() -> None:
+    with engine_that_does(lambda _: None) as address:
+        facts = EngineFacts(frozenset({"tcp"}), address.port, (), "192.0.2.1")
+        with pytest.raises(ValueError, match=r"data sent to '192\.0\.2\.1'"):
+            find_data_port(address, facts)
+        assert find_data_port(address, facts._replace(data_host=HOST)) == {(HOST, address.port)}
 
 
 def test_the_data_port_by_all_names_of_the_host() -> None:
