@@ -88,31 +88,6 @@ class Role(abc.ABC, Generic[M]):
     def act_on_changes(self) -> None:
         """Do what has become possible since the last turn of the scheduler's loop."""
 
-    # ---- an operator's commands
-
-    def is_held(self) -> bool:
-        """An operator has stopped the model: it is paused, between the parts of a weight update, or without memory.
-
-        Then no tower runs and nothing is handed over to SGLang. Messages, transfers, deadlines and answers go on.
-        """
-        updater = self.scheduler.weight_updater
-        return bool(self.scheduler._engine_paused or updater._session or updater.offload_tags)
-
-    @contextlib.contextmanager
-    def parked_requests_hold_nothing(self) -> Iterator[None]:
-        """While SGLang flushes its cache or gives memory back: it must be idle then, but parked requests have none."""
-        counted, self.counts_parked = self.counts_parked, False
-        try:
-            yield
-        finally:
-            self.counts_parked = counted
-
-    def finish_computing(self) -> None:
-        """Before memory is given back: what was started on the device must not read it any more."""
-
-    def forget_computed(self) -> None:
-        """The weights have changed, or the cache was flushed: what the model made before is not used again."""
-
     @abc.abstractmethod
     def tables(self) -> dict[str, int]:
         """The sizes of what is kept here, for those who watch."""
@@ -160,6 +135,31 @@ class Role(abc.ABC, Generic[M]):
     def answer_with_failure(self, recv_req: Any, failure: Failure) -> None:
         code = BAD_REQUEST if failure.code == CLIENT_GONE else failure.code
         self.scheduler.send_abort_output(abort_message(recv_req.rid, Failure(code, failure.text)), recv_req)
+
+    # ---- an operator's commands
+
+    def is_held(self) -> bool:
+        """An operator has stopped the model: it is paused, between the parts of a weight update, or without memory.
+
+        Then no tower runs and nothing is handed over to SGLang. Messages, transfers, deadlines and answers go on.
+        """
+        updater = self.scheduler.weight_updater
+        return bool(self.scheduler._engine_paused or updater._session or updater.offload_tags)
+
+    @contextlib.contextmanager
+    def parked_requests_hold_nothing(self) -> Iterator[None]:
+        """While SGLang flushes its cache or gives memory back: it must be idle then, but parked requests have none."""
+        counted, self.counts_parked = self.counts_parked, False
+        try:
+            yield
+        finally:
+            self.counts_parked = counted
+
+    def finish_computing(self) -> None:
+        """Before memory is given back: what was started on the device must not read it any more."""
+
+    def forget_computed(self) -> None:
+        """The weights have changed, or the cache was flushed: what the model made before is not used again."""
 
 
 def aborted(recv_req: Any, rid: str) -> bool:
