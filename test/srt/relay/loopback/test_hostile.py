@@ -194,12 +194,17 @@ def test_a_rank_that_came_back_with_the_session_of_its_predecessor_is_let_in(
 
 
 def test_a_session_whose_engine_is_none_costs_its_own_request_and_holds_up_nobody(
-    encode: EncodeInstance, language: LanguageRank, stranger: Stranger
+    language: LanguageRank, stranger: Stranger
 ) -> None:
     """The names of sessions are a stranger's words: nothing is sent to what is not an engine of that place."""
     elsewhere, other = EngineStandIn(HOST), EngineStandIn(HOST)
     elsewhere.says["tcp_data_host"], other.says["protocol"] = "192.0.2.1", "rdma"
-    with socket.create_server((HOST, 0)) as silent, closing(elsewhere), closing(other):
+    with (
+        encode_instance(LAYOUT, QUICK) as encode,
+        socket.create_server((HOST, 0)) as silent,
+        closing(elsewhere),
+        closing(other),
+    ):
         session_ids = [f"{HOST}:{silent.getsockname()[1]}", elsewhere.session_id, other.session_id]
         offers = {session_id: init(session_id, stranger.address) for session_id in session_ids}
         for session_id, offer in offers.items():
@@ -214,8 +219,8 @@ def test_a_session_whose_engine_is_none_costs_its_own_request_and_holds_up_nobod
             assert failure is not None
             assert (failure.code, f"the engine of {session_id} cannot be reached" in failure.text) == (502, True)
         assert elsewhere.connections == other.connections == []
-    assert_all_given_back(encode)
-    settle(encode.metrics, lambda m: m.sizes["unquiet"] == 0)
+        assert_all_given_back(encode)
+        settle(encode.metrics, lambda m: m.sizes["unquiet"] == 0)
 
 
 def test_a_session_cannot_be_taken_from_a_living_process(encode: EncodeInstance, stranger: Stranger) -> None:
