@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ UNIT = ("encode_*", "language_*", "codec", "messages", "status", "timing", "scen
 PROPERTY = ("blocks", "plan", "codec", "encode_room")
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "-k", "not hundred_thousand")
 SEEDS = 6
-PATIENCE_SECONDS = 40
+PATIENCE_SECONDS = 30
 MEMORY_BYTES = 4 << 30
 
 sys.path[:0] = [str(REPO / "test/srt"), str(Path(__file__).parent)]
@@ -121,7 +122,6 @@ def try_one(module: str, mutant: Mutant) -> str:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        signal.alarm(PATIENCE_SECONDS)
         killed_by = "the module cannot be imported"
         try:
             killed_by = try_here(module, mutant)
@@ -129,6 +129,8 @@ def try_one(module: str, mutant: Mutant) -> str:
             os.write(writer, (killed_by or "nobody").encode()[:200])
             os._exit(0)
     os.close(writer)
+    if not select.select([reader], [], [], PATIENCE_SECONDS)[0]:
+        os.kill(pid, signal.SIGKILL)
     with os.fdopen(reader, "rb") as said:
         answer = said.read().decode(errors="replace")
     os.waitpid(pid, 0)

@@ -51,6 +51,14 @@ def test_against_a_dictionary() -> None:
     assert len(alarms._heap) < 300, "what was overtaken is thrown away in time"
 
 
+def test_an_alarm_that_is_moved_again_and_again_takes_no_more_space() -> None:
+    alarms: Alarms[int] = Alarms()
+    for step in range(1000):
+        alarms.set(1, 1000.0 + step)
+    assert len(alarms._heap) <= 64 + 4
+    assert alarms.next() == 1999.0
+
+
 def test_a_first_word_is_awaited_no_longer_than_everything_else() -> None:
     assert Timing(first_word=30.0, bootstrap=300.0).unasked == 30.0
     assert Timing(first_word=30.0, bootstrap=2.0).unasked == 2.0
