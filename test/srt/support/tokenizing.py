@@ -8,14 +8,14 @@ loads pictures. There is no HTTP server, no scheduler and no detokenizer: what w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.local_process import free_ports
 from sglang.srt import runtime_context
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -27,11 +27,41 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 MAX_PROMPT = 1000
 
 
+class Watch:
+    """Finds what a test says; the real one is tested in test/srt/relay/unit/test_pulse.py."""
+
+    def __init__(self) -> None:
+        self.trouble: str | None = None
+        self.waiting = 0
+
+    async def trouble_before_a_request(self) -> str | None:
+        return self.trouble
+
+    @contextmanager
+    def a_request_waits(self) -> Iterator[None]:
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+
 class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc]  # SGLang is left out of the type check
     def __init__(self, server_args: ServerArgs) -> None:
         self.sent: list[Any] = []
         super().__init__(server_args, PortArgs.init_new(server_args))
         self.max_req_input_len = MAX_PROMPT
+
+        self._context = runtime_context.snapshot_context()
+
+    def make_current(self) -> None:
+        """SGLang has one context in a process: with two managers it is the one of the last that was made."""
+        runtime_context.restore_context(self._context)
+
+    def watch_nobody(self) -> Watch:
+        """In place of the watch over the scheduler's process, which is not there."""
+        self.embedding_relay_watch = Watch()
+        return self.embedding_relay_watch
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)
@@ -45,6 +75,23 @@ class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc] 
         obj.normalize_batch_and_arguments()
         self._init_req_state(obj)
         return run(self._tokenize_one_request(obj))
+
+
+async def answers(manager: TokenizerManagerWithoutScheduler, obj: Any, *events: Callable[[str], Any]) -> list[Any]:
+    """All that comes of a request while the scheduler says `events`, each made from the request's rid."""
+    found = []
+
+    async def read() -> None:
+        async for answer in manager.generate_request(obj, None):
+            found.append(answer)
+
+    reading = asyncio.create_task(read())
+    for event in events:
+        while not any(isinstance(one, TokenizedGenerateReqInput) for one in manager.sent) and not reading.done():
+            await asyncio.sleep(0)
+        manager._result_dispatcher(event(obj.rid))
+    await reading
+    return found
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

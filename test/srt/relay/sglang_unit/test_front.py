@@ -1,7 +1,6 @@
 """Around a whole request in the HTTP process of either half: what the other half hears, and what the client is told.
 
-SGLang's tokenizer manager is real; support/tokenizing.py says what is not there. The watch over the scheduler's process
-is a stand-in that finds what a test says; the real one is tested in test/srt/relay/unit/test_pulse.py.
+SGLang's tokenizer manager is real; support/tokenizing.py says what is not there.
 """
 
 from __future__ import annotations
@@ -21,27 +20,10 @@ from sglang.srt.disaggregation.multimodal import front
 from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from support import tokenizing
-from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, run
+from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, Watch, answers, run
 
 GOOD = data_uri(picture(56, 56, seed=1))
 BAD = "data:image/png;base64,AAAA"
-
-
-class Watch:
-    def __init__(self) -> None:
-        self.trouble: str | None = None
-        self.waiting = 0
-
-    async def trouble_before_a_request(self) -> str | None:
-        return self.trouble
-
-    @contextlib.contextmanager
-    def a_request_waits(self) -> Iterator[None]:
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +39,11 @@ def language() -> Iterator[TokenizerManagerWithoutScheduler]:
 
 
 def fresh(manager: TokenizerManagerWithoutScheduler) -> Watch:
+    manager.make_current()
     manager.sent.clear()
     manager.rid_to_state.clear()
     front._with_scheduler.clear()
-    manager.embedding_relay_watch = Watch()
-    return manager.embedding_relay_watch
+    return manager.watch_nobody()
 
 
 def asked(**request: Any) -> GenerateReqInput:
@@ -73,23 +55,6 @@ def asked(**request: Any) -> GenerateReqInput:
 def refusals(manager: TokenizerManagerWithoutScheduler) -> list[Any]:
     """What the scheduler is told for the other half, as it reads it."""
     return [told for one in manager.sent if isinstance(one, AbortReq) and (told := front.refusal_in(one)) is not None]
-
-
-async def answers(manager: TokenizerManagerWithoutScheduler, obj: Any, *events: Any) -> list[Any]:
-    """All that comes of a request while the scheduler says `events`; its rid is filled in."""
-    found = []
-
-    async def read() -> None:
-        async for answer in manager.generate_request(obj, None):
-            found.append(answer)
-
-    reading = asyncio.create_task(read())
-    for event in events:
-        while not any(isinstance(one, TokenizedGenerateReqInput) for one in manager.sent) and not reading.done():
-            await asyncio.sleep(0)
-        manager._result_dispatcher(event(obj.rid))
-    await reading
-    return found
 
 
 def abort(failure: Failure) -> Any:

@@ -1,16 +1,28 @@
-"""What a client says about the other half, in SGLang's own requests: its lists have what was said, and nothing more."""
+"""The modes in SGLang's own types: names, what a client says about the other half, and what the encode half drops.
+
+Where a tokenizer manager takes part it is SGLang's own; support/tokenizing.py says what is not there.
+"""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.pairing import ALLOWED_HOSTS
+from embedding_relay.protocol.errors import Failure
+from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import modes
-from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.disaggregation.multimodal.front import abort_message
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, DisaggregationMode
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput, TokenizedGenerateReqInput
+from support import tokenizing
+from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
 
 PICTURE = "data:image/png;base64,"
 
@@ -87,3 +99,100 @@ def test_the_host_of_warm_up_requests_is_for_text_only(monkeypatch: pytest.Monke
     for text, host in (("a", FAKE_BOOTSTRAP_HOST), (["a", "b"], ["10.1.2.3", FAKE_BOOTSTRAP_HOST])):
         with pytest.raises(ValueError, match="is no encode instance"):
             asked(text, bootstrap_host=host, bootstrap_room=1)
+
+
+# ---- their names
+
+
+def test_members_of_sglangs_enum_that_others_hold_already_know_ours() -> None:
+    """Added in place: what was imported or pickled before is the same class."""
+    before = DisaggregationMode, DisaggregationMode.PREFILL
+    modes.extend_enum()
+    modes.extend_enum()
+    assert before == (type(DisaggregationMode("encode")), DisaggregationMode("prefill"))
+    for name in (modes.ENCODE, modes.LANGUAGE):
+        member = DisaggregationMode(name)
+        assert [one.value for one in DisaggregationMode].count(name) == 1
+        assert pickle.loads(pickle.dumps(member)) is member
+        assert copy.deepcopy(member) is member
+        assert DisaggregationMode[name.upper()] is member
+
+
+@pytest.mark.parametrize(("given", "ours"), [("encode", "encode"), ("language", "language"), ("prefill", None)])
+def test_other_modes_are_none_of_ours(given: str, ours: str | None) -> None:
+    assert modes.of(SimpleNamespace(disaggregation_mode=given)) == ours
+
+
+def test_plugins_are_loaded_by_whoever_unpickles_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: loaded.append("plugins"))
+    sent = pickle.dumps(modes.LoadsPlugins({"port": 1}))
+    assert loaded == []
+    assert pickle.loads(sent) == {"port": 1}
+    assert loaded == ["plugins"]
+
+
+# ---- the encode half of a request
+
+
+@pytest.fixture(scope="module")
+def encode() -> Iterator[TokenizerManagerWithoutScheduler]:
+    with tokenizing.serving("encode") as made:
+        made.watch_nobody()
+        yield made
+
+
+def sent_by(encode: TokenizerManagerWithoutScheduler, **request: Any) -> Any:
+    """What the encode half's scheduler would get."""
+    encode.sent.clear()
+    where = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
+    given = {"text": f"{IMAGE}a", "image_data": [data_uri(picture(56, 56, seed=1))], "sampling_params": {}}
+    obj = GenerateReqInput(**{**given, **where, **request})
+    run(answers(encode, obj, lambda rid: abort_message(rid, Failure(99, "the end"))))
+    (sent,) = (one for one in encode.sent if isinstance(one, TokenizedGenerateReqInput))
+    return sent
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"custom_logit_processor": "x"},
+        {"lora_path": "an-adapter"},
+        {"max_thinking_tokens": 7},
+        {"return_hidden_states": True},
+        {"return_routed_experts": True},
+        {"return_sampling_mask": True, "sampling_logprobs_mode": "support"},
+        {"session_params": {"id": "s"}},
+        {"watermark": {"enabled": True}},
+    ],
+    ids=lambda wish: next(iter(wish)),
+)
+def test_what_only_the_language_half_can_serve_is_nothing_to_the_encode_half(
+    encode: TokenizerManagerWithoutScheduler, wish: dict[str, Any]
+) -> None:
+    """Its flags need not be those of the language half. What neither can serve, the language half refuses."""
+    assert sent_by(encode, **wish).bootstrap_room == 7
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"json_schema": "{}"}, {"regex": "("}, {"ebnf": "x"}, {"structural_tag": "x"}, {"watermark": {"enabled": True}}],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_nor_is_what_the_answer_will_look_like(
+    encode: TokenizerManagerWithoutScheduler, sampling: dict[str, Any]
+) -> None:
+    sent = sent_by(encode, sampling_params={"max_new_tokens": 4, **sampling})
+    assert all(getattr(sent.sampling_params, name) is None for name in sampling)
+    assert sent.sampling_params.max_new_tokens == 4
+
+
+def test_samples_are_one_request_of_the_encode_half(encode: TokenizerManagerWithoutScheduler) -> None:
+    sent = sent_by(encode, sampling_params={"n": 3})
+    assert (sent.sampling_params.n, sent.bootstrap_room) == (1, 7)
+
+
+def test_a_request_for_an_embedding_model_is_left_to_sglang() -> None:
+    obj = EmbeddingReqInput(text="a")
+    modes.ask_for_rows_only(obj)
+    assert not hasattr(obj, "custom_logit_processor")

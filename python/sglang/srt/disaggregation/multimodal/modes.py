@@ -88,9 +88,11 @@ _GENERATION_FIELDS: Final = {
     "return_hidden_states": False,
     "return_routed_experts": False,
     "return_sampling_mask": False,
+    "sampling_logprobs_mode": None,
     "session_params": None,
+    "watermark": None,
 }
-_GRAMMARS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
+_SAMPLING_FIELDS: Final = ("json_schema", "regex", "ebnf", "structural_tag", "watermark")
 
 
 def ask_for_rows_only(obj: Any) -> None:
@@ -106,8 +108,8 @@ def ask_for_rows_only(obj: Any) -> None:
     for one in params if isinstance(params, list) else [params]:
         if isinstance(one, dict):
             one["n"] = 1
-            for grammar in _GRAMMARS:
-                one.pop(grammar, None)
+            for field in _SAMPLING_FIELDS:
+                one.pop(field, None)
 
 
 class LoadsPlugins:
