@@ -28,6 +28,8 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 _FIRST_BYTES: Final = 8
 _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
+# An engine keeps a connection to each peer that it has written to, whether the peer is still there or not.
+_MOST_PEERS: Final = 8
 # What correctness over TCP needs, so not an operator's to set. A write is done when the peer confirms it. And the proof
 # of quiet needs every connection that an engine has had to a peer: with these there is one, and no engine replaces it
 # because its peer is slow.
@@ -68,9 +70,10 @@ class MooncakeDataPlane:
             self._engine, self._data_port = engine, self._facts_of(engine).data_port
         else:
             self._spare = Sender(engine)
+        logger.info("relay data plane: Mooncake over %s", self._transport)
 
     def _set_environment(self) -> None:
-        """Mooncake takes some settings only from the environment; what the operator has set stays."""
+        """Mooncake takes some settings only from the environment; what the operator has set of the others stays."""
         if self.is_tcp:
             os.environ.setdefault("MC_FORCE_TCP", "1")
         os.environ.update(_TCP_SETTINGS)
@@ -125,12 +128,17 @@ class MooncakeDataPlane:
         """Raises SettingError if Mooncake does not make an engine."""
         with self._lock:
             spare, self._spare = self._spare, None
-        if spare is not None and spare.peers.get(session_id, peer) == peer:
-            return spare
+        if spare is not None:
+            if spare.peers.get(session_id, peer) == peer:
+                return spare
+            spare.end()
         return Sender(self.make_engine())
 
     def give_back(self, sender: Sender) -> None:
         """One that has finished all it had to send."""
+        if len(sender.peers) >= _MOST_PEERS:
+            sender.end()
+            return
         with self._lock:
             surplus, self._spare = self._spare, sender
         if surplus is not None:

@@ -15,6 +15,7 @@ import pytest
 
 from embedding_relay.memory import engine
 from embedding_relay.memory.engine import MooncakeDataPlane, MooncakeLink
+from embedding_relay.memory.handshake import EngineFacts
 from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable
 from embedding_relay.protocol.errors import SettingError
 from support.engine_stand_in import EngineStandIn
@@ -163,6 +164,31 @@ def test_the_engine_of_an_idle_link_is_kept_for_the_next_peer(
         another.says |= {"protocol": "rdma", "tcp_data_port": 0}
         plane.link(another.session_id).write(ROWS)
     assert len(made.made) == 1
+
+
+def test_an_engine_is_not_kept_for_ever(
+    made: type[RecordingEngine], plane: MooncakeDataPlane, theirs: EngineStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps a connection to each peer that it has written to."""
+    monkeypatch.setattr(engine, "ask", lambda _: EngineFacts(frozenset({"rdma"}), 0, ()))
+    for number in range(engine._MOST_PEERS + 1):
+        link = plane.link(f"{HOST}:{1 + number}")
+        link.write(ROWS)
+        link.close()
+    assert [len({call[0] for call in used.calls[2:]}) for used in made.made] == [engine._MOST_PEERS, 1]
+
+
+def test_an_engine_that_knew_the_predecessor_of_a_peer_is_ended(
+    made: type[RecordingEngine], link: MooncakeLink, plane: MooncakeDataPlane, theirs: EngineStandIn
+) -> None:
+    link.write(ROWS)
+    link.close()
+    theirs.says["buffers"] = [{"addr": 1, "length": 1}]
+    ended: list[int] = []
+    made.get_rpc_port = lambda self: ended.append(1) or self.handshake_port  # type: ignore[method-assign, func-returns-value]
+    plane.link(theirs.session_id).write(ROWS)
+    assert len(made.made) == 2
+    assert len(ended) == 2, "one asks what the new one is, and one is for the end of the old one"
 
 
 def test_a_peer_over_tcp_is_not_written_to_over_rdma(
