@@ -116,8 +116,8 @@ def _request(registry: Address, method: str, path: str, body: bytes, key: bytes 
         connection.close()
     said = f"{response.status} {answer.decode(errors='replace')}"
     if response.status == http.HTTPStatus.UNAUTHORIZED:  # never sealed: whoever asked may not have the secret
-        text = f"bootstrap registry {registry} refuses this instance: {SECRET_FILE} or the clock differs there"
-        raise RegistryError(text, said)
+        reason = "or the clock differs there" if key else "is set there, and is missing here"
+        raise RegistryError(f"bootstrap registry {registry} refuses this instance: {SECRET_FILE} {reason}", said)
     seal = response.getheader(seals.SEAL, "")
     if key and not seals.is_sealed_answer(key, headers[seals.NONCE], response.status, answer, seal):
         raise RegistryError(
