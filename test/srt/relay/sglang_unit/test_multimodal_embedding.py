@@ -528,3 +528,26 @@ def test_a_flush_forgets_the_rows_of_pictures(
     transfer.stands(3, Status.WAITING_FOR_INPUT)
     scheduler.turn()
     assert model.calls == 2
+
+
+def test_what_the_tower_failed_with_is_in_the_log_and_not_in_the_answer(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    role: EncodeRole,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error in /usr/lib/libvision.so")
+
+    monkeypatch.setattr(role.tower, "encode", fail)
+    scheduler.turn(request("a", 7, pictures=1))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn()
+    answer = scheduler.answer_to("a")
+    assert answer == transfer.reason(7)
+    assert answer is not None
+    assert answer.code == INTERNAL
+    assert "/usr" not in answer.text
+    assert "libvision.so" in caplog.text

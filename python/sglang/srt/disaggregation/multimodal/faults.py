@@ -46,7 +46,7 @@ def explained(error: Exception, mode: str, flaw: str = "") -> Exception:
         return ValueError(flaw)
     if not isinstance(error, ValueError) and not _is_about_the_media(links[-1]):
         return _fault_of_the_server(error, links, mode)
-    logger.info("relay: a request is refused: %s", error)
+    logger.info("relay: a request is refused: %.500s", error)
     return ValueError(_sentence(links))
 
 

@@ -139,10 +139,12 @@ class EncodeRole(Role[EncodeManager]):
             send_embedding_chunk(requests, self.tower.encode(batch))
             for req in batch:
                 req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
-        except Exception as error:  # the tower runs model code on a user's pixels: the batch fails, not the instance
+        except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
             for request in requests:
-                request.sender.refuse(Failure(INTERNAL, f"the vision tower failed: {error}"))
+                request.sender.refuse(
+                    Failure(INTERNAL, "the vision tower failed: the log of the encode instance says why")
+                )
         self.inflight += requests
 
     def _finish_ended(self) -> None:
