@@ -131,9 +131,11 @@ def language_side(
     )
 
 
-def language_side_with_proven_peer(blocks: int = 8, default: int | None = 8, max_rows: int = 1000) -> LanguageSide:
+def language_side_with_proven_peer(
+    blocks: int = 8, default: int | None = 8, max_rows: int = 1000, timing: Timing = TIMING
+) -> LanguageSide:
     """The peer has delivered the rows of one room, so that it may have blocks for as many as there are."""
-    side = language_side(blocks, default, max_rows=max_rows)
+    side = language_side(blocks, default, max_rows=max_rows, timing=timing)
     request_and_resolve(side, PROVED)
     side.receive(report(Status.SUCCESS, 1, room=PROVED), 0.0)
     side.copied(PROVED, 1, 1, 0.0)

@@ -121,7 +121,7 @@ class LanguageSide:
         """Rooms of a peer that gets no blocks, and of which it is not known when it will: others may serve them."""
         effects: list[LanguageEffect] = []
         for peer in self._peers:
-            if peer.overdue and peer.address is not None and not self._shared.share.left(peer):
+            if peer.overdue and peer.address is not None and self._shared.share.why_none(peer):
                 for number in sorted(peer.queued):
                     effects += self._rooms[number].fail_for_lost_blocks(now)
         return effects

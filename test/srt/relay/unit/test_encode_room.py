@@ -241,6 +241,8 @@ def test_a_rank_that_has_everything_is_told_again_while_its_room_goes_on_for_ano
     side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
     success = Send(KNOWN_AT, StatusReport(ROOM, Status.SUCCESS, rows=8))
     assert side.receive(offer(8, 0, 1, rank=0, ranks=2), 1.0) == [success]
+    assert side.receive(offer(8, 0, 1, rank=0, ranks=2, sent=8), 1.0) == [], "there are no more rows for it"
+    assert counted(side) == {"report_repeated": 1, "resume_ignored": 1}
     (chunk,) = only(side.receive(offer(4, 0, rank=1, ranks=2, sent=4), 2.0), TransferEmbeddingChunk)
     side.transferred(ROOM, chunk.transfer_id, {}, 3.0)
     assert sent(side.receive(offer(8, 0, 1, rank=0, ranks=2), 4.0)) == [success.message]
@@ -274,6 +276,7 @@ def test_an_abort_during_a_write_is_acknowledged_when_the_write_has_come_back() 
     assert not only(effects, DropRows), "the write still reads the rows"
     assert side.sizes()["blocks_leased"] == 5
     assert side.receive(Abort(ROOM, who.address, who.session_id), 2.0) == []
+    assert side.refuse(ROOM, Failure(499, "the client is gone"), 2.0) == [], "it has ended already"
     effects = side.transferred(ROOM, chunk.transfer_id, {}, 3.0)
     assert effects == [DropRows(ROOM), Send(who.address, AbortAck(ROOM))]
     assert side.sizes()["blocks_leased"] == 0

@@ -98,6 +98,15 @@ def test_an_offer_that_cannot_be_true_fails_the_room(bad: TransferEmbeddingInfo,
     assert side.is_empty()
 
 
+@pytest.mark.parametrize("bad", [offer(4, 8, sent=8), offer(9, 0, 1, sent=8)])
+def test_a_resume_that_cannot_be_true_fails_the_room_too(bad: TransferEmbeddingInfo) -> None:
+    side, chunk = encode_side_that_writes()
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    (failure,) = reported_failures(side.receive(bad, 0.0))
+    assert failure.code == 502
+    assert side.is_empty()
+
+
 def test_a_block_cannot_be_offered_to_two_rooms_whose_requests_are_here() -> None:
     side = encode_side_with()
     for room in (1, 2):

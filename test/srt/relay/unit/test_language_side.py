@@ -278,6 +278,20 @@ def test_a_proven_peer_with_more_than_an_eighth_of_the_pool_in_quarantine_gets_n
     assert offered(side.request(6, PEER, 5.0)) == [6], "what was released counts no more"
 
 
+def test_rooms_of_a_busy_peer_wait_on_although_one_of_its_quarantines_is_overdue() -> None:
+    patient = msgspec.structs.replace(TIMING, bootstrap=300.0, waiting=300.0)
+    side = language_side_with_proven_peer(blocks=16, default=4, timing=patient)
+    for room in range(1, 15):
+        side.request(room, PEER, 0.0)
+    side.cancel(1, 0.0)
+    for second in range(80):
+        side.receive(Pong("encode-1", "encode-1"), float(second))
+        side.tick(float(second))
+    assert side.sizes()["quarantine_overdue"] == 1
+    assert sent(side.request(20, PEER, 80.0)) == [queued(room=20)]
+    assert side.sizes()["held_back"] == 1, "it has all that one may have"
+
+
 # ---- from this instance
 
 
