@@ -52,8 +52,6 @@ class MooncakeDataPlane:
         self._receives = receives
         self._regions: tuple[Region, ...] = ()
         self._engine: Any = None
-        self._data_port = 0
-        """Where others connect to write to our memory over TCP."""
         self._spare: Sender | None = None
         """Of a link that is not needed any more. The next one need not register the memory anew, which takes long over
         RDMA."""
@@ -67,7 +65,7 @@ class MooncakeDataPlane:
         # Even one that only sends: what does not work is the operator's to know now, not at the first request.
         engine = self.make_engine()
         if self._receives:
-            self._engine, self._data_port = engine, self._facts_of(engine).data_port
+            self._engine = engine
         else:
             self._spare = Sender(engine)
         logger.info("relay data plane: Mooncake over %s", self._transport)
@@ -83,29 +81,36 @@ class MooncakeDataPlane:
     def make_engine(self) -> Any:
         """A new engine, with our memory registered, that moves bytes over what we were asked for."""
         engine = _engine_class()()
-        if engine.initialize(self._host, "P2PHANDSHAKE", self._transport, self._device):
-            raise SettingError(f"Mooncake's engine does not start on {self._host}{self._hint()}")
-        try:
-            self._check(self._facts_of(engine))
-            for region in self._regions:
-                code = engine.register_memory(region.pointer, region.length)
-                if code:
-                    raise SettingError(f"Mooncake does not register {region.length} bytes of memory (code {code})")
-        except SettingError:
-            _end_quickly(engine)
-            raise
+        flaw = self._flaw_of(engine)
+        if flaw:
+            del engine  # now, and not when nobody refers to the error any more: it has a last word in the log
+            raise SettingError(flaw)
         return engine
 
-    def _facts_of(self, engine: Any) -> EngineFacts:
-        try:
-            return ask(Address("::1" if ":" in self._host else "127.0.0.1", engine.get_rpc_port()))
-        except (OSError, ValueError) as error:
-            raise SettingError(f"Mooncake's engine cannot be used: {error}") from error
+    def _flaw_of(self, engine: Any) -> str:
+        """What an engine is decides how fast it is, and what proves that its writes are over. Empty if all is well."""
+        if engine.initialize(self._host, "P2PHANDSHAKE", self._transport, self._device):
+            return f"Mooncake's engine does not start on {self._host}{self._hint()}"
+        flaw = self._difference(engine)
+        for region in self._regions:
+            if not flaw and (code := engine.register_memory(region.pointer, region.length)):
+                flaw = f"Mooncake does not register {region.length} bytes of memory (code {code})"
+        if flaw:
+            _end_quickly(engine)
+        return flaw
 
-    def _check(self, facts: EngineFacts) -> None:
-        """What an engine is decides how fast it is, and what proves that its writes are over."""
-        if self._transport not in facts.protocols or facts.is_tcp != self.is_tcp:
-            raise SettingError(f"Mooncake's engine runs over {facts.spoken}{self._hint()}")
+    def _difference(self, engine: Any) -> str:
+        """Between what it says of itself and what it was asked to be."""
+        try:
+            facts = self._facts_of(engine)
+        except (OSError, ValueError) as error:
+            return f"Mooncake's engine cannot be used: {error}"
+        if self._transport in facts.protocols and facts.is_tcp == self.is_tcp:
+            return ""
+        return f"Mooncake's engine runs over {facts.spoken}{self._hint()}"
+
+    def _facts_of(self, engine: Any) -> EngineFacts:
+        return ask(Address("::1" if ":" in self._host else "127.0.0.1", engine.get_rpc_port()))
 
     def _hint(self) -> str:
         """The end of a line that says what an engine does instead."""
@@ -120,7 +125,7 @@ class MooncakeDataPlane:
 
     def has_read_everything(self) -> bool:
         """Over RDMA nothing waits to be read."""
-        return not self.is_tcp or has_read_everything(self._data_port)
+        return not self.is_tcp or has_read_everything(self._facts_of(self._engine).data_port)
 
     # ---- engines for links
 

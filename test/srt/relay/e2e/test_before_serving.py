@@ -26,6 +26,7 @@ PREFIX = "sglang-embedding-relay: "
 ENCODE = ("--disaggregation-mode", "encode")
 LANGUAGE = ("--disaggregation-mode", "language")
 TAKEN = "{a port that is taken}"
+NO_DEVICE = "no_such_device"
 
 AS_IT_IS = """
 import runpy
@@ -84,6 +85,7 @@ LAUNCHES = {
     "flag": Launch((*ENCODE, "--pp-size", "2")),
     "port": Launch((*ENCODE, "--port", TAKEN)),
     "bootstrap port": Launch((*ENCODE, "--disaggregation-bootstrap-port", TAKEN)),
+    "rdma": Launch((*ENCODE, "--disaggregation-ib-device", NO_DEVICE), environ={"MOONCAKE_PROTOCOL": "rdma"}),
     "other version": Launch(LANGUAGE, code=OTHER_VERSION),
     "lost hook": Launch(ENCODE, code=ONE_HOOK_LOST),
 }
@@ -149,6 +151,10 @@ def test_a_flag_that_does_not_work_here_is_named(ended: dict[str, Ended]) -> Non
 )
 def test_an_occupied_port_is_named(ended: dict[str, Ended], taken_port: int, launch: str, flag: str) -> None:
     assert refusal(ended[launch]).startswith(f"{flag} {taken_port} ")
+
+
+def test_rdma_that_is_not_there_is_not_replaced_by_tcp(ended: dict[str, Ended]) -> None:
+    assert f"runs over tcp, and was asked for rdma (device: {NO_DEVICE};" in refusal(ended["rdma"])
 
 
 def test_another_sglang_is_refused(ended: dict[str, Ended]) -> None:

@@ -191,9 +191,12 @@ def test_a_device_that_the_machine_shows_and_nobody_can_open_is_not_passed_over(
     (tmp_path / "mlx5_7").touch()
     monkeypatch.setattr(engine, "_INFINIBAND", str(tmp_path))
     monkeypatch.delenv("MC_FORCE_TCP", raising=False)
+    before = quiet.own_sockets()
     with pytest.raises(SettingError, match=r"has mlx5_7\).*ibverbs-providers.*set MC_FORCE_TCP=1$") as refused:
         MooncakeDataPlane(HOST, device="mlx5_7").start([])
     assert "\n" not in str(refused.value)
+    # An engine says that it ends, on stderr: it has to before the line that is to be the last.
+    assert quiet.own_sockets().keys() == before.keys()
 
 
 def test_an_instance_on_another_address_than_loopback_starts_and_is_written_to() -> None:
