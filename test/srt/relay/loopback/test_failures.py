@@ -277,6 +277,7 @@ def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: E
     assert failure is not None
     assert failure.code == 502
     assert_all_given_back(encode)
+    settle(encode.metrics, lambda m: m.sizes["unquiet"] == 0)
 
 
 def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room: int) -> None:
