@@ -79,26 +79,27 @@ class Sharing(NamedTuple):
 
 
 def share(environ: Mapping[str, str], affinity: int, cores: int) -> Sharing:
-    """Threads that sleep while they wait, and no more of them than there are cores.
+    """Threads that sleep while they wait, and no more of them than there are cores to use.
 
     By default a thread of OpenMP that has nothing to do waits by spinning, for milliseconds, on a core that another
-    instance of this host needs; and there is one for every core of the machine, whatever a container may use of them.
+    instance of this host needs; and there is one for every core of the affinity, whatever quota a container has. With
+    threads that sleep, dividing the cores gains nothing on top (`benchmark/threads.py`), and would cost an instance
+    half of its cores whose neighbour is idle.
     """
-    told, said = {}, []
-    if threads := _given(environ, THREADS):
-        said.append(threads)
-    else:
-        if cores < affinity:
-            told["OMP_NUM_THREADS"] = str(cores)
-        said.append(f"{cores} threads, because so many of {affinity} cores may be used")
-    if waiting := _given(environ, WAITING):
-        said.append(waiting)
-    else:
-        told["OMP_WAIT_POLICY"] = "PASSIVE"
-        said.append("which sleep while they wait, because another instance may need the cores")
+    told = {}
+    threads, waiting = _given(environ, THREADS), _given(environ, WAITING)
     # The main process cannot be told any more not to spin. It prepares pictures, as SGLang's tokenizer workers do, and
     # has one thread for it, as they have.
-    return Sharing(told, None if threads or waiting else 1, ", ".join(said))
+    own_threads = None if threads or waiting else 1
+    if not threads:
+        threads = f"one thread for each of {cores} cores"
+        if cores < affinity:
+            told["OMP_NUM_THREADS"] = str(cores)
+            threads += f", because a quota allows no more of {affinity}"
+    if not waiting:
+        told["OMP_WAIT_POLICY"] = "PASSIVE"
+        waiting = "threads sleep while they wait, because another instance of this host may need the cores"
+    return Sharing(told, own_threads, f"{threads}; {waiting}")
 
 
 def _given(environ: Mapping[str, str], names: Sequence[str]) -> str:

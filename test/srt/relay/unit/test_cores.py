@@ -75,13 +75,13 @@ def test_threads_sleep_while_they_wait() -> None:
     sharing = share({}, affinity=8, cores=8)
     assert sharing.environ == {"OMP_WAIT_POLICY": "PASSIVE"}
     assert sharing.own_threads == 1
-    assert "8 threads" in sharing.why
+    assert sharing.why.startswith("one thread for each of 8 cores; threads sleep while they wait")
 
 
 def test_there_are_no_more_threads_than_a_quota_allows() -> None:
     sharing = share({}, affinity=64, cores=4)
     assert sharing.environ == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "4"}
-    assert "4 threads, because so many of 64 cores may be used" in sharing.why
+    assert "one thread for each of 4 cores, because a quota allows no more of 64;" in sharing.why
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "SGLANG_CPU_OMP_THREADS_BIND"])
