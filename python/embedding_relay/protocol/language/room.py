@@ -74,7 +74,7 @@ class LanguageRoom:
         self.wanted_rows = wanted_rows
         self.status = Status.BOOTSTRAPPING
         self.address: Address | None = None
-        """Where the init went; None before."""
+        """Where its messages go, once it has left the queue."""
         self.instance = ""
         self.blocks: tuple[int, ...] = ()
         self.allocated = 0

@@ -21,6 +21,7 @@ from support.protocol import (
     RIVAL_AT,
     ROOM,
     SESSION,
+    counted,
     encode_side,
     encode_side_that_writes,
     encode_side_with,
@@ -62,6 +63,7 @@ def test_a_mismatch_is_refused_with_both_values(changes: dict[str, object], word
     assert failure.code == 500
     assert words in failure.text
     assert failure_of(effects) == failure
+    assert counted(side) == {"handshake_refused": 1, 500: 1}
 
 
 def test_of_a_model_that_is_another_altogether_a_few_differences_are_named() -> None:
@@ -83,6 +85,7 @@ def test_pools_may_differ_in_size() -> None:
     ("bad", "words"),
     [
         (offer(4, 8), "block 8, but has only 8 blocks"),
+        (offer(4, 8, 0), "block 8, but has only 8 blocks"),
         (offer(9, 0, 1), "space for 9 rows in 2 blocks of 4"),
     ],
 )
