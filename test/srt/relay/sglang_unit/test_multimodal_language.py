@@ -220,6 +220,17 @@ def test_a_refusal_without_a_host_has_nobody_to_be_told_to(
     assert transfer.asked == []
 
 
+def test_a_refusal_of_a_room_that_others_wait_for_ends_nothing(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    """Of several samples one can fail before it reaches the scheduler."""
+    scheduler.turn(request("a", 7), _as_message(Refusal(7, "127.0.0.1", 8998, Failure(BAD_REQUEST, "no picture"))))
+    assert transfer.rooms("cancel") == []
+    transfer.rows_arrive(7)
+    scheduler.turn()
+    assert queued(scheduler) == ["a"]
+
+
 def test_an_unhealthy_instance_takes_no_pictures_and_answers_no_health_request(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
 ) -> None:
@@ -317,8 +328,10 @@ def test_rows_that_no_sample_comes_for_are_not_kept_for_ever(
     scheduler.turn(request("a", 7, sampling={"n": 2}))
     transfer.rows_arrive(7)
     scheduler.turn()
+    now += transfer.config.waiting_timeout - 1
+    scheduler.turn(request("b", 7, sampling={"n": 2}))
     assert role.tables()["shared"] == 1
-    now += transfer.config.waiting_timeout + 1
+    now += 2
     scheduler.turn()
     assert role.tables()["shared"] == 0
 
