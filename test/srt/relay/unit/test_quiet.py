@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import struct
 import threading
@@ -12,7 +13,15 @@ import pytest
 
 from embedding_relay.memory import quiet
 from embedding_relay.memory.handshake import EngineFacts
-from embedding_relay.memory.quiet import HeldConnections, has_read_everything, is_gone, own_sockets
+from embedding_relay.memory.quiet import (
+    HeldConnections,
+    Prover,
+    has_read_everything,
+    is_gone,
+    is_refused,
+    own_sockets,
+)
+from embedding_relay.protocol.effects import ProveGone
 from embedding_relay.protocol.messages import Address
 
 HOST = "127.0.0.1"
@@ -244,6 +253,16 @@ def test_bytes_that_nobody_has_read_yet_will_land(connection: Connection) -> Non
     assert has_read_everything(1)
 
 
+def test_what_is_on_its_way_when_the_writer_is_found_gone_is_waited_for(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quiet, "_IN_FLIGHT", 0.3)
+    network = threading.Timer(0.05, connection.engines.sendall, (b"rows",))
+    network.start()
+    assert not has_read_everything(connection.port)
+    network.join()
+
+
 def test_a_reset_leaves_what_had_arrived(connection: Connection) -> None:
     connection.engines.sendall(b"rows")
     connection.engines.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -271,7 +290,41 @@ def test_a_connection_that_is_always_in_use_is_read_when_it_has_been_seen_empty(
     user.join()
 
 
-# ---- an engine
+# ---- a port, and an engine
+
+
+def test_only_a_refusal_is_one(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = Address(HOST, connection.port)
+    assert not is_refused(address)
+    connection.listener.close()
+    assert is_refused(address)
+    assert not is_refused(Address("x" * 100, 1))
+    for error in (TimeoutError, ConnectionResetError, OSError):
+
+        def fail(*_: object, error: type[Exception] = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(socket, "create_connection", fail)
+        assert not is_refused(address)
+
+
+@pytest.mark.parametrize("proven", [True, False, ZeroDivisionError])
+def test_whoever_asks_whether_a_process_is_gone_is_answered(
+    proven: bool | type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_refused(address: Address) -> bool:
+        assert address == Address(HOST, 7)
+        if isinstance(proven, bool):
+            return proven
+        raise proven
+
+    answers: queue.Queue[tuple[ProveGone, bool]] = queue.Queue()
+    monkeypatch.setattr(quiet, "is_refused", is_refused)
+    prover = Prover(lambda question, is_gone: answers.put((question, is_gone)))
+    question = ProveGone("session", Address(HOST, 7))
+    prover.ask(question)
+    assert answers.get(timeout=10) == (question, proven is True)
+    prover.close()
 
 
 @pytest.mark.parametrize("answer", [ConnectionRefusedError, TimeoutError, ValueError])
