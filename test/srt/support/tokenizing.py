@@ -78,7 +78,7 @@ class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc] 
 
 
 async def answers(manager: TokenizerManagerWithoutScheduler, obj: Any, *events: Callable[[str], Any]) -> list[Any]:
-    """All that comes of a request while the scheduler says `events`, each made from the request's rid."""
+    """All that comes of a request of one prompt while the scheduler says `events`, each made from its rid."""
     found = []
 
     async def read() -> None:
@@ -87,9 +87,12 @@ async def answers(manager: TokenizerManagerWithoutScheduler, obj: Any, *events: 
 
     reading = asyncio.create_task(read())
     for event in events:
-        while not any(isinstance(one, TokenizedGenerateReqInput) for one in manager.sent) and not reading.done():
+        while not (sent := [one for one in manager.sent if isinstance(one, TokenizedGenerateReqInput)]):
+            if reading.done():
+                break
             await asyncio.sleep(0)
-        manager._result_dispatcher(event(obj.rid))
+        for one in sent:
+            manager._result_dispatcher(event(one.rid))
     await reading
     return found
 

@@ -192,6 +192,21 @@ def test_samples_are_one_request_of_the_encode_half(encode: TokenizerManagerWith
     assert (sent.sampling_params.n, sent.bootstrap_room) == (1, 7)
 
 
+@pytest.mark.parametrize("prompt", ["text", "input_ids"])
+def test_the_pictures_of_samples_are_a_list_of_lists_to_both_halves(
+    encode: TokenizerManagerWithoutScheduler, prompt: str
+) -> None:
+    """A prompt with several samples is a batch of one to SGLang, and its pictures are those of a batch."""
+    pictures = [data_uri(picture(56, 56, seed=seed)) for seed in (1, 2)]
+    text = f"{IMAGE}and{IMAGE}"
+    given = {"text": text} if prompt == "text" else {"text": None, "input_ids": encode.tokenizer.encode(text)}
+    sent = sent_by(encode, **given, image_data=[pictures], sampling_params={"n": 2})
+    assert len(sent.mm_inputs.mm_items) == 2
+    assert (sent.sampling_params.n, sent.bootstrap_host, sent.bootstrap_room) == (1, "10.0.0.1", 7)
+    with pytest.raises(ValueError, match="length of image_data should be equal to the batch size"):
+        sent_by(encode, **given, image_data=pictures, sampling_params={"n": 2})
+
+
 def test_a_request_for_an_embedding_model_is_left_to_sglang() -> None:
     obj = EmbeddingReqInput(text="a")
     modes.ask_for_rows_only(obj)

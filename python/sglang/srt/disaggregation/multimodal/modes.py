@@ -105,11 +105,21 @@ def ask_for_rows_only(obj: Any) -> None:
     for field, nothing in _GENERATION_FIELDS.items():
         setattr(obj, field, nothing)
     params = obj.sampling_params
+    if isinstance(params, dict) and params.get("n", 1) != 1:
+        _make_batch_of_one(obj)
     for one in params if isinstance(params, list) else [params]:
         if isinstance(one, dict):
             one["n"] = 1
             for field in _SAMPLING_FIELDS:
                 one.pop(field, None)
+
+
+def _make_batch_of_one(obj: Any) -> None:
+    """Which a prompt with several samples is to SGLang: its media are in lists of a batch, and are refused if not."""
+    if isinstance(obj.text, str):
+        obj.text = [obj.text]
+    elif obj.text is None and obj.input_ids and isinstance(obj.input_ids[0], int):
+        obj.input_ids = [obj.input_ids]
 
 
 class LoadsPlugins:
