@@ -105,7 +105,7 @@ def random_schedules() -> str:
 def try_here(module: str, mutant: Mutant) -> str:
     """In the process of its own: who has killed it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    os.environ["RELAY_SCHEDULES"] = "20"
+    os.environ["RELAY_SCHEDULES"] = "50"
     name = "embedding_relay.protocol." + module.removesuffix(".py").replace("/", ".")
     sys.meta_path.insert(0, Instead(name, PROTOCOL / module, mutant.source))
     if pytest.main([*OPTIONS, *test_files(module)]) != 0:

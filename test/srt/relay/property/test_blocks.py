@@ -1,5 +1,7 @@
 """The allocator against a model that is one dictionary."""
 
+import random
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -11,6 +13,16 @@ from support.effort import effort, unhurried
 pytestmark = unhurried
 
 OWNERS = st.integers(0, 3)
+
+
+def test_blocks_become_one_run_again_in_whatever_order_they_come_back() -> None:
+    for seed in range(100):
+        pool, order = BlockPool(9), list(range(9))
+        pool.lease(9, "all")
+        random.Random(seed).shuffle(order)
+        for block in order:
+            pool.give_back([block], "all")
+        assert pool.lease(9, "all") == tuple(range(9))
 
 
 class PoolMachine(RuleBasedStateMachine):

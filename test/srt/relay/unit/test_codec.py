@@ -88,6 +88,7 @@ def test_the_longest_list_of_blocks_fits_into_a_frame() -> None:
         [b"None", *SENDER, b"\0" * 16, HANDSHAKE],
         [b"None", *SENDER, b"\0" * 8 * 33, HANDSHAKE],
         [b"None", *SENDER, ONE, b"{}"],
+        [b"None", *SENDER, ONE * (codec.MAX_COLUMNS + 1), HANDSHAKE.replace(b"[9]", b"[9%b]" % (b",9" * 32))],
         [b"None", *SENDER, ONE, b"[" * 4000],
         [b"None", *SENDER, ONE, HANDSHAKE.replace(b"128", b"0")],
         [b"None", *SENDER, ONE, HANDSHAKE.replace(b":8}", b":0}")],

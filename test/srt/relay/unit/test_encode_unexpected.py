@@ -50,3 +50,14 @@ def test_all_offers_of_a_room_are_counted_and_go_with_it() -> None:
     unexpected.discard(1)
     assert unexpected.one_too_many() is None
     assert len(unexpected) == 1
+
+
+def test_as_many_as_are_allowed_are_kept_and_what_has_gone_counts_no_more() -> None:
+    unexpected = UnexpectedRooms(Timing(max_unexpected_rooms=2, max_unexpected_blocks=4))
+    unexpected.add(1, 2)
+    unexpected.add(2, 2)
+    assert unexpected.one_too_many() is None
+    for room in (1, 2, 3):
+        unexpected.discard(room)
+    unexpected.add(4, 5)
+    assert unexpected.one_too_many() == 4
