@@ -30,7 +30,6 @@ CPU_ARGUMENTS = (
     *("--mm-attention-backend", "sdpa"),
     *("--mem-fraction-static", "0.3"),
     *("--max-total-tokens", "40000"),
-    "--disable-overlap-schedule",
 )
 # An idle scheduler would otherwise spin on one core, which the other processes of this machine need.
 COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
