@@ -70,6 +70,25 @@ def test_a_process_that_is_proven_gone_is_replaced_by_the_new_one() -> None:
     assert side.is_empty()
 
 
+def test_blocks_of_the_rooms_of_a_replaced_session_go_to_the_next_that_waits() -> None:
+    side = encode_side_with(0, 1, blocks=1)
+    for room, rank in ((1, 0), (2, 1)):
+        side.expect(room, 0.0)
+        side.receive(offer(4, room, room=room, rank=rank), 0.0)
+        for chunk in only(side.submit(room, 8, 0.0), TransferEmbeddingChunk):
+            side.transferred(room, chunk.transfer_id, {}, 0.0)
+    side.receive(RIVAL, 1.0)
+    (chunk,) = only(side.proven(SESSION, KNOWN_AT, True, 2.0), TransferEmbeddingChunk)
+    assert chunk.room == 2
+
+
+def test_a_session_is_served_on_while_somebody_claims_it_from_its_own_address() -> None:
+    side = encode_side_with()
+    assert side.receive(msgspec.structs.replace(RIVAL, address=KNOWN_AT), 1.0) == [ProveGone(SESSION, KNOWN_AT)]
+    side.expect(ROOM, 1.0)
+    assert side.receive(offer(8, 0, 1), 1.0) == [StatusChanged(ROOM, Status.WAITING_FOR_INPUT)]
+
+
 def test_no_room_of_a_replaced_session_begins_while_the_others_end() -> None:
     """Its rows would go into the memory of the new process, which has given those blocks to somebody else."""
     side = encode_side_with(blocks=1)

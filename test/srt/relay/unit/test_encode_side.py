@@ -33,6 +33,7 @@ from support.protocol import (
     failure_of,
     offer,
     only,
+    ping,
     queued,
     register,
     reported_failures,
@@ -197,6 +198,20 @@ def test_rooms_wait_for_source_blocks_in_order_and_hold_none_meanwhile() -> None
     side.transferred(2, second.transfer_id, {}, 0.0)
     assert side.sizes()["blocks_free"] == 1
     assert side.is_empty()
+
+
+@pytest.mark.parametrize("how", ["aborted", "out of time"])
+def test_source_blocks_of_a_room_that_ends_go_to_the_next(how: str) -> None:
+    side = encode_side_with(blocks=1)
+    for room in (1, 2):
+        side.expect(room, 0.0)
+        side.receive(offer(4, room, room=room), 0.0)
+        for chunk in only(side.submit(room, 8, float(room)), TransferEmbeddingChunk):
+            side.transferred(room, chunk.transfer_id, {}, 1.0)
+    ping(side, 61.0)
+    effects = side.receive(Abort(1, KNOWN_AT, SESSION), 61.0) if how == "aborted" else side.tick(61.0)
+    (chunk,) = only(effects, TransferEmbeddingChunk)
+    assert chunk.room == 2
 
 
 def test_wrong_use_by_the_transport_is_refused() -> None:

@@ -101,6 +101,18 @@ def test_a_room_that_ends_while_its_peer_is_looked_up_is_aborted_there_afterward
     assert side.sizes()["quarantined_rooms"] == 0
 
 
+def test_a_room_that_nobody_could_be_told_of_ends_alone_and_disturbs_no_later_one() -> None:
+    side = language_side()
+    side.request(1, PEER, 0.0)
+    side.request(2, PEER, 10.0)
+    side.cancel(2, 10.0)
+    assert failure_of(side.tick(30.0)) is not None, "the registry has not answered room 1"
+    assert side.request(3, PEER, 35.0) == [Resolve(PEER)]
+    assert side.tick(40.0) == [], "nobody waits for room 2"
+    effects = side.peer_resolved(PEER, ENCODE, "encode-1", 41.0)
+    assert [type(message) for message in sent(effects)] == [Register, TransferEmbeddingInfo]
+
+
 def test_there_is_nobody_to_be_told_when_the_lookup_fails() -> None:
     side = language_side()
     side.request(1, PEER, 0.0)

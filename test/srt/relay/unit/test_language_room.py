@@ -381,6 +381,7 @@ def test_blocks_of_a_failed_room_are_free_only_when_the_writer_says_so() -> None
         Send(ENCODE, Abort(ROOM, Address("language", 100), "language-0:1", failure)),
     ]
     assert side.sizes()["blocks_quarantined"] == 2
+    assert (side.sizes()["rooms"], side.sizes()["quarantined_rooms"]) == (0, 1)
     assert side.receive(report(Status.SUCCESS, 8), 0.0) == []
     assert side.receive(AbortAck(ROOM), 0.0) == []
     assert side.sizes()["blocks_free"] == 8
