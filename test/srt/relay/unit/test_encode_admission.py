@@ -110,6 +110,8 @@ def test_offers_of_a_contender_are_answered_when_it_is_known_who_has_the_session
     side = encode_side_with()
     side.receive(RIVAL, 1.0)
     assert side.receive(rival_offer(8), 1.0) == []
+    (failure,) = reported_failures(side.receive(msgspec.structs.replace(rival_offer(9), dst_port=777), 1.0))
+    assert failure.code == 421, "somebody else, who need not wait"
     misdirected = Failure(421, f"session {SESSION} is not registered here")
     answer = Send(RIVAL_AT, StatusReport(8, Status.FAILED, failure=misdirected), to_stranger=True)
     assert answer in side.proven(SESSION, KNOWN_AT, is_gone, 2.0)

@@ -142,10 +142,14 @@ def test_a_session_that_was_forgotten_registers_again_with_the_same_offer_once()
     assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
 
 
-def test_after_rows_there_is_no_second_try() -> None:
+@pytest.mark.parametrize("copied", [True, False])
+def test_after_rows_there_is_no_second_try(copied: bool) -> None:
     side = language_side()
     request_and_resolve(side)
-    receive_chunk(side, 8, 20)
+    if copied:
+        receive_chunk(side, 8, 20)
+    else:
+        side.receive(report(Status.TRANSFERRING, 8), 0.0)
     misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
     assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
 
