@@ -81,6 +81,14 @@ def test_a_queued_room_is_taken_up_as_if_it_had_been_asked_for_at_once() -> None
     assert side.is_empty()
 
 
+def test_a_rank_that_was_queued_and_has_offered_blocks_may_not_fall_silent() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 1.0)
+    side.receive(offer(8, 0, 1), 2.0)
+    assert failure_of(side.tick(2.0 + TIMING.silence)) is not None
+
+
 def test_the_first_message_about_a_room_may_come_before_the_request() -> None:
     side = encode_side_with()
     assert side.receive(queued(), 0.0) == []

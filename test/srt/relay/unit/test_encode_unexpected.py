@@ -13,7 +13,9 @@ from support.protocol import (
     ROOM,
     TIMING,
     encode_side,
+    encode_side_with,
     offer,
+    queued,
     register,
     reported_failures,
 )
@@ -31,6 +33,15 @@ def test_rooms_that_nobody_expects_are_bounded_in_number_and_the_oldest_ends() -
     assert side.expect(2, 0.0) == [StatusChanged(2, Status.WAITING_FOR_INPUT)]
     assert side.sizes()["unexpected"] == 1
     assert side.sizes()["rooms"] == 3
+
+
+def test_rooms_that_are_only_queued_are_counted_unless_their_request_is_here() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(queued(), 0.0)
+    assert side.sizes()["unexpected"] == 0
+    side.receive(queued(room=8), 0.0)
+    assert side.sizes()["unexpected"] == 1
 
 
 def test_rooms_that_nobody_expects_are_bounded_in_blocks() -> None:

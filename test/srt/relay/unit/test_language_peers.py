@@ -226,6 +226,16 @@ def test_nothing_is_sent_to_a_lost_peer_until_its_registry_has_answered() -> Non
     ]
 
 
+def test_rooms_of_a_lost_peer_wait_for_its_lookup_however_long_its_blocks_are_in_quarantine() -> None:
+    side = lost_peer()
+    side.peer_unreachable(PEER, "timeout", 16.0)
+    for now in range(20, 100):
+        side.tick(float(now))
+        side.peer_unreachable(PEER, "timeout", float(now))
+    assert side.sizes()["quarantine_overdue"] == 1
+    assert side.request(8, PEER, 100.0) == [Resolve(PEER)]
+
+
 def test_a_lost_peer_is_forgotten_with_its_last_room() -> None:
     side = lost_peer()
     side.peer_unreachable(PEER, "timeout", 16.0)

@@ -5,8 +5,10 @@ from embedding_relay.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from support.protocol import (
+    ENCODE,
     PEER,
     ROOM,
+    SECOND,
     first_offers,
     language_side,
     receive_chunk,
@@ -42,6 +44,16 @@ def test_of_the_first_requests_the_longest_is_learned() -> None:
         reservation.observe(total)
         learned.append(reservation.rows(1))
     assert learned == [5, 7, 7]
+
+
+def test_auto_shares_the_pool_with_the_rooms_that_are_there() -> None:
+    side = language_side(default=None)
+    side.request(1, PEER, 0.0, hint_rows=4)
+    side.peer_resolved(PEER, ENCODE, "encode-1", 0.0)
+    side.request(2, SECOND, 0.0)
+    (init,) = sent(side.peer_resolved(SECOND, ENCODE, "encode-2", 0.0))[1:]
+    assert isinstance(init, TransferEmbeddingInfo)
+    assert init.allocated_tokens == 16, "half of 32"
 
 
 def test_auto_is_used_for_first_offers() -> None:

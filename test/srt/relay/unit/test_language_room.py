@@ -422,6 +422,22 @@ def test_blocks_that_are_being_read_are_not_free_either() -> None:
     assert side.is_empty()
 
 
+@pytest.mark.parametrize("end", ["copied", "failed", "refused"])
+def test_blocks_that_were_read_last_go_to_the_room_that_waits(end: str) -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, ROOM, 8)
+    side.receive(report(Status.TRANSFERRING, 8), 0.0)
+    side.cancel(ROOM, 0.0)
+    assert sent(side.receive(AbortAck(ROOM), 0.0)) == []
+    if end == "copied":
+        effects = side.copied(ROOM, 8, 20, 0.0)
+    elif end == "failed":
+        effects = side.copy_failed(ROOM, "no memory", 0.0)
+    else:
+        effects = side.refuse_rows(ROOM, "row 3 has token id 5", 0.0)
+    assert offer_in(effects).room == 8
+
+
 def test_a_copy_that_fails_after_the_room_has_ended_only_frees_its_blocks() -> None:
     side = language_side()
     request_and_resolve(side)
