@@ -27,6 +27,9 @@ class Model:
         self.batches: list[list[int]] = []
         self.forgotten_rows = 0
 
+    def get_video_feature(self, items: list[Any]) -> torch.Tensor:
+        return self.get_image_feature(items)
+
     def get_image_feature(self, items: list[Any]) -> torch.Tensor:
         self.batches.append([item.hash for item in items])
         rows = [torch.tensor([float(item.hash), at]) for item in items for at in range(rows_of(item))]
@@ -74,6 +77,17 @@ def test_every_item_of_every_request_gets_its_own_rows_in_one_call(model: Model)
 def test_an_item_in_several_places_of_a_prompt_is_one_item(model: Model) -> None:
     [[rows]] = VisionTower(model, "cpu", 100).encode([request(item(21, (1, 2), (7, 9)))])
     assert numbers([rows]) == [[(21, 0), (21, 1), (21, 2), (21, 3), (21, 4)]]
+
+
+def test_the_videos_of_a_request_go_through_the_tower_together(model: Model) -> None:
+    """As in an undivided server: SGLang takes items of several places apart from those of other requests."""
+    film = [item(number, (at, at + 1), (at + 4, at + 4), modality=Modality.VIDEO) for number, at in ((25, 1), (26, 8))]
+    rows = VisionTower(model, "cpu", 100).encode([request(item(27, (0, 0)), *film), request(item(28, (2, 2)))])
+    assert [numbers(one) for one in rows] == [
+        [[(27, 0)], [(25, 0), (25, 1), (25, 2)], [(26, 0), (26, 1), (26, 2)]],
+        [[(28, 0)]],
+    ]
+    assert sorted(model.batches) == [[25, 26], [27, 28]]
 
 
 def test_an_item_that_came_with_its_rows_needs_no_tower(model: Model) -> None:

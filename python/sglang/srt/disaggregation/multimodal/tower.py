@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
 from typing import Any, Final
 
 import torch
@@ -50,10 +51,11 @@ class VisionTower:
             for item in items
             if item.precomputed_embeddings is not None  # somebody has encoded it already
         }
-        items = [item for item in items if id(item) not in embeddings]
-        for modality in {item.modality for item in items}:
-            same = [item for item in items if item.modality is modality]
-            for item, rows in zip(same, self._encode_items(same), strict=True):
+        missing = [[item for item in req.multimodal_inputs.mm_items if id(item) not in embeddings] for req in reqs]
+        for modality in {item.modality for of_request in missing for item in of_request}:
+            same = [[item for item in of_request if item.modality is modality] for of_request in missing]
+            same = [of_request for of_request in same if of_request]
+            for item, rows in zip(chain(*same), self._encode_items(same), strict=True):
                 embeddings[id(item)] = rows if len(reqs) == 1 else rows.clone()
         return [[embeddings[id(item)] for item in req.multimodal_inputs.mm_items] for req in reqs]
 
@@ -67,18 +69,19 @@ class VisionTower:
         """Until nothing that was started on it reads weights or pixels."""
         torch.get_device_module(self.device).synchronize()
 
-    def _encode_items(self, items: list[Any]) -> list[torch.Tensor]:
-        """SGLang batches what is not in its cache into one call of the tower; every item poses as a request."""
+    def _encode_items(self, requests: list[list[Any]]) -> list[torch.Tensor]:
+        """The items of each request, all of one modality. SGLang calls the tower for what is not in its cache."""
         from sglang.srt.managers.mm_schedule import _get_chunked_prefill_embedding
 
-        ends = [item.offsets[-1][1] + 1 for item in items]
+        items = list(chain(*requests))
+        places = [[place for item in of_request for place in item.offsets] for of_request in requests]
         rows, _ = _get_chunked_prefill_embedding(
             self._function_for(items[0].modality),
             items,
-            items_size=list(range(len(items) + 1)),
-            prefix_length=[0] * len(items),
-            extend_length=ends,
-            items_offset_list=[item.offsets for item in items],
+            items_size=[0, *accumulate(map(len, requests))],
+            prefix_length=[0] * len(requests),
+            extend_length=[max(end for _, end in of_request) + 1 for of_request in places],
+            items_offset_list=places,
             input_ids=torch.empty(0, dtype=torch.int64, device=self.device),
         )
         lengths = [item_tokens(item) for item in items]
