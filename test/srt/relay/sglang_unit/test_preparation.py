@@ -285,6 +285,12 @@ def test_a_prompt_that_does_not_fit_its_pictures(manager: TokenizerManagerWithou
         assert refusal(manager, input_ids=manager.tokenizer.encode(text), image_data=[GOOD_URI])
 
 
+@pytest.mark.parametrize("special", ["<|image_pad|>", "<|vision_start|>"])
+def test_a_token_too_many_is_named(manager: TokenizerManagerWithoutScheduler, special: str) -> None:
+    words = refusal(manager, text=f"{IMAGE}a{special}", image_data=[GOOD_URI])
+    assert words == f"the prompt has 2 tokens {special}, but 1 media were sent"
+
+
 def test_ids_outside_the_vocabulary(manager: TokenizerManagerWithoutScheduler) -> None:
     ids = [-5, *manager.tokenizer.encode(f"{IMAGE}a")]
     assert "vocabulary" in refusal(manager, input_ids=ids, image_data=[GOOD_URI])
