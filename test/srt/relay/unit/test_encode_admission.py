@@ -239,6 +239,7 @@ def test_a_session_that_dies_while_its_room_is_queued_is_noticed() -> None:
     side = encode_side_with()
     side.expect(ROOM, 0.0)
     side.receive(queued(), 1.0)
+    assert side.next_wakeup() == 16.0
     assert side.tick(15.9) == []
     assert failure_of(side.tick(16.0)) == Failure(502, "session language-0:1 was silent for 15 s")
     side.tick(16.0 + TIMING.forget_session)

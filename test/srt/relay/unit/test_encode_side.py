@@ -113,8 +113,9 @@ def test_answers_to_strangers_are_marked_and_what_a_request_needs_is_not() -> No
 
 def test_who_asks_in_vain_for_a_room_is_not_answered_at_the_address_of_one_of_its_ranks() -> None:
     """The rank there would take the answer for one about its own room, and end it."""
-    side = encode_side_with()
-    side.receive(offer(8, 0, 1), 0.0)
+    side = encode_side_with(0, 1)
+    for rank in (0, 1):
+        side.receive(offer(8, 0, 1, rank=rank, ranks=2), 0.0)
     for message in (
         Queued(ROOM, KNOWN_AT, "stranger:1"),
         msgspec.structs.replace(offer(8, 0), mooncake_session_id="s:1"),
