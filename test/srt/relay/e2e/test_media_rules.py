@@ -120,7 +120,7 @@ def decodes_videos() -> bool:
 def test_what_the_machine_lacks_is_not_put_down_to_the_client(pair: Pair) -> None:
     body = chat_body([], "what happens")
     body["messages"][0]["content"].append({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}})
-    status, words = (400, "Could not decode video") if decodes_videos() else (500, "cannot prepare the prompt")
+    status, words = (400, "Could not decode video") if decodes_videos() else (500, "lacks FFmpeg's libraries")
     for answer in to_both(pair, "/v1/chat/completions", body):
         refused(answer, status, words)
 

@@ -94,6 +94,8 @@ def _top(module: str) -> str:
 
 def _fault_of_the_server(error: Exception, links: list[BaseException], mode: str) -> HTTPException:
     logger.error("relay: this %s instance cannot prepare a request", mode, exc_info=error)
+    if any(_LIBRARY_MISSING in str(link) for link in links):
+        return HTTPException(INTERNAL, f"this {mode} instance cannot decode videos: it lacks FFmpeg's libraries")
     code = UNAVAILABLE if any(isinstance(link, _OVERLOADED) for link in links) else INTERNAL
     return HTTPException(code, f"this {mode} instance cannot prepare the prompt and its media: its log says why")
 
