@@ -218,6 +218,8 @@ def test_an_address_of_ipv4_in_the_clothes_of_ipv6(connection: Connection) -> No
 def test_what_is_known_to_be_gone_is_forgotten(connection: Connection, held: HeldConnections) -> None:
     connection.engines.close()
     held.end()
+    held.end()
+    assert not held.is_quiet(there), "one that is not read to its end, and one that we never had"
     held.forget_ended()
     assert held.is_quiet(nobody_asks)
 
