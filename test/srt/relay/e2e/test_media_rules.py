@@ -1,6 +1,6 @@
 """What clients may have an encode instance load, whose fault it is when that fails, and which ids a prompt has.
 
-On real servers. The many ways in which pictures and prompts are wrong are in sglang_unit/test_preparation.py.
+On real servers. The many ways in which pictures and prompts are wrong are in sglang_unit/test_faults.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from support.installed import require_installed
 
 if TYPE_CHECKING:
     from support.scheduler import SchedulerWithoutModel, TransferWithoutThread
+    from support.tokenizing import TokenizerManagerWithoutScheduler
 
 
 def pytest_configure() -> None:
@@ -28,6 +29,15 @@ def mode(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with scheduler.serving(request.module.MODE):
         yield request.module.MODE
+
+
+@pytest.fixture(scope="module")
+def manager(request: pytest.FixtureRequest) -> Iterator[TokenizerManagerWithoutScheduler]:
+    """The tokenizer manager of a server in the mode of the module."""
+    from support import tokenizing
+
+    with tokenizing.serving(request.module.MODE) as made:
+        yield made
 
 
 @pytest.fixture
