@@ -31,11 +31,13 @@ def mutants(source: str) -> Iterator[Mutant]:
 
 
 def _nodes(tree: ast.Module) -> list[ast.AST]:
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    """Functions, and what they do; in the same order for every copy of a tree."""
     found: dict[ast.AST, None] = {}
-    for function in functions:
-        for statement in [function, *function.body]:
-            found.update(dict.fromkeys(_walk(statement) if statement is not function else [function]))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            found[function] = None
+            for statement in function.body:
+                found.update(dict.fromkeys(_walk(statement)))
     return list(found)
 
 

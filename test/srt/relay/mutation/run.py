@@ -39,9 +39,9 @@ SEEDS = 6
 PATIENCE_SECONDS = 30
 MEMORY_BYTES = 4 << 30
 
-sys.path[:0] = [str(REPO / "test/srt"), str(Path(__file__).parent)]
+sys.path.insert(0, str(REPO / "test/srt"))
 
-from mutants import Mutant, mutants  # noqa: E402
+from relay.mutation.mutants import Mutant, mutants  # noqa: E402
 
 
 class Tried(NamedTuple):

@@ -159,6 +159,7 @@ def test_only_so_many_sessions_are_looked_into_at_a_time() -> None:
     rivals = [Register(RIVAL_AT, register(rank).session_id, (3 << 20, 3 << 21), handshake()) for rank in range(65)]
     questions = [only(side.receive(rival, 0.0), ProveGone) for rival in rivals]
     assert [len(asked) for asked in questions] == [1] * 64 + [0]
+    assert counted(side) == {"registration_refused": 1}
     assert side.sizes()["contenders"] == 64
     for number in range(100):
         side.receive(rival_offer(number), 0.0)
