@@ -11,8 +11,8 @@ from typing import Final
 
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.local_cluster import LocalCluster
-from embedding_relay.tools.local_process import LocalProcess
-from support import servers
+from embedding_relay.tools.local_process import LocalProcess, free_ports
+from support import adapters, servers
 
 # What a test reads: numbers at rest, and whether a prefix was in the cache.
 REPORT: Final = ("--enable-metrics", "--enable-cache-report")
@@ -23,6 +23,14 @@ DEADLINE: Final = 10
 CONTEXT: Final = 1200
 # Of the small pair, so that a test can fill it.
 MOST_WAITING: Final = 12
+# Of the small pair and its undivided server, so that the language model takes a long prompt in several pieces, ...
+CHUNK: Final = 256
+# ... that requests wait for others, ...
+MOST_RUNNING: Final = 8
+# ... and that those that run together need more of the KV pool than there is. What one module asks for fits in.
+KV_TOKENS: Final = 3000
+# The name of the LoRA adapter that they have.
+ADAPTER: Final = "tiny"
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,10 @@ class Settings:
     default: int
     """Rows of the first round."""
     arguments: tuple[str, ...] = REPORT
+    adapter: bool = False
+    """Whether the servers that generate have a LoRA adapter. The encode instance has none, and need not know."""
+    tokenizer_workers: int = 1
+    """Of each half. An undivided server has one: others of its workers would load no plugin, and so no video."""
     environ: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -53,13 +65,34 @@ class Settings:
             "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": str(self.default),
         }
         model = tiny_model.cached(self.family)
-        return servers.options(model, logs / self.name, *self.arguments, **pool, **dict(self.environ))
+        workers = ("--tokenizer-worker-num", str(self.tokenizer_workers))
+        return servers.options(model, logs / self.name, *self.arguments, *workers, **pool, **dict(self.environ))
+
+    def undivided(self, logs: Path) -> local_cluster.Options:
+        """Of a server with the same flags that this pair is compared with."""
+        model = tiny_model.cached(self.family)
+        return servers.options(model, logs, *self.arguments, *self.generating(logs))
+
+    def generating(self, logs: Path) -> tuple[str, ...]:
+        """Flags of the servers that generate."""
+        if not self.adapter:
+            return ()
+        adapter = adapters.make(logs / f"adapter-{self.family}", tiny_model.cached(self.family))
+        return ("--lora-paths", f"{ADAPTER}={adapter}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2")
 
 
-# So small that every request with an image resumes, and impatient.
+# So small that every request with an image resumes, and impatient; and with everything that SGLang's scheduler offers.
 SMALL: Final = Settings(
     *("qwen2_5_vl", 16, 4, 16),
-    arguments=(*REPORT, "--context-length", str(CONTEXT)),
+    arguments=(
+        *(*REPORT, "--context-length", str(CONTEXT), "--chunked-prefill-size", str(CHUNK), "--enable-mixed-chunk"),
+        *("--max-total-tokens", str(KV_TOKENS), "--max-running-requests", str(MOST_RUNNING)),
+        # Admitted as if nobody generated much: then the pool runs out.
+        *("--schedule-conservativeness", "0.01", "--enable-priority-scheduling"),
+        # Random weights may prefer white space for ever.
+        "--constrained-json-disable-any-whitespace",
+    ),
+    adapter=True,
     environ=(
         ("SGLANG_EMBEDDING_MAX_WAITING_REQUESTS", str(MOST_WAITING)),
         # Longer: where both halves wait from the same moment on, the one whose answer is compared must give up first.
@@ -68,7 +101,7 @@ SMALL: Final = Settings(
     ),
 )
 # Its family has the wider rows, those with deepstack. Most requests need no resume, a burst of them needs many.
-LARGE: Final = Settings("qwen3_vl", 128, 8, 256, arguments=(*REPORT, "--tokenizer-worker-num", "2"))
+LARGE: Final = Settings("qwen3_vl", 128, 8, 256, tokenizer_workers=2)
 # Compared with the undivided server only when asked for.
 OTHERS: Final = (Settings("qwen2_5_vl", 128, 64, 256), Settings("qwen3_vl", 16, 4, 16))
 
@@ -93,5 +126,19 @@ class Pair:
 
 @contextmanager
 def running(settings: Settings, logs: Path) -> Iterator[Pair]:
-    with servers.running(local_cluster.relay(settings.options(logs))) as cluster:
-        yield Pair(settings, cluster)
+    cluster = local_cluster.relay(settings.options(logs), language_arguments=settings.generating(logs))
+    with servers.running(cluster) as started:
+        yield Pair(settings, started)
+
+
+@contextmanager
+def undivided(logs: Path) -> Iterator[dict[str, LocalProcess]]:
+    """By family, the servers that pairs are compared with. They start together: one alone would leave a core idle."""
+    members = {
+        settings.family: local_cluster.sglang_server(
+            f"undivided-{settings.family}", settings.undivided(logs), *free_ports(1)
+        )
+        for settings in (SMALL, LARGE)
+    }
+    with servers.running(LocalCluster("", [list(members.values())])):
+        yield members

@@ -1,7 +1,8 @@
 """This lane starts real servers from the installed package. A pair serves every module that names its settings.
 
 Pytest runs the tests of one pair after each other, in whatever module they are, and stops it when another one is asked
-for: `parametrize` it with `indirect=True` and `scope="session"`. A test that kills or freezes a server starts its own.
+for: `parametrize` it with `indirect=True` and `scope="session"`. What a pair answers is compared with `undivided`, the
+servers with the same flags in which nothing is divided. A test that kills a server starts its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 from support.server_lane import logs, pytest_configure, pytest_runtest_makereport  # noqa: F401
 
 if TYPE_CHECKING:
+    from embedding_relay.tools.local_process import LocalProcess
     from support.pairs import Pair
 
 # Two servers that start on two cores take half a minute; a test adds its own work to that.
@@ -46,3 +48,12 @@ def pair(request: pytest.FixtureRequest, logs: Path) -> Iterator[Pair]:  # noqa:
 
     with pairs.running(request.param, logs) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def undivided(logs: Path) -> Iterator[dict[str, LocalProcess]]:  # noqa: F811  (the fixture, by its name)
+    """By family. A test that takes a pair as well names this one first: two starts at once take longer than in turn."""
+    from support import pairs
+
+    with pairs.undivided(logs) as members:
+        yield members

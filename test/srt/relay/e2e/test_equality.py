@@ -1,7 +1,7 @@
 """With the plugin, a pair behind the router and SGLang's own split say what one undivided server says.
 
 Same tokens, same log-probabilities. The undivided servers of both families are asked first, everything that the others
-will be asked, and then stopped.
+will be asked, from an empty prefix cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import Answer, ask, picture, post
 from embedding_relay.tools.local_cluster import LocalCluster, Options, sglang_server
-from embedding_relay.tools.local_process import free_ports
+from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import pairs, servers
 from support.pairs import LARGE, SMALL, Pair
 from support.questions import TOLERANCE, Question, Story, difference, filler_for, squares, stories
@@ -88,19 +88,9 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def references(logs: Path) -> dict[str, Reference]:
-    """By family. Both servers start at the same time: one alone would leave half a core idle.
-
-    A test that takes a pair as well names this one first, so that these servers have ended when the pair's start.
-    """
-    undivided = {
-        family: sglang_server(
-            f"undivided-{family}", servers.options(tiny_model.cached(family), logs, *pairs.REPORT), *free_ports(1)
-        )
-        for family in tiny_model.FAMILIES
-    }
-    with servers.running(LocalCluster("", [list(undivided.values())])):
-        return {family: ask_reference(family, server.url) for family, server in undivided.items()}
+def references(undivided: dict[str, LocalProcess]) -> dict[str, Reference]:
+    """By family."""
+    return {family: ask_reference(family, server.url) for family, server in undivided.items()}
 
 
 def ask_reference(family: str, url: str) -> Reference:
