@@ -417,6 +417,7 @@ def test_blocks_that_are_being_read_are_not_free_either() -> None:
     side.cancel(ROOM, 0.0)
     assert side.receive(AbortAck(ROOM), 0.0) == []
     assert side.sizes()["blocks_quarantined"] == 2
+    assert sent(side.tick(1.0)) == [], "its end was heard"
     assert side.copied(ROOM, 8, 20, 0.0) == []
     assert side.sizes()["blocks_free"] == 8
     assert side.is_empty()

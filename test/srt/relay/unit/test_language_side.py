@@ -89,11 +89,13 @@ def test_with_several_ranks_a_room_that_is_looked_up_keeps_a_block() -> None:
     assert [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)] == [0]
 
 
-def test_with_several_ranks_a_cancelled_room_keeps_no_block() -> None:
+@pytest.mark.parametrize("how", ["cancelled", "not found"])
+def test_with_several_ranks_a_room_that_has_ended_keeps_no_block(how: str) -> None:
     side = language_side(blocks=1, ranks=2)
     side.request(1, SECOND, 0.0)
     assert sent(request_and_resolve(side, 2)) == [register(blocks=1), queued(room=2)]
-    assert offer_in(side.cancel(1, 0.0)).room == 2
+    effects = side.cancel(1, 0.0) if how == "cancelled" else side.peer_unreachable(SECOND, "connection refused", 0.0)
+    assert offer_in(effects).room == 2
 
 
 def test_alone_a_rank_serves_whoever_is_ready() -> None:
@@ -276,6 +278,16 @@ def test_a_proven_peer_with_more_than_an_eighth_of_the_pool_in_quarantine_gets_n
     side.cancel(4, 5.0)
     side.cancel(5, 5.0)
     assert offered(side.request(6, PEER, 5.0)) == [6], "what was released counts no more"
+
+
+def test_rooms_of_a_lost_peer_with_a_quarantine_hold_up_nobody() -> None:
+    side = language_side(blocks=8, default=4)
+    request_and_resolve(side, 1)
+    for now in (5.0, 10.0, 15.0):
+        side.tick(now)
+    side.request(2, PEER, 16.0)
+    assert side.sizes()["blocks_quarantined"] == 1
+    assert offered(find_second(side, 101, now=16.0)) == [101]
 
 
 def test_rooms_of_a_busy_peer_wait_on_although_one_of_its_quarantines_is_overdue() -> None:
