@@ -120,6 +120,7 @@ class Peers:
         peer.looking = False
         if (peer.address, peer.instance) != (address, instance):
             peer.announced.clear()
+        if peer.instance != instance:
             peer.is_proven = False
         peer.address, peer.instance = address, instance
         peer.hear(now)

@@ -101,6 +101,16 @@ def test_a_room_that_ends_while_its_peer_is_looked_up_is_aborted_there_afterward
     assert side.sizes()["quarantined_rooms"] == 0
 
 
+def test_rooms_that_wait_for_a_lookup_are_served_by_the_next_one() -> None:
+    side = language_side(blocks=2)
+    side.request(1, PEER, 0.0)
+    side.request(2, PEER, 10.0)
+    assert failure_of(side.tick(30.0)) is not None
+    assert side.request(3, PEER, 31.0) == [Resolve(PEER)]
+    effects = side.peer_resolved(PEER, ENCODE, "encode-1", 32.0)
+    assert [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)] == [2]
+
+
 def test_a_room_that_nobody_could_be_told_of_ends_alone_and_disturbs_no_later_one() -> None:
     side = language_side()
     side.request(1, PEER, 0.0)
@@ -242,6 +252,8 @@ def test_a_lost_peer_is_forgotten_with_its_last_room() -> None:
     side.receive(AbortAck(ROOM), 17.0)
     assert side.sizes()["peers"] == 0
     assert side.sizes()["blocks_free"] == 8
+    assert side.tick(2000.0) == [], "nobody is pinged any more"
+    assert side.next_wakeup() is None
 
 
 @pytest.mark.parametrize("instance", ["encode-1", "encode-9"])

@@ -209,6 +209,14 @@ def test_an_instance_that_was_lost_or_restarted_proves_itself_again(instance: st
     assert [bool(offered(side.request(room, PEER, 23.0))) for room in (1, 2, 3)] == [True, False, False]
 
 
+def test_an_instance_that_had_nothing_to_do_is_looked_up_again_and_need_not_prove_itself() -> None:
+    side = language_side_with_proven_peer(blocks=8, default=4)
+    now = 2 * TIMING.silence
+    for room in (1, 2, 3):
+        side.request(room, PEER, now)
+    assert offered(side.peer_resolved(PEER, ENCODE, "encode-1", now)) == [1, 2, 3]
+
+
 def test_an_instance_that_was_replaced_without_being_missed_proves_itself_too() -> None:
     side = language_side_with_proven_peer(blocks=8, default=4)
     side.peer_resolved(PEER, ENCODE, "encode-9", 1.0)
