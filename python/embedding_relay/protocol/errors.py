@@ -61,3 +61,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.code} {self.text}"
+
+
+def not_registered(session_id: str) -> Failure:
+    """The answer of an encode rank that does not know the session: register, then ask again."""
+    return Failure(MISDIRECTED, f"session {session_id} is not registered here")

@@ -8,7 +8,7 @@ from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.effects import EncodeEffect, Note, ProveGone, Send
 from embedding_relay.protocol.encode.room import Shared
 from embedding_relay.protocol.encode.sessions import Contender, Session
-from embedding_relay.protocol.errors import MISDIRECTED, Failure, LocalError
+from embedding_relay.protocol.errors import LocalError, not_registered
 from embedding_relay.protocol.messages import (
     Address,
     Queued,
@@ -118,7 +118,7 @@ class Admission:
             self._count(Event.REGISTRATION_REFUSED)
             rival = contender.register.address
             effects += self._say_once(f"session {session_id} is claimed from {rival}, but {address} may be alive")
-        misdirected = Failure(MISDIRECTED, f"session {session_id} is not registered here")
+        misdirected = not_registered(session_id)
         for room, where in contender.kept_waiting.items():
             effects.append(Send(where, StatusReport(room, Status.FAILED, failure=misdirected), to_stranger=True))
         return effects

@@ -15,10 +15,10 @@ from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     CLIENT_GONE,
     CONFLICT,
-    MISDIRECTED,
     UNAVAILABLE,
     Failure,
     LocalError,
+    not_registered,
 )
 from embedding_relay.protocol.messages import (
     Abort,
@@ -140,7 +140,8 @@ class EncodeSide:
         if session is None and self._admission.keep_waiting(message):
             return []
         if session is None:
-            return self._turn_away(message, MISDIRECTED, f"session {message.session_id} is not registered here")
+            unknown = not_registered(message.session_id)
+            return self._turn_away(message, unknown.code, unknown.text)
         if isinstance(message, Queued):
             return self._take_queued(message, session, now)
         return self._take_offer(message, session, now)

@@ -16,6 +16,7 @@ from embedding_relay.protocol.errors import (
     UNAVAILABLE,
     Failure,
     LocalError,
+    not_registered,
 )
 from embedding_relay.protocol.language.peers import Peer, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
@@ -262,6 +263,10 @@ class LanguageRoom:
         if failure.code != MISDIRECTED:
             # A queued room holds nothing, and the encode side has said so itself: nobody needs to be told.
             return self._end_in_queue(failure, now) if self.is_queued else self.fail(failure, now)
+        if failure != not_registered(self._shared.register.session_id):
+            # Somebody has asked for this room with a session of their own, and had the answer sent here.
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            return []
         self.misdirected += 1
         if self.received or self.copying is not None or self.misdirected > self.introductions:
             return self.fail(Failure(BAD_GATEWAY, failure.text), now)

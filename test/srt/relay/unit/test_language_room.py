@@ -12,7 +12,7 @@ from embedding_relay.protocol.effects import (
     Send,
     StatusChanged,
 )
-from embedding_relay.protocol.errors import Failure, LocalError
+from embedding_relay.protocol.errors import Failure, LocalError, not_registered
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Abort,
@@ -28,6 +28,7 @@ from support.protocol import (
     ENCODE,
     PEER,
     ROOM,
+    SESSION,
     counted,
     failure_of,
     first_offers,
@@ -54,6 +55,16 @@ def test_a_queued_room_ends_with_its_other_half_and_nobody_is_told() -> None:
     assert side.sizes()["waiting_for_blocks"] == 0
     assert side.receive(failed, 1.0) == []
     assert failure_of(side.request(8, PEER, 2.0)) == Failure(409, "room 8 was used before")
+
+
+def test_that_somebody_elses_session_is_not_registered_is_none_of_its_business() -> None:
+    """Anybody can ask for its room in a session of their own, and have the answers sent here: they are not its own."""
+    side = waiting_room()
+    for _ in range(5):
+        stranger = StatusReport(8, Status.FAILED, failure=not_registered("stranger-0:1"))
+        assert side.receive(stranger, 1.0) == []
+    assert counted(side) == {"status_stale": 5}
+    assert sent(side.receive(StatusReport(8, Status.FAILED, failure=not_registered(SESSION)), 1.0))
 
 
 def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
@@ -106,17 +117,17 @@ def test_a_room_whose_peer_is_not_found_ends_alone() -> None:
 
 def test_a_queued_room_of_a_forgotten_session_is_announced_again_once() -> None:
     side = waiting_room()
-    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "not registered"))
+    misdirected = StatusReport(8, Status.FAILED, failure=not_registered(SESSION))
     assert side.receive(misdirected, 0.0) == [Send(ENCODE, register(blocks=2)), Send(ENCODE, queued(room=8))]
     effects = side.receive(misdirected, 0.0)
-    assert failure_of(effects) == Failure(502, "not registered")
+    assert failure_of(effects) == Failure(502, not_registered(SESSION).text)
     assert [type(message) for message in sent(effects)] == [Abort], "the other half does not know"
 
 
 def test_a_queued_room_of_a_lost_peer_is_announced_when_it_is_found() -> None:
     side = waiting_room()
     side.receive(Pong("encode-9", "encode-1"), 1.0)
-    misdirected = StatusReport(8, Status.FAILED, failure=Failure(421, "not registered"))
+    misdirected = StatusReport(8, Status.FAILED, failure=not_registered(SESSION))
     assert side.receive(misdirected, 1.0) == []
     assert sent(side.peer_resolved(PEER, ENCODE, "encode-9", 2.0)) == [register(blocks=2), queued(room=8)]
 
@@ -127,19 +138,19 @@ def test_an_init_right_behind_a_queued_message_may_be_misdirected_with_it() -> N
     request_and_resolve(side, 1, ROOM)
     side.receive(report(Status.SUCCESS, 5, room=1), 0.0)
     init = offer_in(side.copied(1, 5, 5, 0.0))
-    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
     again = [Send(ENCODE, register(blocks=2)), Send(ENCODE, init)]
     assert side.receive(misdirected, 0.0) == again
     assert side.receive(misdirected, 0.0) == again
-    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, not_registered(SESSION).text)
 
 
 def test_a_session_that_was_forgotten_registers_again_with_the_same_offer_once() -> None:
     side = language_side()
     init = first_offers(side)[ROOM]
-    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
     assert side.receive(misdirected, 0.0) == [Send(ENCODE, register()), Send(ENCODE, init)]
-    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, not_registered(SESSION).text)
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -150,8 +161,8 @@ def test_after_rows_there_is_no_second_try(copied: bool) -> None:
         receive_chunk(side, 8, 20)
     else:
         side.receive(report(Status.TRANSFERRING, 8), 0.0)
-    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
-    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, "not registered")
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
+    assert failure_of(side.receive(misdirected, 0.0)) == Failure(502, not_registered(SESSION).text)
 
 
 # ---- no answer
@@ -207,11 +218,11 @@ def test_a_room_whose_peer_is_lost_says_nothing_until_it_is_found_again() -> Non
 def test_each_message_may_be_answered_that_the_session_is_not_registered_and_no_answer_makes_another() -> None:
     side = language_side()
     init = first_offers(side)[ROOM]
-    misdirected = StatusReport(ROOM, Status.FAILED, failure=Failure(421, "not registered"))
+    misdirected = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
     repeated(side, 1)
     again = [Send(ENCODE, register()), Send(ENCODE, init)]
     assert side.receive(misdirected, 2.0) == side.receive(misdirected, 2.0) == again
-    assert failure_of(side.receive(misdirected, 2.0)) == Failure(502, "not registered")
+    assert failure_of(side.receive(misdirected, 2.0)) == Failure(502, not_registered(SESSION).text)
 
 
 def test_an_offer_begins_with_an_aux_row_that_says_nothing() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedding_relay.protocol.errors import Failure, IllegalMove
+from embedding_relay.protocol.errors import Failure, IllegalMove, not_registered
 from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
@@ -31,6 +31,8 @@ B, W, T, S, F = (
 ALLOWED = {(B, W), (B, F), (W, T), (W, S), (W, F), (T, T), (T, S), (T, F)}
 
 ROOM, TOTAL = 7, 20
+# Of the only language rank of a new world.
+SESSION = "language-4:1"
 
 
 @pytest.mark.parametrize("current", list(Status))
@@ -136,7 +138,8 @@ MESSAGES_TO_LANGUAGE: dict[str, ToLanguage] = {
     "success, all rows": StatusReport(ROOM, S, rows=TOTAL),
     "failed": StatusReport(ROOM, F, failure=Failure(400, "a bad image")),
     "failed without reason": StatusReport(ROOM, F),
-    "not registered": StatusReport(ROOM, F, failure=Failure(421, "not registered")),
+    "not registered": StatusReport(ROOM, F, failure=not_registered(SESSION)),
+    "somebody else not registered": StatusReport(ROOM, F, failure=not_registered("stranger-0:1")),
     "abort acknowledged": AbortAck(ROOM),
     "pong": Pong("encode-2", "encode-2"),
     "pong of a stranger": Pong("encode-99", "encode-98"),
@@ -148,6 +151,7 @@ MESSAGES_TO_LANGUAGE: dict[str, ToLanguage] = {
 @pytest.mark.parametrize("times", [1, 2])
 def test_every_message_to_a_language_room_in_every_status(status: Status, name: str, times: int) -> None:
     world, _, language = world_in(status)
+    assert language.plane.session_id == SESSION
     for _ in range(times):
         language.run(language.core.receive(MESSAGES_TO_LANGUAGE[name], world.clock.now))
         if is_final(status):
@@ -156,8 +160,8 @@ def test_every_message_to_a_language_room_in_every_status(status: Status, name: 
         assert language.journal.statuses[ROOM] is F
     world.settle()
     assert is_final(language.journal.statuses[ROOM])
-    harmless = ("bootstrapping", "waiting for input", "abort acknowledged", "pong", "pong of a stranger")
-    if name in harmless and status is not F:
+    harmless = ("bootstrapping", "waiting for input", "somebody else not registered", "abort acknowledged")
+    if name in (*harmless, "pong", "pong of a stranger") and status is not F:
         assert language.journal.statuses[ROOM] is S
     assert language.core.sizes()["blocks_leased"] == 0
 
