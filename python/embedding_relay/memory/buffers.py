@@ -85,6 +85,10 @@ class ReceivedRows:
     has_mrope: bool = False
     media_items: int = 0
 
+    @property
+    def aux(self) -> Aux:
+        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items)
+
 
 class EmbeddingBuffers:
     """Host memory for `layout.blocks` blocks, one contiguous region per column.

@@ -16,7 +16,7 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import ModelLimits, SmallColumns
 from embedding_relay.memory.engine import MooncakeDataPlane
-from embedding_relay.memory.layout import Aux, BufferLayout
+from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (
@@ -236,8 +236,7 @@ class LanguageManager(MooncakeEmbeddingManager):
             return f"rows {first_row} to {first_row + rows - 1} have embeddings from {low} to {high}"
         if first_row + rows < target.total:
             return None
-        aux = Aux(target.total, target.mrope_delta, target.has_mrope, target.media_items)
-        columns = SmallColumns(aux, target.fill_ids.numpy(), target.mrope.numpy(), target.items.numpy())
+        columns = SmallColumns(target.aux, target.fill_ids.numpy(), target.mrope.numpy(), target.items.numpy())
         return columns.flaw(self.limits)
 
     def _deliver(self, effect: Deliver, now: float) -> None:

@@ -235,9 +235,7 @@ def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
 
 def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, **_: Any) -> bool:
     role = scheduler.embedding_relay
-    if role is None or for_health_check:
-        return idle
-    if not role.counts_parked:
+    if role is None or for_health_check or not role.counts_parked:
         return idle
     role.scheduler_idle = idle
     return bool(idle and role.is_idle())
