@@ -59,6 +59,8 @@ class Options:
     device: str = "auto"  # "cpu", "accelerator", or "auto": the accelerator if there is one
     arguments: Sequence[str] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
+    process: type[LocalProcess] = LocalProcess
+    """How a SGLang server is started."""
 
     def on_cpu(self) -> bool:
         return self.device == "cpu" or (self.device == "auto" and find_accelerator() is None)
@@ -78,7 +80,7 @@ def sglang_server(
     command += ["--model-path", str(options.model), "--port", str(port)]
     command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ACCELERATOR_ARGUMENTS), *options.arguments, *arguments]
     merged = recipe | dict(options.environ) | dict(environ or {})
-    return LocalProcess(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)
+    return options.process(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)
 
 
 def router(

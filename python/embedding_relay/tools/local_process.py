@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 # Below the ephemeral range (an outgoing connection would take the port before the server binds it), and beside the
 # ranges that Mooncake (15000-17000) and SGLang (22000-30000) draw from on their own.
@@ -55,6 +56,17 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
 
 
+class Child(Protocol):
+    """What is needed of a child process: `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 class LocalProcess:
     """A server of this machine. `url` with `ready_path` answers 200 once it is ready."""
 
@@ -73,7 +85,7 @@ class LocalProcess:
         self.log = log
         self.environ = dict(environ or {})
         self.ready_path = ready_path
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._started = 0.0
 
     @property
@@ -91,14 +103,17 @@ class LocalProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         with self.log.open("wb") as log, _signals_later():
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.environ,
-                start_new_session=True,
-            )
+            self._process = self._launch(log, os.environ | {"PYTHONUNBUFFERED": "1"} | self.environ)
+
+    def _launch(self, log: BinaryIO, environ: Mapping[str, str]) -> Child:
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            start_new_session=True,
+        )
 
     def returncode(self) -> int | None:
         """None while it runs."""

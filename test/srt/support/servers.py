@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embedding_relay.tools.local_cluster import LocalCluster, Options
+from support.warm_start import WarmProcess
 
 __all__ = ["CPU", "QUICK_START", "active_log_tails", "options", "running"]
 
@@ -17,7 +18,7 @@ _active: list[LocalCluster] = []
 
 def options(model: Path, logs: Path, *arguments: str, **environ: str) -> Options:
     """What the members of a cluster have in common."""
-    return Options(model=model, logs=logs, device=CPU, arguments=arguments, environ=QUICK_START | environ)
+    return Options(model, logs, CPU, arguments, QUICK_START | environ, WarmProcess)
 
 
 @contextmanager
