@@ -5,8 +5,8 @@ lane, and a server is a fork of it in which SGLang's own command runs, with the 
 own. Where that server starts a child with Python's `spawn`, it gets a fork too, of a twin that it left behind before
 it ran anything: the child runs what `spawn` would have run, and has the same parent.
 
-What this does not reproduce, and so must be shown by servers that start as a user's do (the demo, `package` and
-`test_before_serving` start such): the order in which modules and plugins are imported, and variables that are read
+What this does not reproduce, and so must be shown by servers that start as a user's do (those of the demo, of the
+soak and of the `package` lane do): the order in which modules and plugins are imported, and variables that are read
 only when a library is loaded (those of OpenMP are therefore this process's own).
 """
 
@@ -52,7 +52,7 @@ FIRST_FREE_NUMBER: Final = 1000
 
 
 class WarmProcess(LocalProcess):
-    """A server of this machine that is a fork."""
+    """A server of this machine that is a fork. Its command is a Python script's, or `python -c CODE ARGUMENT...`."""
 
     def _launch(self, log: BinaryIO, environ: Mapping[str, str]) -> Fork:
         return fork_server().start(self.command, environ, log)
@@ -168,9 +168,14 @@ def run_server(request: dict[str, Any], log: int) -> NoReturn:
     take_places({1: os.dup(log), 2: log})
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    become(request["environ"], request["command"])
+    program, *arguments = request["command"]
     leave_twin_behind()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if arguments[:1] == ["-c"]:
+        become(request["environ"], ["-c", *arguments[2:]])
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        become(request["environ"], [program, *arguments])
+        runpy.run_path(program, run_name="__main__")
     sys.exit()
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ARGUMENTS, CPU_ENVIRON, HOST
 from embedding_relay.tools.local_process import free_ports
-from support import servers
-from support.repo import REPO
+from support.patience import wait_until
+from support.warm_start import WarmProcess
 
 PREFIX = "sglang-embedding-relay: "
 ENCODE = ("--disaggregation-mode", "encode")
@@ -62,19 +57,19 @@ class Launch:
     code: str = AS_IT_IS
     environ: Mapping[str, str] = field(default_factory=dict)
 
-    def program(self, model: Path, taken: int) -> dict[str, Any]:
+    def process(self, name: str, model: Path, taken: int, logs: Path) -> WarmProcess:
         port, bootstrap = map(str, free_ports(2))
         arguments = ["--model-path", str(model), "--host", HOST, *CPU_ARGUMENTS]
         arguments += ["--port", port, "--disaggregation-bootstrap-port", bootstrap]
         arguments += [str(taken) if argument == TAKEN else argument for argument in self.arguments]
-        return {"code": self.code, "arguments": arguments, "environ": dict(self.environ)}
+        command = [sys.executable, "-c", self.code, *arguments]
+        return WarmProcess(name, command, "", logs / name, COMMON_ENVIRON | CPU_ENVIRON | dict(self.environ))
 
 
 @dataclass(frozen=True)
 class Ended:
     returncode: int
-    stdout: str
-    stderr: str
+    said: str
 
 
 BLOCK_SIZE, DEFAULT = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE", "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
@@ -100,36 +95,28 @@ def taken_port() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def ended(taken_port: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """How each launch ended."""
-    model, folder = tiny_model.cached("qwen2_5_vl"), tmp_path_factory.mktemp("launches")
-    programs = {name: launch.program(model, taken_port) for name, launch in LAUNCHES.items()}
-    (folder / "programs.json").write_text(json.dumps(programs))
-    environ = os.environ | servers.QUICK_START | COMMON_ENVIRON | CPU_ENVIRON
-    command = [sys.executable, "-P", str(REPO / "test/srt/support/forked_programs.py"), str(folder)]
-    running = subprocess.Popen(command, env=environ, start_new_session=True)
+    model, logs = tiny_model.cached("qwen2_5_vl"), tmp_path_factory.mktemp("launches")
+    processes = [launch.process(name, model, taken_port, logs) for name, launch in LAUNCHES.items()]
     try:
-        assert running.wait(timeout=300) == 0
+        for process in processes:
+            process.start()
+        wait_until(lambda: all(process.returncode() is not None for process in processes), 200)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-    return {name: read_ended(folder, name) for name in LAUNCHES}
-
-
-def read_ended(folder: Path, name: str) -> Ended:
-    status, stdout, stderr = ((folder / f"{name}.{suffix}").read_text() for suffix in ("status", "out", "err"))
-    return Ended(int(status), stdout, stderr)
+        for process in processes:
+            process.kill_group()
+    return {process.name: Ended(process.returncode() or 0, process.log_text()) for process in processes}
 
 
 def refusal(ended: Ended) -> str:
     """The one line with our name; nothing may follow it."""
-    assert ended.returncode == 1, ended.stderr
-    lines = ended.stderr.strip().splitlines()
-    assert lines[-1].startswith(PREFIX), ended.stderr
+    assert ended.returncode == 1, ended.said
+    lines = ended.said.strip().splitlines()
+    assert lines[-1].startswith(PREFIX), ended.said
     return lines[-1].removeprefix(PREFIX)
 
 
 def test_help_names_the_modes(ended: dict[str, Ended]) -> None:
-    assert "{null,prefill,decode,encode,language}" in ended["help"].stdout
+    assert "{null,prefill,decode,encode,language}" in ended["help"].said
 
 
 @pytest.mark.parametrize(
@@ -139,7 +126,7 @@ def test_a_wrong_setting_is_named(ended: dict[str, Ended], launch: str, name: st
     said = refusal(ended[launch])
     assert name in said
     assert value in said
-    assert "Traceback" not in ended[launch].stderr
+    assert "Traceback" not in ended[launch].said
 
 
 def test_a_flag_that_does_not_work_here_is_named(ended: dict[str, Ended]) -> None:
