@@ -77,7 +77,8 @@ def test_a_position_outside_of_the_table(position: int, axis: int) -> None:
 def test_a_step_that_leads_out_of_the_table(delta: int) -> None:
     wrong = changed(GOOD, "mrope_delta", 0, 0, delta).flaw(LIMITS)
     assert wrong == f"the first token after them would be at position {8 + delta}, and this model has 500"
-    assert changed(GOOD, "mrope_delta", 0, 0, 491).flaw(LIMITS) is None
+    for last in (-8, 491):
+        assert changed(GOOD, "mrope_delta", 0, 0, last).flaw(LIMITS) is None
 
 
 def test_positions_that_are_missing() -> None:

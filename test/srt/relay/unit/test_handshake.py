@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,25 @@ def test_who_answers_a_byte_at_a_time_is_not_waited_for(monkeypatch: pytest.Monk
             ask(at)
         given_up.set()
     assert time.monotonic() - started < 5
+
+
+def test_an_answer_in_pieces_is_read_to_its_end_and_no_further() -> None:
+    class Pieces:
+        """As much of a socket as is used."""
+
+        left = b"0123456789"
+        patience = 0.0
+
+        def settimeout(self, seconds: float) -> None:
+            self.patience = seconds
+
+        def recv(self, most: int) -> bytes:
+            piece, self.left = self.left[: min(3, most)], self.left[min(3, most) :]
+            return piece
+
+    connection: Any = Pieces()
+    assert handshake._receive(connection, 8, time.monotonic() + 10) == b"01234567"
+    assert 9 < connection.patience < 10, "what is left of the whole"
 
 
 def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.protocol.errors import SettingError
 
 
@@ -34,6 +34,13 @@ def test_the_handshake_tells_layouts_apart() -> None:
     different.append({"model": (("architecture", "Another"),)})
     handshakes = {layout(**change).handshake() for change in ({}, *different)}
     assert len(handshakes) == 7
+
+
+@pytest.mark.parametrize("has_mrope", [True, False])
+def test_an_aux_row_is_read_as_it_was_written(has_mrope: bool) -> None:
+    aux = Aux(total=7, mrope_delta=-3, has_mrope=has_mrope, media_items=2)
+    assert aux.values() == [7, -3, int(has_mrope), 2, *[0] * 12]
+    assert Aux.of(aux.values()) == aux
 
 
 def test_another_dtype_is_refused() -> None:
