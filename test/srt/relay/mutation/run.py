@@ -1,15 +1,23 @@
-"""Do the tests of the protocol notice what they should? One thing at a time is changed in it, and they are run.
+"""Do the tests of a part notice what they should? One thing at a time is changed in it, and they are run.
 
-    .venv/bin/python test/srt/relay/mutation/run.py                     all of protocol/: most of an hour
-    .venv/bin/python test/srt/relay/mutation/run.py encode/room.py      one module
-    .venv/bin/python test/srt/relay/mutation/run.py --every 10 --first 3     mutants 3, 13, 23 … of each module
+    .venv/bin/python test/srt/relay/mutation/run.py protocol                    all of protocol/: most of an hour
+    .venv/bin/python test/srt/relay/mutation/run.py protocol encode/room.py     one module
+    .venv/bin/python test/srt/relay/mutation/run.py memory --every 10 --first 3     mutants 3, 13, 23 … of each module
+    .venv/bin/python test/srt/relay/mutation/run.py memory --again FILE      those that survived a run that printed this
 
-A mutant is killed if a unit test fails, or a property test, or one of a few random schedules, or if it does not come to
-an end. Prints those that survive, and how many there were. Some cannot be killed: they do the same as the original in
-another way. Each one is tried in a process of its own, forked from this one, which never imports the protocol itself.
+A mutant is killed if a test that is meant for its module fails, or (of the protocol) one of a few random schedules, or
+if it does not come to an end. Prints those that survive, and how many there were. Some cannot be killed: they do the
+same as the original in another way. Each one is tried in a process of its own, forked from this one, which has imported
+what takes long and never the part itself. The processes that its tests start are forked from it, and have it too.
+
+A test that fails by chance would kill mutants that nothing notices. So the tests of each module are run with nothing
+changed too, before its mutants and after them. With --verbose it says which test has killed which mutant.
 """
 
 import argparse
+import contextlib
+import gc
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -20,7 +28,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -29,19 +38,19 @@ import hypothesis  # noqa: F401  imported here once, and not in each process
 import msgspec  # noqa: F401
 import pytest
 
-REPO = Path(__file__).resolve().parents[4]
-PROTOCOL = REPO / "python/embedding_relay/protocol"
-TESTS = REPO / "test/srt/relay"
-UNIT = ("encode_*", "language_*", "codec", "messages", "status", "timing", "scenarios")
-PROPERTY = ("blocks", "plan", "codec", "encode_room")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from relay.mutation.mutants import Mutant, mutants
+from relay.mutation.parts import PARTS, Part
+from support import forks
+
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "-k", "not hundred_thousand")
-SEEDS = 6
-PATIENCE_SECONDS = 30
-MEMORY_BYTES = 4 << 30
-
-sys.path.insert(0, str(REPO / "test/srt"))
-
-from relay.mutation.mutants import Mutant, mutants  # noqa: E402
+MEMORY_BYTES = 8 << 30
+# What a mutant may take: so long, and some times what the unchanged module takes, because machines have other things to
+# do too.
+PATIENCE_SECONDS = 10
+PATIENCE_TIMES = 3
+LONGEST_SECONDS = 600
 
 
 class Tried(NamedTuple):
@@ -66,54 +75,47 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self._source, self._path, "exec"), module.__dict__)
 
 
-def test_files(module: str) -> list[str]:
-    """The tests that are meant for this module come first."""
-    files = [path for pattern in UNIT for path in sorted((TESTS / "unit").glob(f"test_{pattern}.py"))]
-    files += [TESTS / f"property/test_{name}.py" for name in PROPERTY]
-    own = f"test_{module.removesuffix('.py').replace('/', '_')}.py"
-    return [str(path) for path in sorted(files, key=lambda path: path.name != own)]
+class Witness:
+    """Remembers the first test that failed."""
+
+    failed = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid.rpartition("/")[2]
 
 
-def random_schedules() -> str:
-    """Empty if nothing was seen; else what it was seen by."""
-    from support.hostile import Seeded, run_attack, run_attack_with_faults, run_insider_attack
-    from support.schedules import (
-        run_chaos,
-        run_lossy,
-        run_offers_and_reports_lost,
-        run_one_data_plane_dies,
-        run_one_side_dies,
-        run_orderly,
-        run_slow,
-    )
-
-    schedules = [run_chaos, run_one_data_plane_dies, run_orderly, run_lossy, run_offers_and_reports_lost]
-    for seed in range(SEEDS):
-        for schedule in (*schedules, run_one_side_dies, run_slow):
-            try:
-                schedule(seed)
-            except Exception as error:
-                return f"{schedule.__name__}: {error}"
-        for attack in (run_attack, run_attack_with_faults, run_insider_attack):
-            try:
-                attack(Seeded(seed))
-            except Exception as error:
-                return f"{attack.__name__}: {error}"
-    return ""
+# ---- in the process of a mutant
 
 
-def try_here(module: str, mutant: Mutant) -> str:
-    """In the process of its own: who has killed it."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+def try_here(part: Part, module: str, source: str) -> str:
+    """Who has killed it."""
+    os.setsid()  # so that whatever its tests leave behind can be ended together with it
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     os.environ["RELAY_SCHEDULES"] = "50"
-    name = "embedding_relay.protocol." + module.removesuffix(".py").replace("/", ".")
-    sys.meta_path.insert(0, Instead(name, PROTOCOL / module, mutant.source))
-    if pytest.main([*OPTIONS, *test_files(module)]) != 0:
-        return "tests"
-    return random_schedules()
+    sys.meta_path.insert(0, Instead(part.name_of(module), part.folder / module, source))
+    util.spawnv_passfds, forks.LOG = fork_server_from_here, Path(os.devnull)
+    for files in part.test_files(module):
+        witness = Witness()
+        if pytest.main([*OPTIONS, *files], plugins=[witness]) != 0:
+            return witness.failed or "a test module that cannot be imported"
+    return part.more(module)
 
 
-def try_one(module: str, mutant: Mutant) -> str:
+def fork_server_from_here(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """In place of a new interpreter, which would import the module as it is, and everything else anew."""
+    if (pid := os.fork()) == 0:
+        try:
+            exec(arguments[-1], {})
+        finally:
+            os._exit(0)
+    return pid
+
+
+# ---- in this process
+
+
+def try_one(part: Part, module: str, source: str, patience: float = LONGEST_SECONDS) -> str:
     """Nothing of what the tests print is of interest."""
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -124,41 +126,82 @@ def try_one(module: str, mutant: Mutant) -> str:
         os.dup2(nowhere, 2)
         killed_by = "the module cannot be imported"
         try:
-            killed_by = try_here(module, mutant)
+            killed_by = try_here(part, module, source)
         finally:
             os.write(writer, (killed_by or "nobody").encode()[:200])
             os._exit(0)
     os.close(writer)
-    if not select.select([reader], [], [], PATIENCE_SECONDS)[0]:
-        os.kill(pid, signal.SIGKILL)
-    with os.fdopen(reader, "rb") as said:
-        answer = said.read().decode(errors="replace")
+    is_over = select.select([reader], [], [], patience)[0]
+    answer = os.read(reader, 200).decode(errors="replace") if is_over else ""
+    os.close(reader)
+    with contextlib.suppress(ProcessLookupError):  # nothing is left of its group
+        os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return "" if answer == "nobody" else answer or "time"
 
 
-def try_all(modules: Sequence[str], first: int, every: int) -> Iterator[Tried]:
-    for module in modules:
-        for mutant in itertools.islice(mutants((PROTOCOL / module).read_text()), first, None, every):
-            yield Tried(module, mutant, try_one(module, mutant))
+def import_once(part: Part) -> None:
+    """And start nothing that a fork would lose."""
+    resource_tracker.ensure_running()
+    for name in part.imports:
+        importlib.import_module(name)
+    if early := [module for module in part.every_module() if part.name_of(module) in sys.modules]:
+        sys.exit(f"{early} cannot be changed any more: something that is imported first imports it")
+    gc.collect()
+    gc.freeze()
+
+
+def seconds_unchanged(part: Part, module: str) -> float:
+    began = time.monotonic()
+    if killed_by := try_one(part, module, (part.folder / module).read_text()):
+        sys.exit(f"{module}: {killed_by} fails although nothing is changed")
+    return time.monotonic() - began
+
+
+def report(one: Tried) -> str:
+    fate = f"killed by {one.killed_by}" if one.killed_by else "survived"
+    return f"{fate}: {one.module}:{one.mutant.line}: {one.mutant.change}"
+
+
+def try_all(part: Part, chosen: Mapping[str, Sequence[Mutant]]) -> Iterator[Tried]:
+    seconds = {module: seconds_unchanged(part, module) for module, some in chosen.items() if some}
+    for module in seconds:
+        print(f"{module}: {len(chosen[module])} mutants, {seconds[module]:.1f} s for each that survives")
+    print(f"at most {sum(len(chosen[one]) * seconds[one] for one in seconds) / 60:.0f} minutes for all", flush=True)
+    for module in seconds:
+        patience = PATIENCE_SECONDS + PATIENCE_TIMES * seconds[module]
+        for mutant in chosen[module]:
+            yield Tried(module, mutant, try_one(part, module, mutant.source, patience))
+        seconds_unchanged(part, module)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = sorted(str(path.relative_to(PROTOCOL)) for path in PROTOCOL.rglob("[!_]*.py"))
-    parser.add_argument("modules", nargs="*", default=everything, help="paths below protocol/")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("modules", nargs="*", help="paths below the folder of the part; without any, all of it")
     parser.add_argument("--every", type=int, default=1, help="try one of so many")
     parser.add_argument("--first", type=int, default=0, help="beginning with this one")
+    parser.add_argument("--again", type=argparse.FileType(), metavar="FILE", help="try what survived then")
+    parser.add_argument("--verbose", action="store_true", help="say of each mutant what has killed it")
     options = parser.parse_args()
-    began, tried, survived = time.monotonic(), dict.fromkeys(options.modules, 0), dict.fromkeys(options.modules, 0)
-    if try_one(options.modules[0], Mutant(0, "nothing", (PROTOCOL / options.modules[0]).read_text())):
-        sys.exit("the tests fail although nothing is changed")
-    for module, mutant, killed_by in try_all(options.modules, options.first, options.every):
-        tried[module] += 1
-        if not killed_by:
-            survived[module] += 1
-            print(f"survived: {module}:{mutant.line}: {mutant.change}", flush=True)
-    for module in options.modules:
+    part = PARTS[options.part]
+    modules: Sequence[str] = options.modules or part.every_module()
+    import_once(part)
+    chosen = {
+        module: list(itertools.islice(mutants((part.folder / module).read_text()), options.first, None, options.every))
+        for module in modules
+    }
+    if options.again:
+        earlier = {line.rstrip() for line in options.again}
+        for module, all_of_them in chosen.items():
+            chosen[module] = [mutant for mutant in all_of_them if report(Tried(module, mutant, "")) in earlier]
+    began, tried, survived = time.monotonic(), dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
+    for one in try_all(part, chosen):
+        tried[one.module] += 1
+        survived[one.module] += not one.killed_by
+        if options.verbose or not one.killed_by:
+            print(report(one), flush=True)
+    for module in modules:
         print(f"{module}: {tried[module]} mutants, {tried[module] - survived[module]} killed")
     total, left = sum(tried.values()), sum(survived.values())
     percent = 100 * (total - left) / max(1, total)

@@ -1,6 +1,11 @@
-"""The mutation tester changes what functions do, one thing at a time, and nothing else."""
+"""The mutation tester changes what functions do, one thing at a time and nothing else, and knows which tests to run."""
+
+from pathlib import Path
+
+import pytest
 
 from relay.mutation.mutants import mutants
+from relay.mutation.parts import PARTS, Part
 
 SOURCE = '''
 LIMIT = 7
@@ -38,3 +43,11 @@ def test_every_mutant_is_another_program() -> None:
     assert len({SOURCE, *sources}) == len(sources) + 1
     for source in sources:
         compile(source, "mutant", "exec")
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_every_module_in_which_something_can_be_changed_has_tests(part: Part) -> None:
+    for module in part.every_module():
+        files = [file for lane in part.test_files(module) for file in lane]
+        assert [file for file in files if not Path(file).exists()] == []
+        assert files or not any(mutants((part.folder / module).read_text())), module
