@@ -240,6 +240,37 @@ def test_all_descriptors_of_a_socket_are_found(connection: Connection) -> None:
         assert sorted(own_sockets()[name]) == sorted([second.fileno(), connection.engines.fileno()])
 
 
+@pytest.mark.parametrize(("family", "everywhere"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
+def test_whoever_accepts_at_a_port_is_woken_and_looks_up_from_then_on(
+    family: socket.AddressFamily, everywhere: str
+) -> None:
+    def patience(end: socket.socket) -> float:
+        seconds, microseconds = struct.unpack("ll", end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
+        return float(seconds + microseconds / 1e6)
+
+    engines, anothers = (socket.create_server((everywhere, 0), family=family) for _ in range(2))
+    bound = socket.socket(family)
+    bound.bind((everywhere, 0))
+    with engines, anothers, bound:
+        for end in (engines, bound):
+            quiet.shorten_accept(end.getsockname()[1])
+        assert 0.005 <= patience(engines) < 0.05, "the kernel rounds up"
+        assert patience(anothers) == patience(bound) == 0, "for ever"
+        engines.settimeout(10)
+        woken, _ = engines.accept()
+        woken.close()
+
+
+def test_sockets_of_other_kinds_are_passed_over(connection: Connection) -> None:
+    held, (one, other) = HeldConnections(), socket.socketpair()
+    with one, other:
+        held.hold({(HOST, connection.port)})
+        quiet.shorten_accept(1)
+        assert has_read_everything(connection.port)
+    assert len(held._of_the_engine) == 1
+    held.close()
+
+
 # ---- what has arrived
 
 
@@ -290,6 +321,13 @@ def test_a_connection_that_is_always_in_use_is_read_when_it_has_been_seen_empty(
     assert has_read_everything(connection.port)
     done.set()
     user.join()
+
+
+def test_each_connection_has_to_be_seen_empty_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet, "_IN_FLIGHT", 0.0)
+    looks = iter([{"one", "two"}, {"two", "new"}, {"one", "new"}])
+    monkeypatch.setattr(quiet, "_unread", lambda port: next(looks))
+    assert has_read_everything(15000)
 
 
 # ---- a port, and an engine
