@@ -279,6 +279,7 @@ def test_bytes_that_nobody_has_read_yet_will_land(connection: Connection) -> Non
     connection.engines.sendall(b"rows")
     connection.engines.close()
     assert not has_read_everything(connection.port)
+    assert has_read_everything(1), "they are at another port"
     connection.peers.recv(2)
     assert not has_read_everything(connection.port)
     connection.peers.recv(2)
@@ -365,6 +366,7 @@ def test_whoever_asks_whether_a_process_is_gone_is_answered(
     prover.ask(question)
     assert answers.get(timeout=10) == (question, proven is True)
     prover.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("relay-proof")] == []
 
 
 @pytest.mark.parametrize("answer", [ConnectionRefusedError, TimeoutError, ValueError])
