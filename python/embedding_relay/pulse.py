@@ -34,9 +34,11 @@ class Condition(msgspec.Struct, frozen=True):
     unhealthy_reason: str | None = None
 
 
-def socket_name(host: str, port: int) -> str:
-    """In Linux's abstract namespace, where nothing is left behind. One server of a machine has this address."""
-    return f"\0sglang-embedding-relay/{host}/{port}"
+def socket_name(host: str, port: int, dp_rank: int = 0) -> str:
+    """In Linux's abstract namespace, where nothing is left behind. One server of a machine has this address, and for
+    each data-parallel rank a scheduler that answers.
+    """
+    return f"\0sglang-embedding-relay/{host}/{port}/{dp_rank}"
 
 
 class Pulse:

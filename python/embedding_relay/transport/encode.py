@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class MooncakeEmbeddingSender(RoomEnd):
     """The encode scheduler's end of one room."""
 
-    def __init__(self, manager: EncodeManager, room: int) -> None:
+    def __init__(self, manager: EncodeManager | NoTransfer, room: int) -> None:
         super().__init__(room)
         self._manager = manager
         self._is_ours = True
@@ -62,6 +62,31 @@ class MooncakeEmbeddingSender(RoomEnd):
         """No rows will come: the language side hears it at once, or as soon as it asks."""
         if self._is_ours:
             self._manager.refuse(self.room, failure)
+
+
+class NoTransfer:
+    """In place of an `EncodeManager`, in the ranks of an encode instance that only compute: the first has the same
+    rows, sends them to all language ranks, and decides what becomes of a room.
+    """
+
+    observer = NOBODY
+    unhealthy_reason = None
+
+    def __init__(self, config: RelayConfig) -> None:
+        self.config = config
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def follow(self, end: RoomEnd) -> bool:
+        return True
+
+    def expect(self, sender: MooncakeEmbeddingSender) -> None: ...
+
+    def send_embedding(self, room: int, source: SourceRows) -> None: ...
+
+    def refuse(self, room: int, failure: Failure) -> None: ...
 
 
 class EncodeManager(MooncakeEmbeddingManager):

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -45,6 +45,8 @@ class RoomEnd:
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self.on_end: Callable[[Failure | None], None] | None = None
+        """Called once, by the thread that ends the room; must not wait."""
         self._status = Status.BOOTSTRAPPING
         self._failure: Failure | None = None
 
@@ -57,6 +59,8 @@ class RoomEnd:
     def change(self, status: Status, failure: Failure | None) -> None:
         self._failure = failure  # before the status: whoever sees FAILED finds the reason
         self._status = status
+        if self.on_end is not None and is_final(status):
+            self.on_end(failure)
 
 
 class StatusBoard:
@@ -194,6 +198,8 @@ class MooncakeEmbeddingManager(abc.ABC):
         self.pool = BlockPool(rank.layout.blocks)
         self.instance = uuid.uuid4().hex
         self.unhealthy_reason: str | None = None
+        self.on_unhealthy: Callable[[str], None] | None = None
+        """Called by the thread that reports it; must not wait."""
         self.observer = observer
         self._buffers = rank.buffers
         self._board = rank.board
@@ -231,6 +237,8 @@ class MooncakeEmbeddingManager(abc.ABC):
         """Any thread: something died that this rank cannot work without."""
         self.unhealthy_reason = self.unhealthy_reason or reason
         logger.error("relay is unhealthy: %s", reason)
+        if self.on_unhealthy is not None:
+            self.on_unhealthy(reason)
 
     def metrics(self) -> Numbers:
         """Numbers of a moment ago; never waits."""

@@ -40,6 +40,11 @@ GIVEN_UP = TIMING.quarantine + TIMING.longest_repeat_interval
 # Whatever was lost has been said again by then, and whoever could not be found has been missed. With the defaults 46 s.
 RECOVERED = NOTICED + TIMING.longest_repeat_interval
 
+# How many ranks of the language instance share a room, and how many encode instances there are, or data-parallel ranks
+# of one: to the protocol that is the same. (Of tensor-parallel encode ranks one alone takes part.) Four cost most.
+RANKS = (1, 1, 1, 1, 1, 2, 2, 2, 4)
+ENCODES = (1, 1, 1, 1, 2, 2, 2, 4)
+
 LANDS_LATE = list(Fault).index(Fault.LANDS_LATE)
 
 
@@ -67,7 +72,7 @@ class Shape:
     @classmethod
     def wide(cls, rng: random.Random) -> "Shape":
         """Two peers, and pools of which an eighth is at least a block."""
-        ranks = rng.choice((1, 1, 2))
+        ranks = rng.choice(RANKS)
         return cls(
             block_size=rng.randint(1, 4),
             encode_blocks=rng.randint(1, 6),
@@ -78,13 +83,13 @@ class Shape:
 
     @classmethod
     def random(cls, rng: random.Random) -> "Shape":
-        ranks = rng.choice((1, 1, 2))
+        ranks = rng.choice(RANKS)
         return cls(
             block_size=rng.randint(1, 4),
             encode_blocks=rng.randint(1, 6),
             language_blocks=tuple(rng.randint(1, 5) for _ in range(ranks)),
             defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
-            encodes=rng.randint(1, 2),
+            encodes=rng.choice(ENCODES),
         )
 
 

@@ -8,6 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.effort import DAILY, SCHEDULES, effort, unhurried
 from support.schedules import (
+    ENCODES,
+    RANKS,
     Schedule,
     Shape,
     run_chaos,
@@ -23,14 +25,14 @@ pytestmark = unhurried
 
 numbers = st.integers(0, 30)
 
-shapes = st.integers(1, 2).flatmap(
+shapes = st.sampled_from(RANKS).flatmap(
     lambda ranks: st.builds(
         Shape,
         block_size=st.integers(1, 4),
         encode_blocks=st.integers(1, 6),
         language_blocks=st.tuples(*[st.integers(1, 5)] * ranks),
         defaults=st.tuples(*[st.sampled_from((None, 1, 3, 8, 20))] * ranks),
-        encodes=st.integers(1, 2),
+        encodes=st.sampled_from(ENCODES),
     )
 )
 
