@@ -13,6 +13,7 @@ only when a library is loaded (those of OpenMP are therefore this process's own)
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -21,13 +22,14 @@ import importlib
 import json
 import multiprocessing.util
 import os
+import pkgutil
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -40,6 +42,7 @@ from support.repo import REPO
 
 PRELOADED: Final = (
     "sglang.cli.main",
+    "sglang.launch_server",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.managers.scheduler",
@@ -47,8 +50,8 @@ PRELOADED: Final = (
 )
 PR_SET_CHILD_SUBREAPER: Final = 36
 LARGEST_MESSAGE: Final = 1 << 20
-FIRST_FREE_NUMBER: Final = 1000
-"""Descriptors wait from here on until those that they shall replace are closed."""
+LOW_NUMBERS: Final = range(3, 500)
+"""Of descriptors, for those of the servers. What imports open, and may close by its number, gets higher ones."""
 
 
 class WarmProcess(LocalProcess):
@@ -135,8 +138,8 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It looks for the place of the title when it is first asked for one, and cannot find it after `become`.
     setproctitle.setproctitle("what servers of tests are forked from")
-    for name in PRELOADED:
-        importlib.import_module(name)
+    with low_numbers_taken():
+        preload()
     gc.freeze()
     with socket.socket(fileno=descriptor) as tests:
         while True:
@@ -152,6 +155,31 @@ def main(descriptor: int) -> None:
             for number in descriptors:
                 os.close(number)
             tests.send(json.dumps(answer).encode())
+
+
+@contextlib.contextmanager
+def low_numbers_taken() -> Iterator[None]:
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    taken = [nowhere]
+    while taken[-1] + 1 < LOW_NUMBERS.stop:
+        taken.append(os.dup(nowhere))
+    yield
+    for number in taken:
+        os.close(number)
+
+
+def preload() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    # With these come numba and others; SGLang imports all of them, and does without those that cannot be imported.
+    processors = importlib.import_module("sglang.srt.multimodal.processors")
+    for module in pkgutil.iter_modules(processors.__path__, f"{processors.__name__}."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module.name)
+    # For each hook SGLang looks through all that all modules hold, a second in all. Only its class holds a method.
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    search = registry._propagate_patch
+    registry._propagate_patch = lambda old, new, holder: 0 if isinstance(holder, type) else search(old, new, holder)
 
 
 def status(request: dict[str, int]) -> int | None:
@@ -189,7 +217,7 @@ def take_places(wanted: Mapping[int, int]) -> None:
     """Let each descriptor have the number that it shall have."""
     moved = {}
     for number, descriptor in wanted.items():
-        moved[number] = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_NUMBER)
+        moved[number] = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LOW_NUMBERS.stop)
         os.close(descriptor)
     for number, descriptor in moved.items():
         os.dup2(descriptor, number)
