@@ -1,15 +1,19 @@
-"""The data plane over RDMA, and engines that do not start: with stand-ins, because no machine of the tests has RDMA.
+"""The data plane over RDMA, engines that do not start, and what is made of each answer over TCP: with stand-ins.
 
-The engine here records what it is told and moves no bytes. What the data plane does over TCP is tested with Mooncake
-itself, in the loopback lane.
+No machine of the tests has RDMA, and no real engine can be made to give each answer. The engines here record what they
+are told and move no bytes; the one over TCP has a real connection to its peer's data port, and sends nothing over it.
+What Mooncake itself does over TCP is tested in the loopback lane.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,7 +21,8 @@ from embedding_relay.memory import engine
 from embedding_relay.memory.engine import MooncakeDataPlane, MooncakeLink
 from embedding_relay.memory.handshake import EngineFacts
 from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable
-from embedding_relay.protocol.errors import SettingError
+from embedding_relay.protocol.errors import LocalError, SettingError
+from embedding_relay.protocol.plan import BATCH_LIMIT
 from support.engine_stand_in import EngineStandIn
 
 HOST = "127.0.0.1"
@@ -207,6 +212,297 @@ def test_nothing_of_a_gone_writer_waits_here_over_rdma(plane: MooncakeDataPlane)
     assert plane.has_read_everything()
 
 
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The engines that were ended, instead of hurrying each along."""
+    ended: list[Any] = []
+    monkeypatch.setattr(engine, "_end_quickly", lambda one: ended.append(one) if one is not None else None)
+    return ended
+
+
+def test_one_spare_engine_is_kept_and_no_more(
+    made: type[RecordingEngine], plane: MooncakeDataPlane, theirs: EngineStandIn, ended: list[Any]
+) -> None:
+    links = [plane.link(theirs.session_id) for _ in range(2)]
+    for link in links:
+        link.write(ROWS)
+    for link in links:
+        link.close()
+    first, second = made.made
+    assert ended == [first]
+    plane.close()
+    assert ended == [first, second]
+    plane.close()
+    assert ended == [first, second]
+
+
+def test_an_engine_of_too_many_peers_is_ended(plane: MooncakeDataPlane, ended: list[Any]) -> None:
+    sender = plane.take_sender("peer:1", EngineFacts(frozenset(), 0, ()))
+    sender.peers = dict.fromkeys(map(str, range(engine._MOST_PEERS)), EngineFacts(frozenset(), 0, ()))
+    plane.give_back(sender)
+    assert len(ended) == 1
+    assert sender.engine is None
+
+
+def test_a_plane_closes_its_links(
+    made: type[RecordingEngine], plane: MooncakeDataPlane, theirs: EngineStandIn, ended: list[Any]
+) -> None:
+    closed, left = plane.link(theirs.session_id), plane.link(theirs.session_id)
+    closed.close()
+    assert plane._links == [left]
+    closed.close()
+    left.write(ROWS)
+    plane.close()
+    assert plane._links == []
+    assert ended == made.made
+
+
+def test_no_more_entries_than_one_call_may_carry(
+    made: type[RecordingEngine], link: MooncakeLink, plane: MooncakeDataPlane
+) -> None:
+    link.write([])
+    with pytest.raises(TransferError, match=f"more than the {BATCH_LIMIT}"):
+        link.write([ROWS[0]] * (BATCH_LIMIT + 1))
+    assert len(made.made[0].calls) == 2, "only its start"
+    link.write([ROWS[0]] * BATCH_LIMIT)
+
+
+def test_an_engine_that_cannot_be_made_for_a_link_leaves_its_peer_unreachable(
+    made: type[RecordingEngine], link: MooncakeLink, plane: MooncakeDataPlane, theirs: EngineStandIn
+) -> None:
+    link.write(ROWS)
+    made.starts = -1
+    with pytest.raises(Unreachable, match="does not start"):
+        plane.link(theirs.session_id).write(ROWS)
+
+
+def test_who_does_not_receive_has_no_session(plane: MooncakeDataPlane) -> None:
+    with pytest.raises(LocalError, match="does not receive"):
+        _ = plane.session_id
+
+
+# ---- over TCP
+
+
+class EngineOverTcp:
+    """Mooncake's TransferEngine over TCP, without bytes. Nobody keeps it but the data plane, so that it can end."""
+
+    handshake_port: int
+    peers_port: int
+    calls: ClassVar[list[tuple[object, ...]]]
+    statuses: ClassVar[list[int]]
+    """Of the first write, look by look; the last for ever."""
+    number, batch, connects = 7, 0, True
+
+    def __init__(self) -> None:
+        self._connection: socket.socket | None = None
+
+    def __del__(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def initialize(self, *_: str) -> int:
+        return 0
+
+    def get_rpc_port(self) -> int:
+        return self.handshake_port
+
+    def register_memory(self, *_: int) -> int:
+        return 0
+
+    def transfer_submit_write(self, *what: object) -> int:
+        self.calls.append(what)
+        if self.connects:
+            self._connection = socket.create_connection((HOST, self.peers_port))
+        return self.number
+
+    def transfer_check_status(self, number: int) -> int:
+        assert number == self.number
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def batch_transfer_sync_write(self, *what: object) -> int:
+        self.calls.append(what)
+        return self.batch
+
+
+class Peer:
+    """The data port of a peer, whose engine is asked at the handshake port of `theirs`."""
+
+    def __init__(self, theirs: EngineStandIn) -> None:
+        self.theirs = theirs
+        self.listener = socket.create_server((HOST, 0))
+        self.port: int = self.listener.getsockname()[1]
+        theirs.says |= {"protocol": "tcp", "tcp_data_port": self.port}
+        self.connections: list[socket.socket] = []
+
+    def accept(self) -> socket.socket:
+        """The connection of an engine; before it comes one by which the port is only tried out."""
+        for _ in range(2):
+            connection, _ = self.listener.accept()
+            self.connections.append(connection)
+        connection.settimeout(10)
+        return connection
+
+    def close(self) -> None:
+        for end in (*self.connections, self.listener):
+            end.close()
+
+
+@pytest.fixture
+def peer(theirs: EngineStandIn) -> Iterator[Peer]:
+    with closing(Peer(theirs)) as peer:
+        yield peer
+
+
+@pytest.fixture
+def over_tcp(
+    ours: EngineStandIn, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[type[EngineOverTcp], MooncakeLink]]:
+    class Engine(EngineOverTcp):
+        handshake_port = int(ours.session_id.rpartition(":")[2])
+        peers_port = peer.port
+        calls: ClassVar[list[tuple[object, ...]]] = []
+        statuses: ClassVar[list[int]] = [0, 0, 1]
+
+    ours.says |= {"protocol": "tcp", "tcp_data_port": 1}
+    monkeypatch.setattr(engine, "_engine_class", lambda: Engine)
+    monkeypatch.setattr(os, "environ", {})
+    plane = MooncakeDataPlane(HOST, "tcp")
+    plane.start([])
+    yield Engine, plane.link(peer.theirs.session_id)
+    plane.close()
+
+
+OverTcp = tuple[type[EngineOverTcp], MooncakeLink]
+
+
+def test_over_tcp_the_first_bytes_are_confirmed_before_the_rest_is_sent(over_tcp: OverTcp, peer: Peer) -> None:
+    used, link = over_tcp
+    for _ in range(2):
+        link.write(ROWS)
+    session = peer.theirs.session_id
+    batch = (session, [100, 6000], [200, 7000], [5000, 10])
+    assert used.calls == [(session, 100, 200, 8), batch, batch]
+    assert used.statuses == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"statuses": [0, -1]}, "was not confirmed"),
+        ({"statuses": [0]}, "was not confirmed"),
+        ({"statuses": [1], "connects": False}, "was not confirmed"),
+        ({"number": 0}, "answers us, but not Mooncake"),
+    ],
+    ids=["failed", "no answer", "a connection that nobody can hold", "not begun"],
+)
+def test_over_tcp_nothing_follows_a_first_write_that_is_not_confirmed(
+    over_tcp: OverTcp, changes: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, link = over_tcp
+    monkeypatch.setattr(engine, "_FIRST_WRITE_TIMEOUT", 0.05)
+    for name, value in changes.items():
+        setattr(used, name, value)
+    with pytest.raises(TransferError, match=problem):
+        link.write(ROWS)
+    assert len(used.calls) == 1
+
+
+def fail(over_tcp: OverTcp, peer: Peer) -> socket.socket:
+    """A write that fails, after the first; the peer's end of its connection."""
+    used, link = over_tcp
+    used.batch = -1
+    with pytest.raises(TransferError, match="5010 bytes"):
+        link.write(ROWS)
+    used.batch = 0
+    link.renew()
+    return peer.accept()
+
+
+def test_over_tcp_a_failed_write_is_over_when_the_peer_has_read_to_the_end(over_tcp: OverTcp, peer: Peer) -> None:
+    _, link = over_tcp
+    link.write(ROWS)
+    end = fail(over_tcp, peer)
+    assert end.recv(1) == b"", "the old engine is gone, and has told so"
+    assert not link.is_quiet()
+    end.close()
+    assert link.is_quiet()
+
+
+def test_over_tcp_a_failed_write_is_over_when_the_peer_is_gone(over_tcp: OverTcp, peer: Peer) -> None:
+    _, link = over_tcp
+    end = fail(over_tcp, peer)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()
+    assert not link.is_quiet(), "something in between may have cut it"
+    peer.theirs.says["buffers"] = [{"addr": 1, "length": 1}]
+    assert link.is_quiet(), "its engine is another one"
+
+
+def test_over_tcp_what_was_sent_to_the_predecessor_of_a_peer_is_of_no_interest(over_tcp: OverTcp, peer: Peer) -> None:
+    used, link = over_tcp
+    fail(over_tcp, peer)
+    used.statuses = [1]
+    link.write(ROWS)
+    assert not link.is_quiet(), "it is the same engine"
+    fail(over_tcp, peer)
+    peer.theirs.says["buffers"] = [{"addr": 1, "length": 1}]
+    link.write(ROWS)
+    assert link.is_quiet()
+
+
+def test_over_tcp_a_link_that_is_closed_leaves_nothing_open(over_tcp: OverTcp, peer: Peer) -> None:
+    used, link = over_tcp
+    used.statuses = [-1]
+    with pytest.raises(TransferError):
+        link.write(ROWS)
+    end = peer.accept()
+    link.close()
+    assert end.recv(1) == b""
+
+
+def test_over_tcp_it_is_looked_whether_our_engine_has_read_everything(
+    over_tcp: OverTcp, ours: EngineStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, link = over_tcp
+    asked: list[int] = []
+    monkeypatch.setattr(engine, "has_read_everything", lambda port: bool(asked.append(port)))
+    assert not link._plane.has_read_everything()
+    assert asked == [ours.says["tcp_data_port"]]
+
+
+# ---- how engines are asked for
+
+
+@pytest.mark.parametrize(("devices", "is_tcp"), [(["mlx5_0"], False), ([], True)])
+def test_rdma_is_used_where_there_is_a_device(
+    devices: list[str], is_tcp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_devices", lambda: devices)
+    assert MooncakeDataPlane(HOST).is_tcp is is_tcp
+
+
+def test_what_mooncake_takes_from_the_environment(made: type[RecordingEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def environment_of(host: str, transport: str, **before: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", dict(before))
+        with suppress(SettingError):
+            MooncakeDataPlane(host, transport).start([])
+        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+    settings = engine._TCP_SETTINGS
+    assert environment_of(HOST, "rdma") == settings
+    assert environment_of(HOST, "rdma", MC_TCP_PROTO="1") == settings
+    assert environment_of(HOST, "tcp") == {"MC_FORCE_TCP": "1", **settings}
+    assert environment_of("::1", "rdma") == {"MC_USE_IPV6": "1", **settings}
+    assert environment_of("::1", "tcp", MC_FORCE_TCP="0", MC_USE_IPV6="0") == settings, "an operator's stay"
+
+
+def test_mooncake_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)
+    with pytest.raises(SettingError, match=r"cannot be loaded .* install one of the extras"):
+        MooncakeDataPlane(HOST, "tcp").start([])
+
+
 # ---- engines that do not start
 
 
@@ -222,12 +518,18 @@ def test_nothing_of_a_gone_writer_waits_here_over_rdma(plane: MooncakeDataPlane)
     ],
 )
 def test_an_engine_that_is_not_what_it_should_be(
-    made: type[RecordingEngine], ours: EngineStandIn, says: dict[str, object], problem: str, receives: bool
+    made: type[RecordingEngine],
+    ours: EngineStandIn,
+    ended: list[Any],
+    says: dict[str, object],
+    problem: str,
+    receives: bool,
 ) -> None:
     ours.says |= says
     with pytest.raises(SettingError, match=problem):
         MooncakeDataPlane(HOST, "rdma", receives=receives).start([Region(100, 50_000)])
     assert len(made.made[0].calls) == 1, "it gets no memory"
+    assert ended == made.made
 
 
 def test_an_engine_asked_for_tcp_that_is_not(made: type[RecordingEngine]) -> None:
@@ -249,6 +551,22 @@ def test_an_engine_that_does_not_start(made: type[RecordingEngine]) -> None:
     made.starts = -1
     with pytest.raises(SettingError, match=rf"does not start on {HOST}, and was asked for rdma \(device: any;"):
         MooncakeDataPlane(HOST, "rdma").start([])
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "there_are", "said"),
+    [
+        ("", [], r"\(device: any; /sys/class/infiniband has none\)"),
+        ("mlx5_7", ["mlx5_1", "mlx5_0"], r"\(device: mlx5_7; /sys/class/infiniband has mlx5_0, mlx5_1\)"),
+    ],
+)
+def test_the_devices_that_there_are_and_the_one_that_was_asked_for_are_named(
+    made: type[RecordingEngine], asked_for: str, there_are: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_devices", lambda: there_are)
+    made.starts = -1
+    with pytest.raises(SettingError, match=said):
+        MooncakeDataPlane(HOST, "rdma", asked_for).start([])
 
 
 def test_memory_that_cannot_be_registered(made: type[RecordingEngine]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable
+from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
 from embedding_relay.transport import workers
-from embedding_relay.transport.workers import IDLE_SECONDS, TransferWorker, TransferWorkers
+from embedding_relay.transport.workers import IDLE_SECONDS, ChunkJob, TransferWorker, TransferWorkers
 
 ENTRIES = [Entry(0, 0, 1)]
 
@@ -98,6 +100,86 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     yield desk
     desk.workers.close()
     assert set(threading.enumerate()) == before
+
+
+# ---- one chunk
+
+
+class Buffers:
+    """What a chunk needs of the registered buffers and of the rows: their layout, and that somebody stages."""
+
+    layout = BufferLayout(hidden_size=4, dtype="float32", deepstack_rows=0, block_size=2, blocks=8)
+    pointers = (1000, 2000, 3000, 4000, 5000)
+    media_runs = ((0, 3),)
+
+    def __init__(self) -> None:
+        self.staged: list[tuple[object, ...]] = []
+
+    def stage(self, *what: object) -> None:
+        self.staged.append(what)
+
+
+class Records:
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        self.entries += entries
+
+
+def job_of(buffers: Any, finished: Callable[[ChunkJob], None] = lambda _: None, *, stage: bool = True) -> ChunkJob:
+    """Three rows in blocks 2 and 3: all for one destination, the last for another, which has the rest."""
+    destinations = (
+        ChunkDestination("one", (5, 6), first_row=0, start_row=0, stop_row=3, with_aux=True),
+        ChunkDestination("other", (7,), first_row=2, start_row=2, stop_row=3, with_aux=False),
+    )
+    chunk = TransferEmbeddingChunk(9, 1, Window(first_row=0, rows=3, blocks=(2, 3), stage=stage), destinations)
+    return ChunkJob(chunk, buffers, buffers, finished)
+
+
+def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
+    buffers, links = Buffers(), (Records(), Records())
+    job = job_of(buffers)
+    there = (10_000, 20_000, 30_000, 40_000, 50_000)
+    for destination, link in zip(job.chunk.destinations, links, strict=True):
+        job.write(destination, there, link)  # type: ignore[arg-type]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3))]
+    one, other = (sorted(link.entries) for link in links)
+    assert one == [
+        Entry(1000 + 4 * 16, 10_000 + 10 * 16, 3 * 16),
+        Entry(2000 + 4 * 4, 20_000 + 10 * 4, 3 * 4),
+        Entry(3000 + 4 * 12, 30_000 + 10 * 12, 3 * 12),
+        Entry(4000 + 2 * 64, 40_000 + 5 * 64, 64),
+        Entry(5000 + 4 * 16, 50_000 + 10 * 16, 3 * 16),
+    ]
+    assert other == [
+        Entry(1000 + 6 * 16, 10_000 + 14 * 16, 16),
+        Entry(2000 + 6 * 4, 20_000 + 14 * 4, 4),
+        Entry(3000 + 6 * 12, 30_000 + 14 * 12, 12),
+        Entry(5000 + 6 * 16, 50_000 + 14 * 16, 16),
+    ]
+    assert job.bytes == sum(entry.length for entry in one + other)
+
+
+def test_rows_that_are_staged_already_are_not_staged_again() -> None:
+    buffers = Buffers()
+    job = job_of(buffers, stage=False)
+    job.write(job.chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]
+    assert buffers.staged == []
+
+
+def test_the_last_destination_of_a_chunk_to_end_reports_it() -> None:
+    finished: list[ChunkJob] = []
+    job = job_of(Buffers(), finished.append)
+    job.done("one", "no luck")
+    assert finished == []
+    job.done("other", "")
+    assert finished == [job]
+    assert job.errors == {"one": "no luck"}
+    assert job.rows == 1, "those that were written"
+
+
+# ---- a worker, and several
 
 
 def test_a_write_that_works_is_written_once(desk: Desk) -> None:
