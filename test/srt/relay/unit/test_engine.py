@@ -149,12 +149,13 @@ def test_after_a_failed_write_the_way_is_proven_again(
 
 
 def test_an_engine_with_an_unfinished_write_is_not_kept_for_others(
-    made: type[RecordingEngine], link: MooncakeLink, plane: MooncakeDataPlane, theirs: EngineStandIn
+    made: type[RecordingEngine], link: MooncakeLink, plane: MooncakeDataPlane, theirs: EngineStandIn, ended: list[Any]
 ) -> None:
     made.batch = -1
     with suppress(TransferError):
         link.write(ROWS)
     link.close()
+    assert ended == made.made
     made.batch = 0
     plane.link(theirs.session_id).write(ROWS)
     assert len(made.made) == 2
@@ -276,9 +277,17 @@ def test_an_engine_that_cannot_be_made_for_a_link_leaves_its_peer_unreachable(
         plane.link(theirs.session_id).write(ROWS)
 
 
-def test_who_does_not_receive_has_no_session(plane: MooncakeDataPlane) -> None:
-    with pytest.raises(LocalError, match="does not receive"):
-        _ = plane.session_id
+def test_who_does_not_receive_has_no_session(
+    made: type[RecordingEngine], plane: MooncakeDataPlane, ended: list[Any]
+) -> None:
+    receives = MooncakeDataPlane(HOST, "rdma")
+    receives.start([])
+    assert receives.session_id
+    receives.close()
+    assert ended == [made.made[1]]
+    for one in (plane, receives):
+        with pytest.raises(LocalError, match="does not receive"):
+            _ = one.session_id
 
 
 # ---- over TCP
@@ -292,14 +301,14 @@ class EngineOverTcp:
     calls: ClassVar[list[tuple[object, ...]]]
     statuses: ClassVar[list[int]]
     """Of the first write, look by look; the last for ever."""
-    number, batch, connects = 7, 0, True
+    number, batch, connects, connects_again = 7, 0, True, False
 
     def __init__(self) -> None:
-        self._connection: socket.socket | None = None
+        self._connections: list[socket.socket] = []
 
     def __del__(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        for connection in self._connections:
+            connection.close()
 
     def initialize(self, *_: str) -> int:
         return 0
@@ -313,7 +322,7 @@ class EngineOverTcp:
     def transfer_submit_write(self, *what: object) -> int:
         self.calls.append(what)
         if self.connects:
-            self._connection = socket.create_connection((HOST, self.peers_port))
+            self._connections.append(socket.create_connection((HOST, self.peers_port)))
         return self.number
 
     def transfer_check_status(self, number: int) -> int:
@@ -322,6 +331,8 @@ class EngineOverTcp:
 
     def batch_transfer_sync_write(self, *what: object) -> int:
         self.calls.append(what)
+        if self.connects_again:
+            self._connections.append(socket.create_connection((HOST, self.peers_port)))
         return self.batch
 
 
@@ -426,6 +437,17 @@ def test_over_tcp_a_failed_write_is_over_when_the_peer_has_read_to_the_end(over_
     assert end.recv(1) == b"", "the old engine is gone, and has told so"
     assert not link.is_quiet()
     end.close()
+    assert link.is_quiet()
+
+
+def test_over_tcp_a_connection_that_came_later_is_waited_for_too(over_tcp: OverTcp, peer: Peer) -> None:
+    used, link = over_tcp
+    used.connects_again = True
+    first = fail(over_tcp, peer)
+    second, _ = peer.listener.accept()
+    first.close()
+    assert not link.is_quiet()
+    second.close()
     assert link.is_quiet()
 
 

@@ -151,6 +151,7 @@ def test_an_engine_of_whose_connections_we_have_none_proves_nothing(connection: 
 
 def test_a_connection_that_somebody_else_has_is_not_ended(connection: Connection, held: HeldConnections) -> None:
     held.end()
+    assert not held.has_any
     assert not held.is_quiet(there)
     connection.engines.sendall(b"still there")
     assert connection.peers.recv(100) == b"still there"
@@ -161,6 +162,7 @@ def test_what_one_holds_another_does_not(connection: Connection, held: HeldConne
     other.hold({(HOST, connection.port)})
     assert not other.has_any
     held.close()
+    assert not held.has_any
     other.hold({(HOST, connection.port)})
     assert other.has_any
     other.close()
