@@ -35,6 +35,11 @@ def flaw_of_room(room: int) -> Failure | None:
     return Failure(BAD_REQUEST, f"room {room} is not from 0 to {MAX_ROOM}")
 
 
+def rank_of_room(room: int, ranks: int) -> int:
+    """Which data-parallel rank of an instance has this room: both halves of a request find it by the number alone."""
+    return room % ranks
+
+
 class Address(msgspec.Struct, frozen=True, order=True):
     """Where a rank listens for control messages."""
 

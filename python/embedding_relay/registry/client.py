@@ -39,12 +39,14 @@ _ANNOUNCE_AGAIN_AFTER: Final = 0.5
 _CHECK_EVERY: Final = 10.0
 _MOST_MISSED: Final = 3
 
-# Every rank of an encode instance holds the same rows: rank 0 sends them to all language ranks.
-_SENDING_RANK: Final = 0
 _LOOKUP_THREADS: Final = 16
 # An instance that has just started announces itself a moment after it accepts requests.
 _LOOKUP_PATIENCE: Final = 2.0
 _LOOK_UP_AGAIN_AFTER: Final = 0.2
+# An instance that is restarted takes longer than this; clients choose registries, and may name many.
+_SIZE_IS_KNOWN_FOR: Final = 10.0
+_SIZE_TIMEOUT: Final = 1.0
+_MOST_SIZES: Final = 1000
 
 
 class RegistryError(RemoteError):
@@ -70,9 +72,9 @@ def announce(registry: Address, rank: EncodeRank, key: bytes | None = None) -> N
     _request(registry, "PUT", RANKS_PATH, msgspec.json.encode(rank), key)
 
 
-def look_up(registry: Address, rank: int, key: bytes | None = None) -> EncodeRank:
-    """Ask the registry for a rank; raises RegistryError."""
-    body = _request(registry, "GET", f"{RANKS_PATH}/{rank}", b"", key)
+def look_up(registry: Address, rank: int, key: bytes | None = None, timeout: float = _REQUEST_TIMEOUT) -> EncodeRank:
+    """Ask the registry for a rank; raises RegistryError. `timeout` is for each step of it."""
+    body = _request(registry, "GET", f"{RANKS_PATH}/{rank}", b"", key, timeout)
     try:
         return msgspec.json.decode(body, type=EncodeRank)
     except msgspec.DecodeError as error:
@@ -85,6 +87,12 @@ def _no_registry(registry: Address, said: str) -> RegistryError:
     return RegistryError(text, said)
 
 
+def parse_peer(text: str) -> tuple[Address, int]:
+    """The registry, and the rank that is meant: what `name_of_rank` has made."""
+    registry, _, rank = text.partition("#")
+    return parse_address(registry), int(rank or 0)
+
+
 def parse_address(text: str) -> Address:
     """`host:port` or `[v6 host]:port`."""
     host, _, port = text.rpartition(":")
@@ -94,9 +102,11 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def _request(registry: Address, method: str, path: str, body: bytes, key: bytes | None) -> bytes:
+def _request(
+    registry: Address, method: str, path: str, body: bytes, key: bytes | None, timeout: float = _REQUEST_TIMEOUT
+) -> bytes:
     """A direct connection: a proxy of the environment is for the world outside, not for our own instances."""
-    connection = http.client.HTTPConnection(registry.host, registry.port, timeout=_REQUEST_TIMEOUT)
+    connection = http.client.HTTPConnection(registry.host, registry.port, timeout=timeout)
     headers = {}
     try:
         connection.connect()
@@ -217,7 +227,7 @@ class Announcer:
 
 
 class LookupAnswers(Protocol):
-    """What a lookup may find out; called in the control thread. A `peer` is the address of a registry, as text."""
+    """What a lookup may find out; called in the control thread. A `peer` is a rank as `name_of_rank` calls it."""
 
     def peer_resolved(self, peer: str, address: Address, instance: str, now: float) -> None: ...
 
@@ -286,10 +296,10 @@ class PeerLookup:
             self._post(functools.partial(self._answers.peer_resolved, peer, rank.address, rank.instance))
 
     def _ask(self, peer: str) -> EncodeRank:
-        registry, deadline = parse_address(peer), time.monotonic() + _LOOKUP_PATIENCE
+        (registry, wanted), deadline = parse_peer(peer), time.monotonic() + _LOOKUP_PATIENCE
         while True:
             try:
-                rank = look_up(registry, _SENDING_RANK, self._key)
+                rank = look_up(registry, wanted, self._key)
                 if not self._may_ask(rank.host):
                     raise RegistryError(f"{registry} names a host that may not be asked", str(rank.address))
                 if is_refused(rank.address):
@@ -299,3 +309,31 @@ class PeerLookup:
             except RegistryError:
                 if time.monotonic() > deadline or self._stopped.wait(_LOOK_UP_AGAIN_AFTER):
                     raise
+
+
+class InstanceSizes:
+    """How many data-parallel ranks encode instances have; looked up where requests arrive, which may wait for it.
+
+    Nothing depends on the answer but which rank is asked for the rows, and a rank that is asked for another's says so.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = key
+        self._known: dict[Address, tuple[float, int]] = {}
+
+    def known(self, registry: Address, now: float) -> int | None:
+        """Unless it was asked too long ago: an instance may come back with another number."""
+        asked_at, size = self._known.get(registry, (-_SIZE_IS_KNOWN_FOR, 1))
+        return size if now < asked_at + _SIZE_IS_KNOWN_FOR else None
+
+    def ask(self, registry: Address) -> int:
+        """Waits for the registry. 1 if it does not answer: whoever asks for the rows will find out why."""
+        try:
+            size = look_up(registry, 0, self._key, _SIZE_TIMEOUT).ranks
+        except RegistryError as error:
+            logger.warning("relay: how many ranks encode instance %s has is not known: %s", registry, error.for_the_log)
+            size = 1
+        while len(self._known) >= _MOST_SIZES:
+            self._known.pop(next(iter(self._known)), None)
+        self._known[registry] = (time.monotonic(), size)
+        return size

@@ -101,25 +101,34 @@ class EncodeManager(MooncakeEmbeddingManager):
         host: str,
         bootstrap: Address,
         rank: int = 0,
+        ranks: int = 1,
         ib_device: str = "",
         device: str = "cpu",
         observer: Observer = NOBODY,
     ) -> EncodeManager:
-        """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry."""
+        """`host`: an address of this machine that the other side can reach; `bootstrap`: this instance's registry.
+
+        `rank` of `ranks` among which the instance divides its requests.
+        """
         plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
         opened = open_rank(layout, config, host, plane, device)
         with opened.closing_on_error():
-            return cls(opened, bootstrap, rank, observer)
+            return cls(opened, bootstrap, rank, ranks, observer)
 
-    def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, observer: Observer) -> None:
+    def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, ranks: int, observer: Observer) -> None:
         super().__init__(opened, observer)
         handshake, config = self.layout.handshake(), self.config
         self._core: EncodeSide = EncodeSide(
-            handshake=handshake, instance=self.instance, pool=self.pool, timing=config.timing
+            handshake=handshake,
+            instance=self.instance,
+            pool=self.pool,
+            timing=config.timing,
+            rank=rank,
+            ranks=ranks,
         )
         self._announcer = Announcer(
             bootstrap,
-            EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake),
+            EncodeRank(rank, self.address.host, self.address.port, self.instance, handshake, ranks),
             config.bootstrap_timeout,
             self.report_unhealthy,
             config.keys.registry if config.keys else None,

@@ -60,8 +60,9 @@ class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc] 
 
     def watch_nobody(self) -> Watch:
         """In place of the watch over the scheduler's process, which is not there."""
-        self.embedding_relay_watch = Watch()
-        return self.embedding_relay_watch
+        watch = Watch()
+        self.embedding_relay_watches = [watch]
+        return watch
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)

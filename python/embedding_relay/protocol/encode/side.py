@@ -33,6 +33,7 @@ from embedding_relay.protocol.messages import (
     ToEncode,
     TransferEmbeddingInfo,
     flaw_of_room,
+    rank_of_room,
 )
 from embedding_relay.protocol.status import EndedRooms, Ending, Status
 from embedding_relay.protocol.timing import Alarms, Timing
@@ -41,8 +42,12 @@ from embedding_relay.protocol.timing import Alarms, Timing
 class EncodeSide:
     """One encode rank. Every method returns what must be done, in this order; none of them waits."""
 
-    def __init__(self, *, handshake: Handshake, instance: str, pool: BlockPool, timing: Timing) -> None:
+    def __init__(
+        self, *, handshake: Handshake, instance: str, pool: BlockPool, timing: Timing, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """`rank` of `ranks` among which the requests of the instance are divided by their rooms."""
         self._instance = instance
+        self._rank, self._ranks = rank, ranks
         self._shared = Shared(
             pool=pool,
             block_size=handshake.block_size,
@@ -135,6 +140,9 @@ class EncodeSide:
             return [Send(message.address, Pong(self._instance, message.instance), to_stranger=is_stranger)]
         if isinstance(message, Abort):
             return self._abort(message, now)
+        if (whose := rank_of_room(message.room, self._ranks)) != self._rank:
+            text = f"room {message.room} is at rank {whose} of this encode instance, and rank {self._rank} was asked"
+            return self._turn_away(message, BAD_GATEWAY, text)
         if ending := self._shared.ended.get(message.room):
             return self._answer_for_ended(message, ending)
         if session is None and self._admission.keep_waiting(message):

@@ -15,8 +15,8 @@ from embedding_relay.pairing import AllowedHosts
 from embedding_relay.protocol.errors import BAD_GATEWAY, SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.registry import client
-from embedding_relay.registry.client import RegistryError, announce, look_up, parse_address
-from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.registry.client import InstanceSizes, RegistryError, announce, look_up, parse_address, parse_peer
+from embedding_relay.registry.entry import EncodeRank, name_of_rank
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from support.loopback import HOST, language_rank, small_layout
 
@@ -55,6 +55,20 @@ def test_a_new_process_replaces_the_old_one(registry: Address) -> None:
     newer = EncodeRank(0, HOST, 4321, "def", RANK.handshake)
     announce(registry, newer)
     assert look_up(registry, 0) == newer
+
+
+def test_each_data_parallel_rank_has_an_entry_that_says_how_many_there_are(registry: Address) -> None:
+    ranks = [EncodeRank(rank, HOST, 1234 + rank, f"process-{rank}", RANK.handshake, ranks=2) for rank in (0, 1)]
+    for rank in ranks:
+        announce(registry, rank)
+    assert [look_up(registry, rank) for rank in (0, 1)] == ranks
+    assert InstanceSizes().ask(registry) == 2
+
+
+def test_what_a_language_rank_calls_an_encode_rank_says_where_it_is() -> None:
+    for registry in (Address("host", 80), Address("fd00::1", 80)):
+        for rank in (0, 3):
+            assert parse_peer(name_of_rank(registry, rank)) == (registry, rank)
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\xff", b'{"rank": 99999999}', b'{"rank": -1}'])

@@ -3,12 +3,14 @@
 import msgspec
 import pytest
 
+from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.effects import (
     DropRows,
     Send,
     StatusChanged,
     TransferEmbeddingChunk,
 )
+from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.messages import (
     Abort,
@@ -17,6 +19,7 @@ from embedding_relay.protocol.messages import (
     Ping,
     Pong,
     Queued,
+    TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.status import Status
 from support.protocol import (
@@ -31,6 +34,7 @@ from support.protocol import (
     encode_side_that_writes,
     encode_side_with,
     failure_of,
+    handshake,
     offer,
     only,
     ping,
@@ -54,6 +58,22 @@ def test_a_resume_of_an_unknown_room_is_answered() -> None:
     side = encode_side_with()
     (failure,) = reported_failures(side.receive(offer(8, 0, 1, sent=8), 0.0))
     assert failure == Failure(502, f"room {ROOM} is not under way at this encode instance")
+
+
+@pytest.mark.parametrize("message", [queued(), offer(8), offer(8, sent=8)])
+def test_who_asks_one_rank_for_the_room_of_another_is_told_so_at_once(message: Queued | TransferEmbeddingInfo) -> None:
+    side = EncodeSide(handshake=handshake(), instance="encode-1", pool=BlockPool(8), timing=TIMING, rank=0, ranks=2)
+    side.receive(register(0), 0.0)
+    (failure,) = reported_failures(side.receive(message, 0.0))
+    assert failure == Failure(502, f"room {ROOM} is at rank 1 of this encode instance, and rank 0 was asked")
+    assert side.is_empty()
+
+
+def test_an_abort_is_acknowledged_by_whichever_rank_has_it() -> None:
+    """It holds nothing up, and whoever asked the wrong rank must get its blocks back."""
+    side = EncodeSide(handshake=handshake(), instance="encode-1", pool=BlockPool(8), timing=TIMING, rank=0, ranks=2)
+    side.receive(register(0), 0.0)
+    assert AbortAck(ROOM) in sent(side.receive(Abort(ROOM, KNOWN_AT, SESSION), 0.0))
 
 
 def test_a_rank_too_many_is_turned_away_and_the_room_goes_on() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.pulse import SchedulerWatch, socket_name
-from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal import dp_ranks, modes
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,15 @@ async def generate(
 async def _generate_watched(
     original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any
 ) -> AsyncGenerator[Any, None]:
-    watch = _watch_of(manager)
-    if trouble := await watch.trouble_before_a_request():
-        from fastapi import HTTPException
+    watches = _watches_of(manager)
+    for watch in watches:
+        if trouble := await watch.trouble_before_a_request():
+            from fastapi import HTTPException
 
-        raise HTTPException(UNAVAILABLE, trouble)
-    with watch.a_request_waits():
+            raise HTTPException(UNAVAILABLE, trouble)
+    with contextlib.ExitStack() as waiting:
+        for watch in watches:
+            waiting.enter_context(watch.a_request_waits())
         async with contextlib.aclosing(original(manager, obj, request)) as answers:
             async for answer in answers:
                 yield answer
@@ -60,6 +63,7 @@ class Refusal(NamedTuple):
     host: str | None
     port: int | None
     failure: Failure
+    encode_rank: int = 0
 
 
 _with_scheduler: Final[set[int]] = set()
@@ -81,7 +85,7 @@ async def _generate_or_tell(
                 yield answer
     except Exception as error:
         error = _unforeseen(error) if _has_other_half(obj) else error
-        for refusal in _refusals(obj, error):
+        for refusal in [await _with_encode_rank(one) for one in _refusals(obj, error)]:
             logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
             manager._dispatch_to_scheduler(_as_message(refusal))
         raise error
@@ -111,6 +115,12 @@ def _refusals(obj: Any, error: Exception) -> list[Refusal]:
     return [Refusal(room, _first(obj.bootstrap_host), _first(obj.bootstrap_port), failure) for room in rooms]
 
 
+async def _with_encode_rank(refusal: Refusal) -> Refusal:
+    if refusal.host is None or modes.current() == modes.ENCODE:
+        return refusal
+    return refusal._replace(encode_rank=await dp_ranks.of_encode_instance(refusal.host, refusal.port, refusal.room))
+
+
 def _rooms(obj: Any) -> list[int]:
     """One for each prompt; SGLang numbers samples too, but they share the room of their prompt."""
     rooms = getattr(obj, "bootstrap_room", None)
@@ -126,8 +136,9 @@ def _first(value: Any) -> Any:
 
 def _as_message(refusal: Refusal) -> Any:
     """An abort of no request: of all that SGLang's two processes can tell each other, the one that carries a reason."""
-    room, host, port, failure = refusal
-    return abort_message(f"relay-refused-{room}", failure, relay_room=room, relay_host=host, relay_port=port)
+    room, host, port, failure, rank = refusal
+    where = {"relay_host": host, "relay_port": port, "relay_rank": rank}
+    return abort_message(f"relay-refused-{room}", failure, relay_room=room, **where)
 
 
 def refusal_in(recv_req: Any) -> Refusal | None:
@@ -136,7 +147,7 @@ def refusal_in(recv_req: Any) -> Refusal | None:
     if not reason or "relay_room" not in reason:
         return None
     failure = Failure(reason["status_code"], reason["message"])
-    return Refusal(reason["relay_room"], reason["relay_host"], reason["relay_port"], failure)
+    return Refusal(reason["relay_room"], reason["relay_host"], reason["relay_port"], failure, reason["relay_rank"])
 
 
 def reason_of(recv_req: Any) -> Failure | None:
@@ -190,22 +201,28 @@ def take_prompt_ids(manager: Any, recv_obj: Any) -> bool:
 # ---- a scheduler that does not answer
 
 
-def _watch_of(manager: Any) -> SchedulerWatch:
-    """The one of this process: made at its first request, because it belongs to the running event loop."""
-    watch: SchedulerWatch | None = getattr(manager, "embedding_relay_watch", None)
-    if watch is None:
-        from sglang.srt.runtime_context import get_serving
+def _watches_of(manager: Any) -> list[SchedulerWatch]:
+    """Those of this process, one for each data-parallel rank: made at its first request, because they belong to the
+    running event loop. One rank in trouble is the instance's: nobody here knows which requests it has.
+    """
+    watches: list[SchedulerWatch] | None = getattr(manager, "embedding_relay_watches", None)
+    if watches is None:
+        from sglang.srt.runtime_context import get_parallel, get_serving
 
         serving = get_serving()
-        watch = SchedulerWatch(
-            socket_name(serving.host, serving.port),
-            RelayConfig.from_environment(),
-            on_trouble=functools.partial(_answer_all, manager),
-            on_unhealthy=functools.partial(_report_unhealthy, manager),
-        )
-        watch.start()
-        manager.embedding_relay_watch = watch
-    return watch
+        watches = [
+            SchedulerWatch(
+                socket_name(serving.host, serving.port, dp_rank),
+                RelayConfig.from_environment(),
+                on_trouble=functools.partial(_answer_all, manager),
+                on_unhealthy=functools.partial(_report_unhealthy, manager),
+            )
+            for dp_rank in range(get_parallel().num_dp_ranks)
+        ]
+        for watch in watches:
+            watch.start()
+        manager.embedding_relay_watches = watches
+    return watches
 
 
 def _answer_all(manager: Any, trouble: str) -> None:
