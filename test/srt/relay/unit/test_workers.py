@@ -258,6 +258,29 @@ def test_looking_for_proof_ends_without_any(desk: Desk, monkeypatch: pytest.Monk
         desk.quiet.get(timeout=0.1)
 
 
+def test_a_worker_is_busy_as_long_as_it_has_jobs(desk: Desk) -> None:
+    worker = TransferWorker("peer", desk.plane, desk.quiet.put, desk.deaths.put)
+    assert not worker.is_busy
+    worker.submit(lambda link: link.write(ENTRIES), desk.answers.put)
+    assert worker.is_busy
+    worker.start()
+    assert desk.answer() == ""
+    worker.stop()
+    worker.join(10)
+    assert not worker.is_busy
+
+
+def test_who_ends_a_worker_twice_hears_of_no_proof(desk: Desk) -> None:
+    worker = TransferWorker("peer", desk.plane, desk.quiet.put, desk.deaths.put)
+    worker.start()
+    worker.stop()
+    worker.join(10)
+    worker.stop()
+    worker.submit(lambda link: link.write(ENTRIES), desk.answers.put)
+    assert desk.answer() == "the transfer worker for peer has ended"
+    assert desk.quiet.empty()
+
+
 def test_a_stuck_peer_holds_up_nobody_else(desk: Desk) -> None:
     desk.plane.gate = threading.Event()
     desk.write("stuck")
@@ -305,6 +328,8 @@ def test_a_worker_that_dies_answers_all_its_jobs_and_is_reported_and_replaced(de
     worker.join(10)
     worker.submit(lambda link: link.write(ENTRIES), desk.answers.put)  # it saw it alive a moment ago
     assert desk.answer() == "the transfer worker for stuck has ended"
+    worker.report_when_quiet()
+    assert desk.quiet.empty(), "its write may still land"
     desk.plane.broken = None
     desk.write("stuck")
     assert desk.answer() == ""
