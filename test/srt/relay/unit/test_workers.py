@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -193,6 +194,7 @@ def test_a_failed_write_is_repeated_once_over_a_renewed_link(desk: Desk) -> None
     desk.write()
     assert desk.answer() == ""
     assert desk.plane.calls == ["write", "renew", "write"]
+    assert not thread_named("relay-transfer-peer").owes_proof
 
 
 def test_a_peer_that_does_not_answer_is_not_asked_again_and_owes_no_proof(desk: Desk) -> None:
@@ -241,8 +243,36 @@ def test_quiet_is_reported_when_asked_for_and_proven(desk: Desk) -> None:
         desk.quiet.get(timeout=0.05)
     desk.plane.quiet = True
     assert desk.quiet.get(timeout=10) == "peer"
+    assert not thread_named("relay-transfer-peer").owes_proof
     with pytest.raises(queue.Empty):
         desk.quiet.get(timeout=0.05)
+
+
+def test_a_worker_that_is_to_end_waits_for_no_proof(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_RETRY_PATIENCE", 60.0)
+    desk.plane.quiet, has_failed = False, threading.Event()
+
+    def write(link: Link) -> None:
+        has_failed.set()
+        raise TransferError("no luck")
+
+    desk.write(write=write)
+    assert has_failed.wait(10)
+    desk.workers.keep_only(())
+    assert desk.answer() == "the write to peer failed, and may still land"
+
+
+def test_proof_that_does_not_come_is_looked_for_ever_less_often(desk: Desk) -> None:
+    worker = TransferWorker("peer", desk.plane, desk.quiet.put, desk.deaths.put)
+    assert worker._until_next_look() is None
+
+    def after(seconds: float) -> float:
+        worker._look_until = time.monotonic() + workers._PROOF_EXPIRES - seconds
+        waits = worker._until_next_look()
+        assert waits is not None
+        return waits
+
+    assert workers._LOOK_EVERY < after(1) < after(10) < after(1000) == workers._LOOK_SELDOM
 
 
 def test_looking_for_proof_ends_without_any(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
