@@ -7,6 +7,7 @@ With numpy, which is as quick as torch here, and which unit tests and the fuzzer
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -27,6 +28,8 @@ class ModelLimits:
     """Those that the model can embed, by their numbers in the media column."""
     positions: int | None = None
     """The length of the table that rotary positions of three axes are looked up in; None for a model without such."""
+    narrow: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """The width of rows of a modality that has none of the tower's inner layers, where another modality has them."""
 
 
 @dataclasses.dataclass(frozen=True)

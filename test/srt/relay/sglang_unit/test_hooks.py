@@ -54,6 +54,16 @@ def test_an_sglang_that_we_do_not_know_is_refused_by_its_number(monkeypatch: pyt
         hooks.verify()
 
 
+def _scripted(like: torch.Tensor) -> torch.Tensor:
+    return like + torch.zeros([1]) + torch.tensor(1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_torch_still_compiles_scripts_that_call_what_is_wrapped() -> None:
+    """As modules of transformers do when they are imported: SGLang's Mistral 3 and Pixtral import all of them."""
+    assert torch.jit.script(_scripted)(torch.ones(1)).tolist() == [2]
+
+
 def test_a_target_has_one_hook_and_the_argument_that_its_function_names() -> None:
     """SGLang passes on what it was given: a hook that takes a scheduler must be on a method of one."""
     targets = [hook.target for hook in hooks.HOOKS]
@@ -109,10 +119,8 @@ def test_what_runs_once_a_turn_needs_a_role(undivided: SchedulerWithoutModel) ->
 
 def test_a_model_in_another_mode_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "current", lambda: None)
-    config = SimpleNamespace(hf_config=SimpleNamespace())
-    hooks.keep_one_half(config, SimpleNamespace(disaggregation_mode="null"))
-    assert vars(config.hf_config) == {}
-    assert hooks.build_without_tower(lambda config, extra: (config, extra), config, "kept") == (config, "kept")
+    assert hooks.build_one_half(lambda config, extra: (config, extra), "config", "kept") == ("config", "kept")
+    assert hooks.load_one_half(lambda runner: runner, "runner") == "runner"
     limits = SimpleNamespace(max_req_len=3)
     hooks.restore_prompt_limits(None, limits)
     assert limits.max_req_len == 3
@@ -136,11 +144,19 @@ def test_to_sglang_a_server_of_ours_is_a_plain_one(
     scheduler.embedding_relay = None
 
 
-@pytest.mark.parametrize("draft", [False, True])
-def test_a_draft_model_stays_whole(draft: bool) -> None:
-    config = SimpleNamespace(hf_config=SimpleNamespace())
-    hooks.keep_one_half(config, SimpleNamespace(disaggregation_mode=modes.LANGUAGE), is_draft_model=draft)
-    assert hasattr(config.hf_config, "language_only") is not draft
+def test_a_draft_model_stays_whole() -> None:
+    config = SimpleNamespace(is_draft_model=True)
+    assert hooks.build_one_half(lambda config, extra: (config, extra), config, "kept") == (config, "kept")
+    runner = SimpleNamespace(is_draft_worker=True)
+    assert hooks.load_one_half(lambda runner: runner, runner) is runner
+
+
+def test_a_model_that_cannot_be_divided_ends_the_process_with_one_line() -> None:
+    def refuse(runner: Any) -> None:
+        raise SettingError("TextOnly cannot be divided")
+
+    with pytest.raises(SystemExit, match="sglang-embedding-relay: TextOnly cannot be divided"):
+        hooks.load_one_half(refuse, SimpleNamespace(is_draft_worker=False))
 
 
 def test_the_device_of_an_instance_is_meant_where_sglang_names_none() -> None:

@@ -15,16 +15,15 @@ from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.messages import Handshake
 from embedding_relay.tools import tiny_model
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.disaggregation.multimodal import halves, instance, modes
+from sglang.srt.disaggregation.multimodal import instance
+from sglang.srt.managers.schedule_batch import Modality
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
-def configured(path: Path, mode: str = modes.LANGUAGE, **arguments: Any) -> ModelConfig:
-    """As a scheduler of that half has it."""
-    config = ModelConfig(model_path=str(path), **arguments)
-    halves.mark_half(config, mode)
-    return config
+def configured(path: Path, **arguments: Any) -> ModelConfig:
+    """As the schedulers of both halves have it."""
+    return ModelConfig(model_path=str(path), **arguments)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -45,7 +44,7 @@ def copied(model: Path, where: Path, **changes: Any) -> Path:
 
 def test_the_halves_of_a_model_are_alike_wherever_it_lies(model: Path, tmp_path: Path) -> None:
     elsewhere = copied(model, tmp_path / "another name")
-    one = instance.fingerprint(configured(model, modes.ENCODE))
+    one = instance.fingerprint(configured(model))
     assert one == instance.fingerprint(configured(elsewhere))
     assert {"architecture", "vocabulary", "image_token_id", "vision_config.depth"} <= dict(one).keys()
 
@@ -55,7 +54,7 @@ def test_how_its_numbers_are_stored_does_not_matter(model: Path, tmp_path: Path)
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     other_writer = {"transformers_version": "9.9", "eos_token_id": 7, "pad_token_id": 7}
     quantized = copied(model, tmp_path / "quantized", quantization_config=fp8, **other_writer)
-    one, other = configured(model, modes.ENCODE), configured(quantized, dtype="float16")
+    one, other = configured(model), configured(quantized, dtype="float16")
     assert one.dtype != other.dtype
     assert instance.fingerprint(one) == instance.fingerprint(other)
 
@@ -102,3 +101,8 @@ def test_what_may_be_handed_to_a_model(family: str) -> None:
     limits = instance.model_limits(SimpleNamespace(model_config=config, tp_worker=worker))
     assert (limits.vocabulary, limits.modalities) == (config.vocab_size, {1, 2})
     assert limits.positions == config.context_len
+    assert limits.narrow == {}
+    model.use_deepstack = {Modality.IMAGE: True, Modality.VIDEO: True}
+    narrow = instance.model_limits(SimpleNamespace(model_config=config, tp_worker=worker)).narrow
+    assert narrow[Modality.AUDIO.value] == config.hidden_size
+    assert not {Modality.IMAGE.value, Modality.VIDEO.value} & narrow.keys()

@@ -69,7 +69,7 @@ ROWS: Final = (-1, 0, 0, 1, -1, 1, 2, -1)
 
 def test_a_request_is_what_its_rows_say() -> None:
     rows = received(columns(*ROWS))
-    ids, output = media.request_inputs(rows)
+    ids, output = media.request_inputs(rows, LIMITS)
     assert list(ids) == list(range(8))
     assert output.input_ids == list(ids)
     assert [item.offsets for item in output.mm_items] == [[(1, 2)], [(3, 3), (5, 5)], [(6, 6)]]
@@ -85,7 +85,7 @@ def test_a_request_is_what_its_rows_say() -> None:
 
 
 def test_without_positions_sglang_is_given_none() -> None:
-    _, output = media.request_inputs(received(changed(columns(0), "has_mrope", 0, 0, 0)))
+    _, output = media.request_inputs(received(changed(columns(0), "has_mrope", 0, 0, 0)), LIMITS)
     assert output.mrope_positions is None
     assert output.mrope_position_delta is None
 
@@ -98,9 +98,19 @@ def test_the_hash_of_an_item_survives_the_way(content: int) -> None:
     req = SimpleNamespace(multimodal_inputs=inputs, origin_input_ids_unpadded=[5, 6])
     sent = media.source_rows(req, [torch.ones(1, WIDTH)])
     came = ReceivedRows(2, sent.fill_ids, sent.mrope, sent.items, torch.ones(2, WIDTH), media_items=1)
-    _, output = media.request_inputs(came)
+    _, output = media.request_inputs(came, LIMITS)
     (found,) = output.mm_items
     assert (found.hash, found.pad_values, found.modality) == (content, item.pad_values, Modality.VIDEO)
+
+
+def test_rows_of_a_modality_without_inner_layers_lose_what_others_have_there() -> None:
+    """Sounds, in a model that has rows of its tower's inner layers for pictures."""
+    limits = dataclasses.replace(LIMITS, narrow={Modality.AUDIO.value: 2})
+    rows = received(columns(-1, 0, 0, modality=Modality.AUDIO.value))
+    _, output = media.request_inputs(rows, limits)
+    assert torch.equal(output.mm_items[0].precomputed_embeddings, rows.embeddings[1:, :2])
+    _, output = media.request_inputs(received(columns(-1, 0, 0)), limits)
+    assert output.mm_items[0].precomputed_embeddings.shape == (2, WIDTH)
 
 
 numbers = st.sampled_from(EDGES) | st.integers(SMALLEST, LARGEST)
@@ -116,14 +126,14 @@ def test_what_is_let_through_raises_nowhere_in_sglang(runs: list[int], damage: l
     for where, row, axis, value in damage:
         small = changed(small, where, row % len(runs), axis, value)
     if small.flaw(LIMITS) is None:
-        ids, output = media.request_inputs(received(small))
+        ids, output = media.request_inputs(received(small), LIMITS)
         assert embedded(ids, output).shape == (len(runs), WIDTH)
 
 
 def test_the_row_that_ended_an_instance_would_still_do_so_if_it_were_let_through() -> None:
     """The check is what stands between it and the scheduler."""
     with pytest.raises(ValueError, match="999"):
-        media.request_inputs(received(columns(0, modality=999)))
+        media.request_inputs(received(columns(0, modality=999)), LIMITS)
 
 
 @pytest.mark.parametrize(

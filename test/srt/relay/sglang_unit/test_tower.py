@@ -6,7 +6,7 @@ The model is a stand-in whose rows say which item they are of; SGLang's batching
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -134,3 +134,33 @@ def test_a_batch_is_the_longest_beginning_of_the_queue_within_the_budget(
 ) -> None:
     queue = [request(item(70 + n, (0, size - 1))) for n, size in enumerate(sizes)]
     assert VisionTower(model, "cpu", budget).next_batch(queue) == queue[:together]
+
+
+def test_rows_that_are_narrower_than_those_that_travel_are_filled_up(model: Model) -> None:
+    [[rows]] = VisionTower(model, "cpu", 100, width=5).encode([request(item(71, (0, 1)))])
+    assert numbers([rows]) == [[(71, 0, 0, 0, 0), (71, 1, 0, 0, 0)]]
+
+
+class Thinker(torch.nn.Module):
+    get_image_feature = Model.get_image_feature
+    use_deepstack: Final = {Modality.IMAGE: True}
+    deepstack_visual_indexes: Final = (3, 5)
+
+    def forward(self) -> None: ...
+
+
+class Outer(torch.nn.Module):
+    """As SGLang's Qwen3-Omni."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thinker = Thinker()
+        self.forward = self.thinker.forward
+
+
+def test_the_getters_may_be_one_level_down() -> None:
+    outer = Outer()
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=outer))
+    config = SimpleNamespace(hidden_size=8)
+    tower = VisionTower.of(SimpleNamespace(device="cpu", tp_worker=worker, model_config=config))
+    assert (tower.model, tower.name, tower.width) == (outer.thinker, "Thinker", 24)

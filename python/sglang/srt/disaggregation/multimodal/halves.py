@@ -1,62 +1,173 @@
-"""One half of a model: an encode instance without the language model, a language instance without the tower."""
+"""One half of a model: an encode instance without the language model, a language instance without the tower.
+
+A model is built twice. The first time none of its parameters takes memory; then it is known which of them this half
+needs (`parts`). The second time those of the other half alone are left without memory: on torch's `meta` device, with
+their names, so that SGLang's classes find whatever a checkpoint has a weight for, and load nothing into it.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 
-from sglang.srt.disaggregation.multimodal import modes
+from embedding_relay.protocol.errors import SettingError
+from sglang.srt.disaggregation.multimodal import modes, parts
 
 logger = logging.getLogger(__name__)
 
-# SGLang's model classes skip the weights of the half they are told to leave out, but still build the tower. Only for
-# the classes listed here do we know the constructor to stop; any other class keeps its tower, unused.
-_TOWERS: Final = {
-    "Qwen2VLForConditionalGeneration": ("sglang.srt.models.qwen2_vl", "Qwen2VisionTransformer"),
-    "Qwen2_5_VLForConditionalGeneration": ("sglang.srt.models.qwen2_5_vl", "Qwen2_5_VisionTransformer"),
-    "Qwen3VLForConditionalGeneration": ("sglang.srt.models.qwen3_vl", "Qwen3VLMoeVisionModel"),
-    "Qwen3VLMoeForConditionalGeneration": ("sglang.srt.models.qwen3_vl", "Qwen3VLMoeVisionModel"),
-}
+_KEY: Final = "_relay_key"
+
+_Key = tuple[str, int, str]
+"""Of a parameter: the class of its module, the how manyth of that class it is, and the parameter's name there.
+
+A layer that both builds share (SGLang remembers tables of rotary positions) shifts the count of its own class alone.
+"""
+
+_load_all = False
+"""Loading a half has failed in this process."""
 
 
-class NoTower(torch.nn.Module):  # type: ignore[misc]  # torch is left out of the type check
-    """Stands where the vision tower would be; asked to encode, it says so."""
+class Absent(torch.nn.Parameter):  # type: ignore[misc]  # torch is left out of the type check
+    """A parameter of the other half: it has a name, a shape and a type, and no memory."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        raise RuntimeError("a language instance has no vision tower: pixels belong to the encode instance")
+    def __new__(cls, parameter: torch.Tensor, *_: Any, **__: Any) -> Absent:
+        absent: Absent = super().__new__(cls, torch.empty_like(parameter, device="meta"), requires_grad=False)
+        return absent
 
 
-def mark_half(config: Any, mode: str) -> None:
-    """The flags that SGLang's own encoder split gives to model classes; they need none of its servers."""
-    if mode == modes.ENCODE:
-        config.hf_config.encoder_only = True
-    else:
-        config.hf_config.language_only = True
-
-
-@contextlib.contextmanager
-def no_vision_tower(model_config: Any) -> Iterator[None]:
-    """While a model is built, its tower's class is `NoTower`."""
-    known = [_TOWERS[name] for name in model_config.hf_config.architectures if name in _TOWERS]
-    if not known:
-        logger.warning("%s keeps its vision tower, unused", model_config.hf_config.architectures)
-    replaced = [(importlib.import_module(module), tower) for module, tower in known]
-    towers = [(module, tower, getattr(module, tower)) for module, tower in replaced]
+def load(original: Callable[[], None], mode: str) -> None:
+    """Around the loading of a model. A class that cannot be loaded in halves is loaded as a whole."""
+    global _load_all
     try:
-        for module, tower, _ in towers:
-            setattr(module, tower, NoTower)
+        return original()
+    except SettingError:
+        raise
+    except Exception as error:
+        if _load_all:
+            raise
+        logger.warning("relay: the %s half alone could not be loaded, so everything is: %r", mode, error)
+        _load_all = True
+    return original()
+
+
+def build(original: Callable[[], Any], mode: str) -> Any:
+    """A model whose other half takes no memory; SettingError for one that cannot be divided."""
+    absent: set[str] = set()
+    keys: set[_Key] = set()
+    if not _load_all:
+        with _without_memory(lambda key: True):
+            outline = original()
+        parts.check(outline)
+        absent, keys = _of_other_half(parts.media_part(outline), mode)
+        del outline
+    with _without_memory(keys.__contains__):
+        model = original()
+    parts.check(model)
+    part = parts.media_part(model)
+    _leave_out(part, absent, mode)
+    if mode == modes.LANGUAGE and parts.is_generic(part):
+        from sglang.srt.disaggregation.multimodal import generic
+
+        generic.take_rows(part)
+    _report(type(model).__name__, part, mode)
+    return model
+
+
+def _of_other_half(part: Any, mode: str) -> tuple[set[str], set[_Key]]:
+    """The names of its parameters, and how they will be known while the model is built again."""
+    of_tower, of_language_model = parts.needed_by_one_half(part)
+    other = of_language_model if mode == modes.ENCODE else of_tower
+    names, keys = set(), set()
+    for prefix, module in part.named_modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in other:
+                names.add(f"{prefix}.{name}".lstrip("."))
+                if made := vars(module).get(_KEY):
+                    keys.add((*made, name))
+    return names, keys
+
+
+@contextmanager
+def _without_memory(chosen: Callable[[_Key], bool]) -> Iterator[None]:
+    """While a model is built: of the chosen parameters only an outline stays.
+
+    A tensor that was made for one is let go as soon as it is registered, before anything is written to it. Vectors
+    stay, because constructors look into some.
+    """
+    make, register = torch.nn.Module.__init__, torch.nn.Module.register_parameter
+    made: Counter[str] = Counter()
+
+    def make_numbered(module: Any, *args: Any, **kwargs: Any) -> None:
+        make(module, *args, **kwargs)
+        kind = type(module).__qualname__  # not the class itself: some are made anew for each layer
+        vars(module)[_KEY] = (kind, made[kind])
+        made[kind] += 1
+
+    def register_chosen(module: Any, name: str, parameter: Any) -> None:
+        large = parameter is not None and not parameter.is_meta and parameter.dim() > 1
+        if large and _KEY in vars(module) and chosen((*vars(module)[_KEY], name)):
+            parameter = Absent(parameter)
+        register(module, name, parameter)
+
+    torch.nn.Module.__init__, torch.nn.Module.register_parameter = make_numbered, register_chosen
+    try:
         yield
     finally:
-        for module, tower, original in towers:
-            setattr(module, tower, original)
+        torch.nn.Module.__init__, torch.nn.Module.register_parameter = make, register
+
+
+def _leave_out(part: Any, absent: set[str], mode: str) -> None:
+    """Exactly these are absent, whatever order the modules were made in; and who asks for what is not here is told."""
+    for prefix, module in part.named_modules():
+        for name, parameter in module._parameters.items():
+            here = f"{prefix}.{name}".lstrip(".") not in absent
+            if here and isinstance(parameter, Absent):
+                raise RuntimeError(f"{prefix}.{name} was taken for a parameter of the other half")
+            if not here:
+                parameter = parameter if isinstance(parameter, Absent) else Absent(parameter)
+                parameter.weight_loader = _load_nothing
+                module._parameters[name] = parameter
+    for module in part.modules():
+        if _is_absent(module):
+            module.register_forward_pre_hook(_refuse(mode))
+            if hasattr(module, "quant_method"):
+                module.quant_method = None  # SGLang prepares weights after loading: here there are none
+
+
+def _load_nothing(*_: Any, **__: Any) -> None:
+    """What SGLang's classes call with the weight that a checkpoint has for a parameter."""
+
+
+def _is_absent(module: torch.nn.Module) -> bool:
+    own = list(module.parameters())
+    return bool(own) and all(isinstance(parameter, Absent) for parameter in own)
+
+
+def _refuse(mode: str) -> Callable[..., None]:
+    other = "language model" if mode == modes.ENCODE else "vision tower"
+
+    def refuse(module: Any, _: Any) -> None:
+        raise RuntimeError(f"this {mode} instance has no {other}, but {type(module).__name__} was asked to compute")
+
+    return refuse
+
+
+def _report(name: str, part: Any, mode: str) -> None:
+    own = list(part.parameters())
+    here = sum(parameter.numel() for parameter in own if not isinstance(parameter, Absent))
+    total = sum(parameter.numel() for parameter in own)
+    logger.info("relay half=%s class=%s held=%d of=%d", mode, name, here, total)
+    if here == total:
+        logger.warning("%s keeps the half that it does not use: no part of it could be told apart", name)
+
+
+def parameters_held(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, Absent))
 
 
 def restore_prompt_limits(scheduler: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -103,21 +104,23 @@ def bring_plugins_along(port_args: Any, *args: Any, **kwargs: Any) -> tuple[tupl
 # ---- model
 
 
-def keep_one_half(config: Any, server_args: Any, *_: Any, is_draft_model: bool = False, **__: Any) -> None:
-    mode = modes.of(server_args)
-    if mode is not None and not is_draft_model:
-        from sglang.srt.disaggregation.multimodal import halves
-
-        halves.mark_half(config, mode)
-
-
-def build_without_tower(original: Original, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-    if modes.current() != modes.LANGUAGE:
+def build_one_half(original: Original, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    mode = modes.current()
+    if mode is None or model_config.is_draft_model:
         return original(model_config, *args, **kwargs)
     from sglang.srt.disaggregation.multimodal import halves
 
-    with halves.no_vision_tower(model_config):
-        return original(model_config, *args, **kwargs)
+    return halves.build(functools.partial(original, model_config, *args, **kwargs), mode)
+
+
+def load_one_half(original: Original, runner: Any) -> Any:
+    mode = modes.current()
+    if mode is None or runner.is_draft_worker:
+        return original(runner)
+    from sglang.srt.disaggregation.multimodal import halves
+
+    with one_line_for_the_operator():
+        return halves.load(functools.partial(original, runner), mode)
 
 
 def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
@@ -295,6 +298,11 @@ def make_unpinned(original: Original, *args: Any, pin_memory: bool = False, **kw
     return original(*args, **kwargs)
 
 
+def find_what_is_wrapped(original: Original, function: Any) -> Any:
+    """torch knows its functions by identity where it compiles scripts, as some modules of `transformers` are."""
+    return original(inspect.unwrap(function))
+
+
 class Hook(NamedTuple):
     target: str
     function: Callable[..., Any]
@@ -315,8 +323,8 @@ HOOKS: Final = (
         bring_plugins_along,
         HookType.BEFORE,
     ),
-    Hook("sglang.srt.configs.model_config.ModelConfig.from_server_args", keep_one_half, HookType.AFTER),
-    Hook("sglang.srt.model_loader.loader._initialize_model", build_without_tower, HookType.AROUND),
+    Hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", load_one_half, HookType.AROUND),
+    Hook("sglang.srt.model_loader.loader._initialize_model", build_one_half, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._handle_abort_req", hear_of_abort, HookType.AROUND),
@@ -346,6 +354,7 @@ HOOKS: Final = (
 CPU_HOOKS: Final = (
     Hook("torch.Tensor.pin_memory", leave_unpinned, HookType.AROUND),
     *(Hook(f"torch.{name}", make_unpinned, HookType.AROUND) for name in ("empty", "tensor", "zeros")),
+    Hook("torch.jit._builtins._find_builtin", find_what_is_wrapped, HookType.AROUND),
 )
 
 RESOLUTION_STEPS: Final = {

@@ -14,7 +14,7 @@ from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
 from embedding_relay.transport.sockets import ip_address
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, LanguageManager
-from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal import halves, modes, parts
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 from sglang.srt.disaggregation.multimodal.roles import Role
@@ -57,7 +57,7 @@ def start_role(scheduler: Any, mode: str) -> Role[Any]:
     else:
         role = LanguageRole(scheduler, open_language_manager(scheduler))
     role.start()
-    held = sum(parameter.numel() for parameter in scheduler.tp_worker.model_runner.model.parameters())
+    held = halves.parameters_held(parts.media_part(scheduler.tp_worker.model_runner.model))
     logger.info("relay mode=%s parameters=%d threads=%d", mode, held, torch.get_num_threads())
     return role
 
@@ -100,11 +100,11 @@ def _observer(scheduler: Any, mode: str) -> Observer:
 
 
 def _layout(scheduler: Any, config: RelayConfig) -> BufferLayout:
-    model = scheduler.tp_worker.model_runner.model
+    model = parts.media_part(scheduler.tp_worker.model_runner.model)
     return BufferLayout(
         hidden_size=scheduler.model_config.hidden_size,
         dtype=str(scheduler.model_config.dtype).removeprefix("torch."),
-        deepstack_rows=getattr(model, "num_deepstack_embeddings", 0),
+        deepstack_rows=parts.deepstack_rows(model),
         block_size=config.block_size,
         blocks=config.cache_blocks,
         model=fingerprint(scheduler.model_config),
@@ -147,12 +147,13 @@ def model_limits(scheduler: Any) -> ModelLimits:
     """What may be handed to this model. What is beyond it would raise in the scheduler, or in the middle of a batch."""
     from sglang.srt.multimodal.modality import Modality
 
-    model, config = scheduler.tp_worker.model_runner.model, scheduler.model_config
+    model, config = parts.media_part(scheduler.tp_worker.model_runner.model), scheduler.model_config
     return ModelLimits(
         vocabulary=config.vocab_size,
         modalities=frozenset(m.value for m in Modality if hasattr(model, f"get_{m.name.lower()}_feature")),
         # SGLang makes its tables of rotary positions at least as long as the context.
         positions=config.context_len if config.model_is_mrope else None,
+        narrow={modality.value: config.hidden_size for modality in parts.without_deepstack(model)},
     )
 
 

@@ -57,12 +57,12 @@ def _signed(half: int) -> int:
     return half - (1 << _HASH_HALF) if half >> (_HASH_HALF - 1) else half
 
 
-def request_inputs(rows: ReceivedRows) -> tuple[array[int], Any]:
+def request_inputs(rows: ReceivedRows, limits: ModelLimits) -> tuple[array[int], Any]:
     """The expanded token ids and SGLang's own description of precomputed media, for one use of the rows."""
     from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 
     input_ids = rows.fill_ids.tolist()
-    items = _items(rows)
+    items = _items(rows, limits)
     # Padded here from the items' own offsets: models that pad by themselves need token ids that only a processor knows.
     padded = MultimodalProcessorOutput.build_padded_input_ids(input_ids, items)
     output = MultimodalProcessorOutput(mm_items=items, input_ids=input_ids, padded_input_ids=padded)
@@ -84,7 +84,7 @@ def limit_new_tokens(sampling_params: Any, rows: ReceivedRows, limits: ModelLimi
     sampling_params.max_new_tokens = left if asked is None else min(asked, left)
 
 
-def _items(rows: ReceivedRows) -> list[Any]:
+def _items(rows: ReceivedRows, limits: ModelLimits) -> list[Any]:
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
     from sglang.srt.multimodal.modality import Modality, MultimodalInputFormat
 
@@ -96,6 +96,7 @@ def _items(rows: ReceivedRows) -> list[Any]:
         offsets = runs[index]
         parts = [rows.embeddings[start : end + 1] for start, end in offsets]
         _, modality, low, high = rows.items[offsets[0][0]].tolist()
+        parts = [rows.embeddings[start : end + 1, : limits.narrow.get(modality)] for start, end in offsets]
         item = MultimodalDataItem(
             modality=Modality(modality),
             offsets=offsets,

@@ -163,7 +163,7 @@ class LanguageRole(Role[LanguageManager]):
             self.answer_with_failure(recv_req, Failure(INTERNAL, text))
 
     def _give_to_sglang(self, rows: ReceivedRows, recv_req: Any) -> None:
-        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(rows)
+        recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(rows, self.manager.limits)
         media.limit_new_tokens(recv_req.sampling_params, rows, self.manager.limits)
         recv_req.need_wait_for_mm_inputs = False
         if wants_prompt_ids(recv_req):

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import torch
 
+from sglang.srt.disaggregation.multimodal import parts
+
 # A tower on an accelerator wants full batches. On the CPU its attention is quadratic over everything in a batch, so
 # there one request at a time is the cheapest batch. The items of one request always go together, as they do in an
 # undivided server: encoded apart, they would differ in their last bits.
@@ -17,17 +19,20 @@ _CPU_BATCH_TOKENS: Final = 1
 class VisionTower:
     """Turns the multimodal items of requests into rows; equal items are encoded once and remembered by SGLang."""
 
-    def __init__(self, model: Any, device: str, batch_tokens: int) -> None:
+    def __init__(self, model: Any, device: str, batch_tokens: int, width: int = 0) -> None:
         self.model = model
         self.device = device
         self.batch_tokens = batch_tokens
+        self.width = width
+        """Of the rows that travel."""
         self.name = type(model).__name__
 
     @classmethod
     def of(cls, scheduler: Any) -> VisionTower:
         device = str(scheduler.device)
         tokens = _CPU_BATCH_TOKENS if device == "cpu" else _ACCELERATOR_BATCH_TOKENS
-        return cls(scheduler.tp_worker.model_runner.model, device, tokens)
+        part = parts.media_part(scheduler.tp_worker.model_runner.model)
+        return cls(part, device, tokens, scheduler.model_config.hidden_size * (1 + parts.deepstack_rows(part)))
 
     def next_batch(self, reqs: list[Any]) -> list[Any]:
         """The longest beginning of the queue that fits the token budget; always at least one."""
@@ -88,7 +93,8 @@ class VisionTower:
         if rows is None or len(rows) != sum(lengths):
             made = 0 if rows is None else len(rows)
             raise RuntimeError(f"{sum(lengths)} placeholder tokens, but the tower made {made} rows")
-        return list(torch.split(rows, lengths))
+        # Sounds have no rows of inner layers where pictures have them: zeros travel in their place.
+        return list(torch.split(torch.nn.functional.pad(rows, (0, max(0, self.width - rows.shape[1]))), lengths))
 
     def _function_for(self, modality: Any) -> Any:
         name = f"get_{modality.name.lower()}_feature"
