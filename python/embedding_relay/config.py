@@ -24,6 +24,7 @@ SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
 FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
 PRIVATE_MEDIA_URLS: Final = "SGLANG_EMBEDDING_ALLOW_PRIVATE_MEDIA_URLS"
+UNTESTED_SGLANG: Final = "SGLANG_EMBEDDING_ALLOW_UNTESTED_SGLANG"
 
 # SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
 BOOTSTRAP_TIMEOUT: Final = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
@@ -108,6 +109,11 @@ class RelayConfig:
             heartbeat_interval=self.heartbeat_interval,
             heartbeat_max_failures=self.heartbeat_max_failures,
         )
+
+
+def untested_sglang_allowed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Apart from the rest, because every process of SGLang asks it, in modes that are not ours too."""
+    return environment.get(UNTESTED_SGLANG, "").strip().lower() in ("1", "true")
 
 
 class _Reader:

@@ -202,15 +202,17 @@ class TestWheel:
         extras = set(metadata.get_all("Provides-Extra") or [])
         assert extras == {"sglang", "cpu", "cuda12", "cuda13", "router", "batch", "dev"}
 
-    def test_the_sglang_that_is_installed_is_the_one_that_the_hooks_accept(self) -> None:
-        hooks = ast.parse((SOURCE / "sglang/srt/disaggregation/multimodal/hooks.py").read_text())
-        (accepted,) = (
-            node.value
-            for node in hooks.body
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "SUPPORTED_SGLANG"
+    def test_the_sglang_that_is_installed_is_one_that_is_tested(self) -> None:
+        source = ast.parse((SOURCE / "sglang/srt/disaggregation/multimodal/compatibility.py").read_text())
+        (tested,) = (
+            ast.literal_eval(node.value)
+            for node in source.body
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TESTED_SGLANG" and node.value
         )
-        assert isinstance(accepted, ast.Call)
-        assert [f"sglang{ast.literal_eval(accepted.args[0])}"] == PROJECT["optional-dependencies"]["sglang"]
+        assert PROJECT["optional-dependencies"]["sglang"] == [f"sglang>={tested[0]},<={tested[-1]}"]
+        for version in tested[:-1]:
+            assert f"sglang=={version}" in (REPO / f"constraints-sglang-{version}.txt").read_text().splitlines()
+        assert f"sglang=={tested[-1]}" in (REPO / "constraints.txt").read_text().splitlines()
 
     def test_it_goes_without_a_trace(self, wheel: Path, modules: set[str], venv: Path) -> None:
         before, directories_before = contents(venv), directories(venv)

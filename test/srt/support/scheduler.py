@@ -32,9 +32,8 @@ from embedding_relay.transport.manager import RoomEnd, StatusBoard
 from sglang.srt import runtime_context
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalProcessorOutput
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.multimodal.modality import Modality
 from sglang.srt.plugins import load_plugins
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs

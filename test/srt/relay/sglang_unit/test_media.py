@@ -19,8 +19,7 @@ from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import SmallColumns
 from sglang.srt.disaggregation.multimodal import media
 from sglang.srt.managers.mm_utils import embed_mm_inputs
-from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
-from sglang.srt.multimodal.modality import Modality
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from support.columns import EDGES, LARGEST, LIMITS, SMALLEST, WHERE, changed, columns
 
 WIDTH: Final = 3
@@ -100,7 +99,7 @@ def test_the_hash_of_an_item_survives_the_way(content: int) -> None:
     came = ReceivedRows(2, sent.fill_ids, sent.mrope, sent.items, torch.ones(2, WIDTH), media_items=1)
     _, output = media.request_inputs(came, LIMITS)
     (found,) = output.mm_items
-    assert (found.hash, found.pad_values, found.modality) == (content, item.pad_values, Modality.VIDEO)
+    assert (found.hash, found.pad_value, found.modality) == (content, item.pad_value, Modality.VIDEO)
 
 
 def test_rows_of_a_modality_without_inner_layers_lose_what_others_have_there() -> None:

@@ -32,6 +32,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightFromDiskReqInput,
 )
 from sglang.srt.managers.mm_schedule import init_mm_embedding_cache
+from sglang.srt.managers.schedule_batch import Req
 from support.scheduler import MAX_PROMPT, SchedulerWithoutModel, TransferWithoutThread, request
 
 MODE = "encode"
@@ -270,7 +271,7 @@ def test_the_other_half_gets_the_status_that_sglang_gave(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(recv_req: Any, cleanup: Any, **_: Any) -> None:
-        req = scheduler._create_generation_req(recv_req, recv_req.rid, "", recv_req.input_ids, recv_req.sampling_params)
+        req = Req(recv_req.rid, "", recv_req.input_ids, recv_req.sampling_params)
         req.bootstrap_room, req.bootstrap_host = recv_req.bootstrap_room, recv_req.bootstrap_host
         prepare_abort(req, "busy", status_code=UNAVAILABLE)
         scheduler.output_streamer.stream_output([req], False)

@@ -13,8 +13,7 @@ import torch
 
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.managers.mm_utils import init_mm_embedding_cache
-from sglang.srt.managers.schedule_batch import MultimodalDataItem
-from sglang.srt.multimodal.modality import Modality
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 MODE = "encode"
 pytestmark = pytest.mark.usefixtures("mode", "empty_cache")

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
-from packaging.specifiers import SpecifierSet
-
 from embedding_relay.protocol.errors import SettingError
-from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal import compatibility, modes
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-SUPPORTED_SGLANG: Final = SpecifierSet("==0.5.23")
 
 Original = Callable[..., Any]
 
@@ -161,6 +156,12 @@ def hear_of_abort(original: Original, manager: Any, recv_obj: Any) -> Any:
     return original(manager, recv_obj)
 
 
+async def tell_of_abort(original: Original, manager: Any, out: Any, state: Any, is_stream: bool) -> Any:
+    if modes.current() is None:
+        return await original(manager, out, state, is_stream)
+    return await compatibility.tell_of_abort(functools.partial(original, manager), out, state, is_stream)
+
+
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
     match modes.current():
         case modes.ENCODE:
@@ -210,13 +211,28 @@ def receive_request(original: Original, scheduler: Any, recv_req: Any, **kwargs:
     if role is None:
         return original(scheduler, recv_req, **kwargs)
     if not role.take_over(recv_req):
-        role.pass_on(recv_req, functools.partial(original, scheduler, recv_req, **kwargs))
+        with _passing_on(role):
+            role.pass_on(recv_req, functools.partial(original, scheduler, recv_req, **kwargs))
     return None
 
 
-def note_created(req: Any, scheduler: Any, *_: Any, **__: Any) -> None:
-    if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.note_created(req)
+_passes_on: Any = None
+"""The role whose scheduler is making a `Req` of a message. That belongs to one thread; a `Req` names no scheduler."""
+
+
+@contextlib.contextmanager
+def _passing_on(role: Any) -> Iterator[None]:
+    global _passes_on
+    outer, _passes_on = _passes_on, role
+    try:
+        yield
+    finally:
+        _passes_on = outer
+
+
+def note_created(_result: Any, req: Any, *_: Any, **__: Any) -> None:
+    if _passes_on is not None:
+        _passes_on.note_created(req)
 
 
 def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +252,7 @@ def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
         scheduler.embedding_relay.sleep_until_something_happens()
 
 
-def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, **_: Any) -> bool:
+def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, *_: Any, **__: Any) -> bool:
     role = scheduler.embedding_relay
     if role is None or for_health_check or not role.counts_parked:
         return idle
@@ -328,6 +344,7 @@ HOOKS: Final = (
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._handle_abort_req", hear_of_abort, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}._handle_abort_finish_reason", tell_of_abort, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
     Hook(
         "sglang.srt.multimodal.processors.executor.MultimodalProcessorExecutor._run",
@@ -338,7 +355,7 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.init_model_worker", restore_prompt_limits, HookType.AFTER),
     Hook(f"{_SCHEDULER}.init_disaggregation", take_role, HookType.AFTER),
     Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),
-    Hook(f"{_SCHEDULER}._create_generation_req", note_created, HookType.AFTER),
+    Hook("sglang.srt.managers.schedule_batch.Req.__init__", note_created, HookType.AFTER),
     Hook(f"{_SCHEDULER}._add_request_to_queue", queue_request, HookType.AROUND),
     Hook(f"{_SCHEDULER}.ingest_requests", work_after_messages, HookType.AFTER),
     Hook(f"{_SCHEDULER}.on_idle", sleep_while_only_we_wait, HookType.AFTER),
@@ -373,7 +390,7 @@ def activate() -> None:
     for name, function in RESOLUTION_STEPS.items():
         register_resolution_hook(name)(function)
     modes.extend_enum()
-    for hook in hooks_here() if sglang_is_supported() else HOOKS[:1]:
+    for hook in hooks_here() if compatibility.may_serve() else HOOKS[:1]:
         HookRegistry.register(hook.target, hook.function, hook.kind)
 
 
@@ -385,15 +402,9 @@ def hooks_here() -> tuple[Hook, ...]:
     return HOOKS + CPU_HOOKS if isinstance(current_platform, RelayCpuPlatform) else HOOKS
 
 
-def sglang_is_supported() -> bool:
-    return importlib.metadata.version("sglang") in SUPPORTED_SGLANG
-
-
 def verify() -> None:
     """Raise with the first thing that is not as we left it."""
-    if not sglang_is_supported():
-        found = importlib.metadata.version("sglang")
-        raise SettingError(f"this version works with SGLang {SUPPORTED_SGLANG}, found {found}")
+    compatibility.check()
     for hook in hooks_here():
         if hook.function not in _functions_behind(pkgutil.resolve_name(hook.target)):
             raise SettingError(f"the hook on {hook.target} did not apply; the modes encode and language are off")

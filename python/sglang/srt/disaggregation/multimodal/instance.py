@@ -145,7 +145,7 @@ def _word(value: object) -> str:
 
 def model_limits(scheduler: Any) -> ModelLimits:
     """What may be handed to this model. What is beyond it would raise in the scheduler, or in the middle of a batch."""
-    from sglang.srt.multimodal.modality import Modality
+    from sglang.srt.managers.schedule_batch import Modality
 
     model, config = parts.media_part(scheduler.tp_worker.model_runner.model), scheduler.model_config
     return ModelLimits(

@@ -85,8 +85,7 @@ def limit_new_tokens(sampling_params: Any, rows: ReceivedRows, limits: ModelLimi
 
 
 def _items(rows: ReceivedRows, limits: ModelLimits) -> list[Any]:
-    from sglang.srt.managers.schedule_batch import MultimodalDataItem
-    from sglang.srt.multimodal.modality import Modality, MultimodalInputFormat
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputFormat
 
     runs: dict[int, list[tuple[int, int]]] = {}
     for index, start, end in _runs(rows.items[:, 0]):

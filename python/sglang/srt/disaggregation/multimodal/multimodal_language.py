@@ -11,7 +11,7 @@ from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, 
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
-from sglang.srt.disaggregation.multimodal import media, modes
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of, wants_prompt_ids
 from sglang.srt.disaggregation.multimodal.roles import Role, aborted
 
@@ -167,7 +167,8 @@ class LanguageRole(Role[LanguageManager]):
         media.limit_new_tokens(recv_req.sampling_params, rows, self.manager.limits)
         recv_req.need_wait_for_mm_inputs = False
         if wants_prompt_ids(recv_req):
-            self.scheduler.send_abort_output(prompt_ids_message(recv_req.rid, list(recv_req.input_ids)), recv_req)
+            message = prompt_ids_message(recv_req.rid, list(recv_req.input_ids))
+            compatibility.send_abort(self.scheduler, message, recv_req)
         self.scheduler.handle_generate_request(recv_req)
 
     def _forget_unused(self) -> None:

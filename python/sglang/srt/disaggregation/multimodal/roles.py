@@ -13,6 +13,7 @@ from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
+from sglang.srt.disaggregation.multimodal import compatibility
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
 from sglang.srt.runtime_context import get_serving
 
@@ -134,7 +135,8 @@ class Role(abc.ABC, Generic[M]):
 
     def answer_with_failure(self, recv_req: Any, failure: Failure) -> None:
         code = BAD_REQUEST if failure.code == CLIENT_GONE else failure.code
-        self.scheduler.send_abort_output(abort_message(recv_req.rid, Failure(code, failure.text)), recv_req)
+        abort = abort_message(recv_req.rid, Failure(code, failure.text))
+        compatibility.send_abort(self.scheduler, abort, recv_req)
 
     # ---- an operator's commands
 
