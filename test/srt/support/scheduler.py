@@ -12,6 +12,7 @@ fails a room at once when it is refused or cancelled; the real control thread do
 
 from __future__ import annotations
 
+import select
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -197,12 +198,16 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
 
     def _take_inbox(self, local_reqs: Any = None) -> list[Any]:
         taken, self.inbox = self.inbox, []
-        return taken
+        return [*taken, *(local_reqs or [])]
 
     def turn(self, *messages: Any) -> None:
-        """One turn of the event loop, up to where it would look for a batch to run."""
+        """One turn of the event loop, up to where it would look for a batch to run; and another, as the loop would take
+        at once, if a room has changed in it.
+        """
         self.inbox += messages
         self.ingest_requests()
+        if self.embedding_relay is not None and has_news(self.embedding_relay.manager):
+            self.ingest_requests()
 
     def answer_to(self, rid: str) -> Failure | None:
         """How the request ended; None if it ended well. Raises if it has not ended, or more than once."""
@@ -214,6 +219,10 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
 
     def ended(self) -> list[str]:
         return [one.rid for one in self.answers if getattr(one, "finished_reason", None) is not None]
+
+
+def has_news(transfer: Any) -> bool:
+    return bool(select.select([transfer.wakeup_fd], [], [], 0)[0])
 
 
 class Weights:

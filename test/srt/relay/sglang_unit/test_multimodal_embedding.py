@@ -14,7 +14,7 @@ import torch
 
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.protocol.status import Status
-from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message
+from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
@@ -128,7 +128,7 @@ def test_pixels_are_let_go_when_their_rows_are_made_and_when_nobody_wants_them(
 def test_the_tower_waits_for_slow_readers(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole
 ) -> None:
-    role.max_bytes_in_flight = 1
+    role.max_bytes_in_flight = 8  # as many as the rows of one picture
     for room in (1, 2):
         scheduler.turn(request(str(room), room, pictures=1, seed=room))
         transfer.stands(room, Status.WAITING_FOR_INPUT)
@@ -138,6 +138,12 @@ def test_the_tower_waits_for_slow_readers(
     transfer.stands(1, Status.SUCCESS)
     scheduler.turn()
     assert transfer.rooms("send") == [1, 2]
+
+
+def test_the_budget_of_bytes_in_flight_is_set_in_mebibytes(scheduler: SchedulerWithoutModel, role: EncodeRole) -> None:
+    transfer = TransferWithoutThread(SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB=3)
+    assert EncodeRole(scheduler, transfer, role.tower).max_bytes_in_flight == 3 * 1024 * 1024
+    transfer.close()
 
 
 def test_log_probabilities_are_the_language_halfs_business(scheduler: SchedulerWithoutModel, role: EncodeRole) -> None:
@@ -151,6 +157,9 @@ def test_text_is_answered_at_once_and_needs_no_other_half(
 ) -> None:
     scheduler.turn(request("a", 7))
     assert scheduler.answer_to("a") is None
+    (answer,) = scheduler.answers
+    assert answer.finished_reason.to_json() == {"type": "length", "length": 0}
+    assert scheduler.waiting_queue == []
     assert transfer.asked == []
 
 
@@ -202,6 +211,13 @@ def test_an_abort_ends_a_request_wherever_it_is_and_its_other_half_hears_of_it(
     answer = scheduler.answer_to("a")
     assert answer is not None
     assert answer.code == BAD_REQUEST
+
+
+def test_an_abort_of_our_own_says_why(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
+    scheduler.turn(request("a", 7, pictures=1))
+    failure = Failure(UNAVAILABLE, "the scheduler did not answer")
+    scheduler.turn(abort_message("a", failure))
+    assert transfer.reason(7) == failure
 
 
 def test_an_abort_of_all_requests_is_heard_by_all_other_halves(
@@ -280,6 +296,20 @@ def test_the_other_half_gets_the_status_that_sglang_gave(
     assert refused(scheduler, transfer, request("a", 7, pictures=1)) == Failure(UNAVAILABLE, "busy")
 
 
+def test_a_refusal_without_a_status_is_the_clients_fault(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    def refuse(recv_req: Any, cleanup: Any, **_: Any) -> None:
+        req = Req(recv_req.rid, "", recv_req.input_ids, recv_req.sampling_params)
+        req.bootstrap_room, req.bootstrap_host = recv_req.bootstrap_room, recv_req.bootstrap_host
+        prepare_abort(req, "not this one")
+        scheduler.output_streamer.stream_output([req], False)
+
+    scheduler._handle_generate_request = refuse
+    scheduler.turn(request("a", 7, pictures=1))
+    assert transfer.reason(7) == Failure(BAD_REQUEST, "not this one")
+
+
 def test_a_prompt_that_is_too_long(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
     assert refused(scheduler, transfer, request("a", 7, pictures=MAX_PROMPT)).code == BAD_REQUEST
 
@@ -333,7 +363,7 @@ def test_a_request_that_waits_for_its_grammar_is_not_refused(
     assert transfer.rooms("expect") == [7]
 
 
-@pytest.mark.parametrize("options", [{}, {"sampling": {"beam_width": 2}}])
+@pytest.mark.parametrize("options", [{}, {"pictures": 1}, {"sampling": {"beam_width": 2}}])
 def test_health_requests_leave_no_trace_in_the_transfer(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, options: dict[str, Any]
 ) -> None:
@@ -354,13 +384,16 @@ def test_an_unhealthy_instance_takes_no_pictures_and_answers_no_health_request(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
 ) -> None:
     transfer.unhealthy_reason = "a thread died"
+    scheduler.turn()
     scheduler.turn(request("a", 7, pictures=1), request("health", 8, bootstrap_host=FAKE_BOOTSTRAP_HOST))
     answer = scheduler.answer_to("a")
     assert answer == transfer.reason(7)
     assert answer is not None
     assert answer.code == UNAVAILABLE
+    assert transfer.rooms("expect") == []
     scheduler.turn(request("text", 9))
     assert scheduler.ended() == ["a", "text"]
+    assert scheduler.answer_to("text") is None
 
 
 def test_the_warm_up_request_waits_until_others_can_find_this_instance(
@@ -373,13 +406,23 @@ def test_the_warm_up_request_waits_until_others_can_find_this_instance(
     transfer.is_reachable = True
     scheduler.turn()
     assert scheduler.ended() == ["warm-up"]
+    assert scheduler.waiting_queue == []
+
+
+def test_who_has_found_this_instance_need_not_wait_until_others_can(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    transfer.is_reachable = False
+    scheduler.turn(request("text", 1), request("picture", 2, pictures=1))
+    assert scheduler.ended() == ["text"]
+    assert transfer.rooms("expect") == [2]
 
 
 def test_an_item_without_offsets_is_a_fault_of_the_instance(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
 ) -> None:
-    recv_req = request("a", 7, pictures=1)
-    recv_req.mm_inputs.mm_items[0].offsets = None
+    recv_req = request("a", 7, pictures=2)
+    recv_req.mm_inputs.mm_items[1].offsets = None
     assert refused(scheduler, transfer, recv_req).code == INTERNAL
 
 
@@ -405,7 +448,10 @@ def test_the_tower_rests_while_an_operator_holds_the_model(
     scheduler.turn()
     assert model.calls == 0
     assert not role.has_work(), "the scheduler may sleep"
+    assert not scheduler.is_fully_idle(), "but not stop"
     scheduler.turn(go_on)
+    assert role.has_work(), "and the next turn comes at once"
+    scheduler.turn()
     assert model.calls == 1
     assert transfer.rooms("send") == [7]
 
@@ -502,6 +548,7 @@ def test_rows_that_older_weights_made_serve_no_newer_request(
     transfer.stands(2, Status.WAITING_FOR_INPUT)
     scheduler.turn()
     scheduler.turn(KEEP_DEVICE_CACHE)
+    scheduler.turn()
     assert (sent(transfer, 1), sent(transfer, 2)) == (1, 2)
 
 

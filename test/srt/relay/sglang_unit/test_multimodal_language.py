@@ -5,6 +5,7 @@ SGLang's scheduler is real up to its forward pass (support/scheduler.py says wha
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from embedding_relay.protocol.errors import (
 )
 from embedding_relay.protocol.status import Status
 from sglang.srt.disaggregation.multimodal import multimodal_language
-from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, ask_for_prompt_ids
+from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message, ask_for_prompt_ids
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.io_struct import (
@@ -98,6 +99,18 @@ def test_a_request_whose_rows_are_here_is_one_of_sglangs_own(
     assert role.tables() == {"parked": 0, "shared": 0}
 
 
+def test_no_token_is_asked_for_beyond_the_positions_that_the_model_has(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    transfer.limits = dataclasses.replace(transfer.limits, positions=8)
+    scheduler.turn(request("a", 7))
+    transfer.rows_arrive(7)
+    transfer.asked[0][2].target.mrope_delta = 1
+    scheduler.turn()
+    (req,) = scheduler.waiting_queue
+    assert req.sampling_params.max_new_tokens == 8 - 4 - 1
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_ids_of_the_expanded_prompt_are_sent_ahead_if_the_client_wants_them(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, wanted: bool
@@ -152,7 +165,7 @@ def test_one_room_cannot_be_used_by_two_transfers_at_once(
     transfer.rows_arrive(7)
     scheduler.turn(request("b", 8))
     transfer.stands(8, Status.WAITING_FOR_INPUT)
-    role.prealloc_queue.add(request("c", 8))
+    role.agreement.begin(role.prealloc_queue.add(request("c", 8)).number)
     scheduler.turn()
     answer = scheduler.answer_to("c")
     assert answer is not None
@@ -188,6 +201,13 @@ def test_an_abort_is_answered_and_told_to_the_encode_half(
     transfer.rows_arrive(8)
     scheduler.turn()
     assert queued(scheduler) == ["b"]
+
+
+def test_an_abort_of_our_own_says_why(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
+    scheduler.turn(request("a", 7))
+    scheduler.turn(abort_message("a", LOST))
+    assert transfer.reason(7) == LOST
+    assert scheduler.answer_to("a") == LOST
 
 
 def test_an_abort_of_all_requests_is_heard_by_all_other_halves(
@@ -235,6 +255,7 @@ def test_an_unhealthy_instance_takes_no_pictures_and_answers_no_health_request(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
 ) -> None:
     transfer.unhealthy_reason = "a thread died"
+    scheduler.turn()
     health = request("health", 8, bootstrap_host=FAKE_BOOTSTRAP_HOST, need_wait_for_mm_inputs=None)
     scheduler.turn(request("a", 7), health)
     answer = scheduler.answer_to("a")

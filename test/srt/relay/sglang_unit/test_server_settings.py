@@ -1,13 +1,15 @@
-"""What an instance tells the processes that it is about to start about the cores of its machine."""
+"""What is decided before an instance starts: what its processes are told about cores, and which ranks it may have."""
 
 from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from embedding_relay.protocol.errors import SettingError
 from sglang.srt import platforms
 from sglang.srt.disaggregation.multimodal import server_settings
 from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
@@ -52,3 +54,49 @@ def test_nothing_is_said_where_a_card_computes(own_threads: list[int], monkeypat
 
 def told() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+
+
+# ---- which ranks there may be
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, mode: str, **sizes: Any) -> dict[str, Any]:
+    """What follows from these arguments; raises SettingError."""
+    plain = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "attn_dp_size": 1}
+    others = {"enable_dp_attention": False, "disaggregation_transfer_backend": "mooncake", "host": "127.0.0.1"}
+    arguments = SimpleNamespace(**{**plain, **others, "max_running_requests": None, **sizes})
+    declared: dict[str, Any] = {}
+    monkeypatch.setattr(server_settings, "resolving_view", lambda asked: asked)
+    monkeypatch.setattr(server_settings, "declare_resolution", lambda _asked, _source, **what: declared.update(what))
+    monkeypatch.setattr(server_settings.modes, "of", lambda _asked: mode)
+    server_settings.settle(arguments)
+    return declared
+
+
+@pytest.mark.parametrize("mode", ["encode", "language"])
+@pytest.mark.parametrize("sizes", [{}, {"tp_size": 2}, {"tp_size": 4}, {"dp_size": 2}, {"tp_size": 2, "dp_size": 2}])
+def test_both_halves_may_have_tensor_and_data_parallel_ranks(
+    monkeypatch: pytest.MonkeyPatch, mode: str, sizes: dict[str, int]
+) -> None:
+    assert bool(settled(monkeypatch, mode, **sizes)) is (mode == "encode")
+
+
+def test_pipeline_stages_are_for_the_language_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled(monkeypatch, "language", pp_size=2)
+    with pytest.raises(SettingError, match="^--pp-size: "):
+        settled(monkeypatch, "encode", pp_size=2)
+
+
+@pytest.mark.parametrize("mode", ["encode", "language"])
+@pytest.mark.parametrize(
+    ("sizes", "flag"),
+    [
+        ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "--enable-dp-attention"),
+        ({"attn_dp_size": 2, "tp_size": 2}, "--attn-dp-size"),
+        ({"attn_cp_size": 2, "tp_size": 2}, "--attn-cp-size"),
+    ],
+)
+def test_what_nobody_has_tried_is_refused_by_its_flag(
+    monkeypatch: pytest.MonkeyPatch, mode: str, sizes: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(SettingError, match=flag):
+        settled(monkeypatch, mode, **sizes)

@@ -165,13 +165,13 @@ async def tell_of_abort(original: Original, manager: Any, out: Any, state: Any, 
 async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
     match modes.current():
         case modes.ENCODE:
-            from sglang.srt.disaggregation.multimodal import preparation
+            from sglang.srt.disaggregation.multimodal import dp_ranks, preparation
 
-            return await preparation.tokenize(original, manager, obj)
+            return await dp_ranks.route(await preparation.tokenize(original, manager, obj))
         case modes.LANGUAGE:
-            from sglang.srt.disaggregation.multimodal import preparation
+            from sglang.srt.disaggregation.multimodal import dp_ranks, preparation
 
-            return await preparation.tokenize_text_only(original, manager, obj)
+            return await dp_ranks.route(await preparation.tokenize_text_only(original, manager, obj))
         case _:
             return await original(manager, obj)
 
@@ -240,6 +240,12 @@ def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kw
     if role is not None and role.take_from_queue(req):
         return None
     return original(scheduler, req, *args, **kwargs)
+
+
+def decide_before_messages(messages: Any, scheduler: Any) -> Any:
+    """SGLang's own aborts come the same way: one rank finds them, and all ranks get them in the same turn."""
+    role = scheduler.embedding_relay
+    return messages if role is None else [*messages, *role.decide()]
 
 
 def work_after_messages(messages: Any, scheduler: Any, *_: Any, **__: Any) -> None:
@@ -357,6 +363,7 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.handle_generate_request", receive_request, HookType.AROUND),
     Hook("sglang.srt.managers.schedule_batch.Req.__init__", note_created, HookType.AFTER),
     Hook(f"{_SCHEDULER}._add_request_to_queue", queue_request, HookType.AROUND),
+    Hook(f"{_SCHEDULER}._poll_timeout_aborts", decide_before_messages, HookType.AFTER),
     Hook(f"{_SCHEDULER}.ingest_requests", work_after_messages, HookType.AFTER),
     Hook(f"{_SCHEDULER}.on_idle", sleep_while_only_we_wait, HookType.AFTER),
     Hook(f"{_SCHEDULER}.is_fully_idle", count_our_requests, HookType.AFTER),

@@ -12,6 +12,8 @@ from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
+from embedding_relay.transport.encode import NoTransfer
+from embedding_relay.transport.ranks import Reporter, Reports
 from embedding_relay.transport.sockets import ip_address
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, LanguageManager
 from sglang.srt.disaggregation.multimodal import halves, modes, parts
@@ -51,15 +53,30 @@ _ENCODERS: Final = {
 
 
 def start_role(scheduler: Any, mode: str) -> Role[Any]:
-    role: Role[Any]
-    if mode == modes.ENCODE:
-        role = EncodeRole(scheduler, open_encode_manager(scheduler), VisionTower.of(scheduler))
-    else:
-        role = LanguageRole(scheduler, open_language_manager(scheduler))
+    role = _encode_role(scheduler) if mode == modes.ENCODE else _language_role(scheduler)
     role.start()
     held = halves.parameters_held(parts.media_part(scheduler.tp_worker.model_runner.model))
     logger.info("relay mode=%s parameters=%d threads=%d", mode, held, torch.get_num_threads())
     return role
+
+
+def _encode_role(scheduler: Any) -> EncodeRole:
+    """Tensor-parallel ranks make the same rows: the first sends them to all language ranks."""
+    is_first = get_parallel().world_group.rank_in_group == 0
+    manager = open_encode_manager(scheduler) if is_first else NoTransfer(RelayConfig.from_environment())
+    return EncodeRole(scheduler, manager, VisionTower.of(scheduler))
+
+
+def _language_role(scheduler: Any) -> LanguageRole:
+    """Each tensor-parallel rank of each pipeline stage receives the rows for itself; the first decides for all."""
+    group = get_parallel().world_group  # the ranks that get the same requests, and nobody else
+    manager = open_language_manager(scheduler, group.world_size)
+    keys = manager.config.keys
+    key = keys.control if keys else None
+    reports = Reports.open(reachable_host(), key) if group.world_size > 1 and group.rank_in_group == 0 else None
+    meeting = group.broadcast_object(reports and reports.meeting)
+    reporter = Reporter(meeting, group.rank_in_group, key) if group.rank_in_group > 0 else None
+    return LanguageRole(scheduler, manager, ranks=group.world_size, reports=reports, reporter=reporter)
 
 
 def open_encode_manager(scheduler: Any) -> EncodeManager:
@@ -69,20 +86,21 @@ def open_encode_manager(scheduler: Any) -> EncodeManager:
         config,
         host=host,
         bootstrap=Address(host, get_disagg().disaggregation_bootstrap_port),
-        rank=get_parallel().tp_rank,
+        rank=get_parallel().dp_rank or 0,
+        ranks=get_parallel().num_dp_ranks,
         ib_device=get_disagg().disaggregation_ib_device or "",
         device=str(scheduler.device),
         observer=_observer(scheduler, modes.ENCODE),
     )
 
 
-def open_language_manager(scheduler: Any) -> LanguageManager:
+def open_language_manager(scheduler: Any, ranks: int) -> LanguageManager:
     config, host = RelayConfig.from_environment(), reachable_host()
     return LanguageManager.open(
         _layout(scheduler, config),
         config,
         host=host,
-        ranks=get_parallel().tp_size,
+        ranks=ranks,
         max_rows=scheduler.max_req_input_len,
         limits=model_limits(scheduler),
         ib_device=get_disagg().disaggregation_ib_device or "",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -14,21 +15,23 @@ from embedding_relay.protocol.errors import (
     INTERNAL,
     Failure,
 )
-from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.status import Status, is_final
+from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
 from sglang.srt.disaggregation.multimodal import media, modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
-from sglang.srt.disaggregation.multimodal.roles import Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
 
 class EncodeRequest(msgspec.Struct):
-    """A request and its end of the transfer."""
+    """A request and its end of the transfer. By its number all ranks of this instance know it."""
 
     req: Any
     sender: MooncakeEmbeddingSender
+    number: int
     bytes: int = 0
     """Of its rows, once they are made."""
 
@@ -43,23 +46,27 @@ class MultimodalEmbeddingBootstrapQueue:
         request.sender.init()
         self.queue.append(request)
 
-    def pop_bootstrapped(self) -> list[EncodeRequest]:
-        """In order of arrival: those whose language side waits for rows, and those that failed meanwhile."""
-        moved = [request for request in self.queue if request.sender.poll() is not Status.BOOTSTRAPPING]
-        self.queue = [request for request in self.queue if request not in moved]
+    def bootstrapped(self) -> list[int]:
+        """The numbers of those whose language side waits for rows, in order of arrival."""
+        return [one.number for one in self.queue if one.sender.poll() is Status.WAITING_FOR_INPUT]
+
+    def pop_bootstrapped(self, numbers: Collection[int]) -> list[EncodeRequest]:
+        moved = [request for request in self.queue if request.number in numbers]
+        self.queue = [request for request in self.queue if request.number not in numbers]
         return moved
 
 
-class EncodeRole(Role[EncodeManager]):
+class EncodeRole(Role[EncodeManager | NoTransfer]):
     mode = modes.ENCODE
 
-    def __init__(self, scheduler: Any, manager: EncodeManager, tower: VisionTower) -> None:
-        super().__init__(scheduler, manager)
+    def __init__(self, scheduler: Any, manager: EncodeManager | NoTransfer, tower: VisionTower) -> None:
+        super().__init__(scheduler, manager, is_first=not isinstance(manager, NoTransfer))
         self.tower = tower
         self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue()
         self.tower_queue: list[EncodeRequest] = []
         self.inflight: list[EncodeRequest] = []
         self.before_reachable: list[Any] = []
+        self._numbers = itertools.count()
         self.passed_on: Any = None
         """The request that SGLang is looking at."""
         self.not_queued: Any = None
@@ -98,7 +105,7 @@ class EncodeRole(Role[EncodeManager]):
 
     def take_from_queue(self, req: Any) -> bool:
         self.not_queued = None
-        if is_local(req) and not self.manager.reachable():
+        if is_local(req) and not self.is_reachable:
             self.before_reachable.append(req)  # the warm-up request: SGLang's /health is red until it is answered
             return True
         if is_local(req) or (req.multimodal_inputs is None and req.to_finish is None):
@@ -107,7 +114,7 @@ class EncodeRole(Role[EncodeManager]):
         sender = MooncakeEmbeddingSender(self.manager, req.bootstrap_room)
         failure = self._flaw(req)
         if failure is None:
-            self.bootstrap_queue.add(EncodeRequest(req, sender))
+            self.bootstrap_queue.add(EncodeRequest(req, sender, next(self._numbers)))
         else:
             sender.refuse(failure)
             self._finish(req, failure)
@@ -120,23 +127,51 @@ class EncodeRole(Role[EncodeManager]):
             return Failure(INTERNAL, f"SGLang's processor for {self.tower.name} does not say which tokens are media")
         return None
 
-    def act_on_changes(self) -> None:
+    def decisions(self) -> Decisions:
+        """One batch a turn: between two batches the scheduler reads its messages."""
+        assert not isinstance(self.manager, NoTransfer)
+        begun: list[int] = []
+        ended: list[tuple[int, Failure | None]] = []
         if self.manager.drain_events():
-            self.tower_queue += self.bootstrap_queue.pop_bootstrapped()
-            self._finish_ended()
-        if self.has_work():
-            self._encode_one_batch()
-        if self.before_reachable and self.manager.reachable():
+            begun = self.bootstrap_queue.bootstrapped()
+            ended = [(one.number, one.sender.failure()) for one in self._parked() if is_final(one.sender.poll())]
+        over = {number for number, _ in ended}
+        waiting = [*self.tower_queue, *(one for one in self.bootstrap_queue.queue if one.number in begun)]
+        batch = self._next_batch([one for one in waiting if one.number not in over], over)
+        return Decisions(
+            self.manager.unhealthy_reason, self.manager.reachable(), tuple(begun), tuple(batch), tuple(ended)
+        )
+
+    def _next_batch(self, waiting: list[EncodeRequest], over: Collection[int] = ()) -> list[int]:
+        """The tower rests while slow readers have left too many rows here: they lie in the device's memory."""
+        bytes_in_flight = sum(one.bytes for one in self.inflight if one.number not in over)
+        if not waiting or self.is_held() or bytes_in_flight >= self.max_bytes_in_flight:
+            return []
+        batch = self.tower.next_batch([request.req for request in waiting])
+        return [request.number for request in waiting[: len(batch)]]
+
+    def _parked(self) -> list[EncodeRequest]:
+        return [*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight]
+
+    def act_on(self, heard: Sequence[Decisions]) -> None:
+        for decisions in heard:
+            self.tower_queue += self.bootstrap_queue.pop_bootstrapped(decisions.begun)
+            for number, failure in decisions.ended:
+                self._end(number, failure)
+            if decisions.batch and not self.is_held():
+                self._encode(decisions.batch)
+        if self.before_reachable and self.is_reachable:
             waiting, self.before_reachable = self.before_reachable, []
             for req in waiting:
                 self._finish(req)
 
-    def _encode_one_batch(self) -> None:
-        """One batch a turn: between two batches the scheduler reads its messages."""
-        batch = self.tower.next_batch([request.req for request in self.tower_queue])
-        requests, self.tower_queue = self.tower_queue[: len(batch)], self.tower_queue[len(batch) :]
+    def _encode(self, numbers: Sequence[int]) -> None:
+        requests = [request for request in self.tower_queue if request.number in numbers]
+        self.tower_queue = [request for request in self.tower_queue if request.number not in numbers]
+        batch = [request.req for request in requests]
         try:
             send_embedding_chunk(requests, self.tower.encode(batch))
+            self.manager.observer.encoded(self.tower.totals)
             for req in batch:
                 req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
@@ -147,11 +182,11 @@ class EncodeRole(Role[EncodeManager]):
                 )
         self.inflight += requests
 
-    def _finish_ended(self) -> None:
-        for queue in (self.tower_queue, self.inflight):
-            for request in [one for one in queue if one.sender.poll() in (Status.SUCCESS, Status.FAILED)]:
+    def _end(self, number: int, failure: Failure | None) -> None:
+        for queue in (self.bootstrap_queue.queue, self.tower_queue, self.inflight):
+            for request in [one for one in queue if one.number == number]:
                 queue.remove(request)
-                self._finish(request.req, request.sender.failure())
+                self._finish(request.req, failure)
 
     def _finish(self, req: Any, failure: Failure | None = None) -> None:
         """Answer this half: an empty completion, or an error of the class that the language side will give too."""
@@ -166,7 +201,7 @@ class EncodeRole(Role[EncodeManager]):
         self.scheduler.output_streamer.stream_output([req], False)
 
     def abort(self, recv_req: Any) -> None:
-        for request in (*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight):
+        for request in self._parked():
             if aborted(recv_req, request.req.rid):
                 gone = Failure(CLIENT_GONE, "the encode half of the request was aborted")
                 request.sender.refuse(reason_of(recv_req) or gone)
@@ -185,13 +220,10 @@ class EncodeRole(Role[EncodeManager]):
         return {"parked": sum(map(len, queues))}
 
     def is_idle(self) -> bool:
-        return not (self.bootstrap_queue.queue or self.tower_queue or self.inflight)
+        return not self._parked()
 
     def has_work(self) -> bool:
-        """The tower rests while slow readers have left too many rows here: they lie in the device's memory."""
-        if not self.tower_queue or self.is_held():
-            return False
-        return sum(one.bytes for one in self.inflight) < self.max_bytes_in_flight
+        return bool(self._next_batch(self.tower_queue))
 
 
 def _reason_in(reason: Any) -> Failure:

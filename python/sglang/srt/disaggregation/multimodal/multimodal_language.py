@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, Failure
 from embedding_relay.protocol.messages import Address
-from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.status import Status, is_final
+from embedding_relay.registry.entry import name_of_rank
+from embedding_relay.transport.ranks import Agreement, Reporter, Reports, RoomEnded, Unhealthy
 from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
 from sglang.srt.disaggregation.multimodal import compatibility, media, modes
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of, wants_prompt_ids
-from sglang.srt.disaggregation.multimodal.roles import Role, aborted
+from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +28,15 @@ class MultimodalLanguageRequest:
 
     With `n > 1` SGLang asks `n + 1` times for one room, first once to fill the prefix cache. The rows are received
     once, by the first, and kept until the last has had them. So is a failure: a stream asks on after it.
+    By its number all ranks of this instance know it, however often the room's is used.
     """
 
-    def __init__(self, receiver: MooncakeEmbeddingReceiver) -> None:
+    def __init__(self, receiver: MooncakeEmbeddingReceiver, number: int) -> None:
         self.receiver = receiver
+        self.number = number
+        self.is_decided = False
+        """The room has ended on every rank, or need not."""
+        self.failure: Failure | None = None
         self.uses_left = 1
         self.waiting: list[Any] = []
         self.over_since = 0.0
@@ -35,26 +45,33 @@ class MultimodalLanguageRequest:
 class MultimodalLanguagePreallocQueue:
     """Rooms that have no receive blocks yet; the manager serves them first come, first served."""
 
-    def __init__(self, manager: LanguageManager) -> None:
+    def __init__(self, manager: LanguageManager, on_end: Callable[[int, Failure | None], None] | None = None) -> None:
+        """`on_end` is called, in another thread, with the number of a room that has ended on this rank."""
         self.manager = manager
         self.queue: dict[int, MultimodalLanguageRequest] = {}
+        self._on_end = on_end
+        self._numbers = itertools.count()
 
     @property
     def default_allocate_tokens(self) -> int | None:
         """How many rows the manager reserves blocks for at first; None learns it from recent requests."""
         return self.manager.config.default_allocate_tokens
 
-    def add(self, recv_req: Any) -> None:
-        room, peer = recv_req.bootstrap_room, Address(recv_req.bootstrap_host, recv_req.bootstrap_port)
-        request = MultimodalLanguageRequest(MooncakeEmbeddingReceiver(self.manager, str(peer), room))
+    def add(self, recv_req: Any) -> MultimodalLanguageRequest:
+        room = recv_req.bootstrap_room
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(recv_req), room)
+        request = MultimodalLanguageRequest(receiver, next(self._numbers))
+        if self._on_end is not None:
+            receiver.on_end = functools.partial(self._on_end, request.number)
         request.uses_left = uses_of_room(recv_req)
         request.waiting.append(recv_req)
         self.queue[room] = request
-        request.receiver.start()
+        receiver.start()
+        return request
 
-    def decline(self, host: str, port: int, room: int, failure: Failure) -> None:
+    def decline(self, peer: str, room: int, failure: Failure) -> None:
         """The other half of the request is told that nobody wants its rows."""
-        receiver = MooncakeEmbeddingReceiver(self.manager, str(Address(host, port)), room)
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer, room)
         receiver.start()
         receiver.abort(failure)
 
@@ -78,9 +95,12 @@ class MultimodalLanguageTransferQueue:
         self.queue.update(rooms)
 
     def pop_transferred(self, *, failed_only: bool = False) -> dict[int, MultimodalLanguageRequest]:
-        """Rooms that have ended, in the order in which they were announced."""
-        ended = (Status.FAILED,) if failed_only else (Status.SUCCESS, Status.FAILED)
-        moved = {room: request for room, request in self.queue.items() if request.receiver.poll() in ended}
+        """Rooms that have ended on every rank, in the order in which that was decided."""
+        moved = {
+            room: request
+            for room, request in self.queue.items()
+            if request.is_decided and (request.failure is not None or not failed_only)
+        }
         for room in moved:
             del self.queue[room]
         return moved
@@ -89,14 +109,45 @@ class MultimodalLanguageTransferQueue:
 class LanguageRole(Role[LanguageManager]):
     mode = modes.LANGUAGE
 
-    def __init__(self, scheduler: Any, manager: LanguageManager) -> None:
-        super().__init__(scheduler, manager)
-        self.prealloc_queue = MultimodalLanguagePreallocQueue(manager)
+    def __init__(
+        self,
+        scheduler: Any,
+        manager: LanguageManager,
+        *,
+        ranks: int = 1,
+        reports: Reports | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """Of `ranks` ranks that receive the same rows the first has `reports` of the others, and they a `reporter`."""
+        super().__init__(scheduler, manager, is_first=reporter is None)
+        self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, self._report if reporter else None)
         self.transfer_queue = MultimodalLanguageTransferQueue()
         self.shared: dict[int, MultimodalLanguageRequest] = {}
-        self.held_back = False
-        """Rooms may have ended that nobody has looked at since."""
         self.keep_shared_s = manager.config.waiting_timeout
+        self.agreement = Agreement(ranks, manager.config.waiting_timeout)
+        self.reports = reports
+        self.reporter = reporter
+
+    def start(self) -> None:
+        if self.reporter is not None:
+            self.reporter.start()
+            self.manager.on_unhealthy = lambda reason: self._say(Unhealthy(reason))
+        super().start()
+        for socket in self.reports.sockets if self.reports else ():
+            self.wake_up_for(socket)
+
+    def close(self) -> None:
+        super().close()
+        for end in (self.reports, self.reporter):
+            if end is not None:
+                end.close()
+
+    def _report(self, number: int, failure: Failure | None) -> None:
+        self._say(RoomEnded(number, failure))
+
+    def _say(self, report: RoomEnded | Unhealthy) -> None:
+        assert self.reporter is not None
+        self.reporter.say(report)
 
     def take_over_remote(self, recv_req: Any) -> bool:
         if not recv_req.need_wait_for_mm_inputs:
@@ -113,15 +164,14 @@ class LanguageRole(Role[LanguageManager]):
         if (over := self.shared.pop(room, None)) is not None:
             over.waiting.append(recv_req)
             self.transfer_queue.extend({room: over})
-            self.held_back = True
         elif (parked := self._parked(room)) is not None:
             parked.waiting.append(recv_req)
         elif (failure := self.reason_to_turn_away()) is not None:
             logger.warning("relay room=%d refused: %s", room, failure)
-            self.prealloc_queue.decline(recv_req.bootstrap_host, recv_req.bootstrap_port, room, failure)
+            self.prealloc_queue.decline(peer_of(recv_req), room, failure)
             self.answer_with_failure(recv_req, failure)
         else:
-            self.prealloc_queue.add(recv_req)
+            self.agreement.begin(self.prealloc_queue.add(recv_req).number)
 
     def _parked(self, room: int) -> MultimodalLanguageRequest | None:
         return self.transfer_queue.queue.get(room) or self.prealloc_queue.queue.get(room)
@@ -129,14 +179,52 @@ class LanguageRole(Role[LanguageManager]):
     def _port(self, port: int | None) -> int:
         return int(self.scheduler.server_args.disaggregation_bootstrap_port if port is None else port)
 
-    def act_on_changes(self) -> None:
-        held = self.is_held()
-        if self.manager.drain_events() or (self.held_back and not held):
+    # ---- which rooms have ended
+
+    def decisions(self) -> Decisions:
+        now = time.monotonic()
+        if self._look():
+            for request in (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values()):
+                if is_final(request.receiver.poll()):
+                    self.agreement.hear(0, RoomEnded(request.number, request.receiver.failure()), now)
+        for rank, report in self.reports.drain() if self.reports else ():
+            if isinstance(report, RoomEnded):
+                self.agreement.hear(rank, report, now)
+            else:
+                self.manager.report_unhealthy(f"rank {rank}: {report.reason}")
+        return Decisions(
+            self.manager.unhealthy_reason,
+            self.manager.reachable(),
+            ended=self.agreement.take_decided(now),
+            forgotten=tuple(one.number for one in self.shared.values() if one.over_since <= now - self.keep_shared_s),
+        )
+
+    def _look(self) -> bool:
+        """Whether a room has changed on this rank."""
+        has_changed = bool(self.manager.drain_events())
+        if has_changed:
             self.transfer_queue.extend(self.prealloc_queue.pop_preallocated())
-            for room, request in self.transfer_queue.pop_transferred(failed_only=held).items():
-                self._hand_over(room, request)
-            self.held_back = held
-        self._forget_unused()
+        return has_changed
+
+    def act_on(self, heard: Sequence[Decisions]) -> None:
+        if not self.is_first:
+            self._look()
+        for decisions in heard:
+            for number, failure in decisions.ended:
+                self._end(number, failure)
+            self._forget(decisions.forgotten)
+        # In the order of the decisions, which is the same on every rank: so SGLang's queues are, too.
+        for room, request in self.transfer_queue.pop_transferred(failed_only=self.is_held()).items():
+            self._hand_over(room, request)
+
+    def _end(self, number: int, failure: Failure | None) -> None:
+        for queue in (self.prealloc_queue.queue, self.transfer_queue.queue):
+            for room, request in [(room, one) for room, one in queue.items() if one.number == number]:
+                request.is_decided, request.failure = True, failure
+                if failure is not None:
+                    request.receiver.abort(failure)  # it may go on here
+                del queue[room]
+                self.transfer_queue.extend({room: request})  # behind all that were decided before
 
     def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
         if not request.waiting and not request.over_since:
@@ -152,7 +240,7 @@ class LanguageRole(Role[LanguageManager]):
         request.uses_left -= 1
         if request.uses_left == 0:
             self.shared.pop(recv_req.bootstrap_room, None)
-        if (failure := request.receiver.failure()) is not None:
+        if (failure := request.failure) is not None:
             self.answer_with_failure(recv_req, failure)
             return
         try:
@@ -171,12 +259,10 @@ class LanguageRole(Role[LanguageManager]):
             compatibility.send_abort(self.scheduler, message, recv_req)
         self.scheduler.handle_generate_request(recv_req)
 
-    def _forget_unused(self) -> None:
+    def _forget(self, numbers: Collection[int]) -> None:
         """Samples that never come (their client left between the first use and the others) must not keep rows."""
-        if not self.shared:
-            return
-        oldest = time.monotonic() - self.keep_shared_s
-        self.shared = {room: request for room, request in self.shared.items() if request.over_since > oldest}
+        if numbers:
+            self.shared = {room: request for room, request in self.shared.items() if request.number not in numbers}
 
     def abort(self, recv_req: Any) -> None:
         gone = reason_of(recv_req) or Failure(CLIENT_GONE, "the request was aborted")
@@ -189,7 +275,8 @@ class LanguageRole(Role[LanguageManager]):
 
     def refuse(self, refusal: Refusal) -> None:
         if refusal.host is not None and self._parked(refusal.room) is None:
-            self.prealloc_queue.decline(refusal.host, self._port(refusal.port), refusal.room, refusal.failure)
+            peer = name_of_rank(Address(refusal.host, self._port(refusal.port)), refusal.encode_rank)
+            self.prealloc_queue.decline(peer, refusal.room, refusal.failure)
 
     def tables(self) -> dict[str, int]:
         rooms = (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values())
@@ -197,6 +284,12 @@ class LanguageRole(Role[LanguageManager]):
 
     def is_idle(self) -> bool:
         return not (self.prealloc_queue.queue or self.transfer_queue.queue)
+
+
+def peer_of(recv_req: Any) -> str:
+    """The encode rank that makes the rows of this request."""
+    registry = Address(recv_req.bootstrap_host, recv_req.bootstrap_port)
+    return name_of_rank(registry, recv_req.disagg_prefill_dp_rank or 0)
 
 
 def uses_of_room(recv_req: Any) -> int:

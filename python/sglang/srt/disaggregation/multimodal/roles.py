@@ -7,19 +7,44 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
+import msgspec
 import zmq
 
 from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
+from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
 from sglang.srt.disaggregation.multimodal import compatibility
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
-from sglang.srt.runtime_context import get_serving
+from sglang.srt.runtime_context import get_parallel, get_serving
 
-M = TypeVar("M", bound=MooncakeEmbeddingManager)
+M = TypeVar("M", bound=MooncakeEmbeddingManager | NoTransfer)
 
 _LONGEST_SLEEP_MS: Final = 1000
+_DECIDED: Final = "relay-decided"
+
+
+class Decisions(msgspec.Struct, frozen=True):
+    """What the first rank of an instance has decided since its last turn. Requests are named by number: see the halves.
+
+    All ranks compute together, in collectives: each must begin the same request in the same turn, or all wait for ever.
+    So nothing that one rank alone knows (how a room stands, what time it is, whether a thread has died) may decide
+    anything, but for the first rank, which puts it into SGLang's stream of requests. SGLang brings that stream to every
+    rank of every pipeline stage in the same order, with the collective by which it hands on requests in each turn
+    anyway. There is no collective of ours, so none that a rank could wait in while the others do something else; and
+    whoever reads the same stream does the same.
+    """
+
+    unhealthy_reason: str | None = None
+    is_reachable: bool = False
+    begun: tuple[int, ...] = ()
+    """Encode: the language side waits for these rows."""
+    batch: tuple[int, ...] = ()
+    """Encode: these go through the tower now."""
+    ended: tuple[tuple[int, Failure | None], ...] = ()
+    forgotten: tuple[int, ...] = ()
+    """Language: nobody has come for these rows for long."""
 
 
 class Role(abc.ABC, Generic[M]):
@@ -27,27 +52,42 @@ class Role(abc.ABC, Generic[M]):
 
     mode: ClassVar[str]
 
-    def __init__(self, scheduler: Any, manager: M) -> None:
+    def __init__(self, scheduler: Any, manager: M, *, is_first: bool = True) -> None:
+        """`is_first`: of the ranks that get the same requests, this one decides."""
         self.scheduler = scheduler
         self.manager = manager
+        self.is_first = is_first
+        self.unhealthy_reason: str | None = None
+        """As all ranks know it."""
+        self.is_reachable = False
+        self._unheard: Decisions | None = None
+        self._heard: list[Decisions] = []
         self.scheduler_idle = False
         self.counts_parked = True
         """Whether SGLang hears that this instance has work while requests are parked here."""
         self._tables: dict[str, int] = {}
         self._poller = zmq.Poller()
         serving = get_serving()
-        self.pulse = Pulse(socket_name(serving.host, serving.port), lambda: manager.unhealthy_reason)
+        name = socket_name(serving.host, serving.port, get_parallel().dp_rank or 0)
+        self.pulse = Pulse(name, lambda: manager.unhealthy_reason)
 
     def start(self) -> None:
         self.manager.start()
+        if not self.is_first:
+            return
         self.pulse.start()
         channels = self.scheduler.ipc_channels
         for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
             if isinstance(socket, zmq.Socket):
                 self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(self.manager.wakeup_fd, zmq.POLLIN)
+        assert not isinstance(self.manager, NoTransfer)
+        self.wake_up_for(self.manager.wakeup_fd)
+
+    def wake_up_for(self, source: int | zmq.Socket[bytes]) -> None:
+        """However the scheduler sleeps, it looks when something comes from there."""
+        self._poller.register(source, zmq.POLLIN)
         if self.scheduler.idle_sleeper is not None:
-            self.scheduler.idle_sleeper.poller.register(self.manager.wakeup_fd, zmq.POLLIN)
+            self.scheduler.idle_sleeper.poller.register(source, zmq.POLLIN)
 
     def close(self) -> None:
         self.pulse.close()
@@ -57,7 +97,7 @@ class Role(abc.ABC, Generic[M]):
         """Look at a request before SGLang does; True: it is ours from here on."""
         if is_local(recv_req):
             # To SGLang any answer to a health request means health: an unhealthy instance takes it and gives none.
-            return not self.manager.healthy()
+            return self.unhealthy_reason is not None
         return self.take_over_remote(recv_req)
 
     @abc.abstractmethod
@@ -75,30 +115,57 @@ class Role(abc.ABC, Generic[M]):
         """Look at a validated request before it is queued; True: it never enters SGLang's queue."""
         return False
 
+    # ---- what the ranks of this instance do alike
+
+    def decide(self) -> list[Any]:
+        """In the first rank, before its messages are handed on: a message to itself and to the others.
+
+        SGLang may hand on nothing in a turn (`--scheduler-recv-interval`). What was not heard is said again.
+        """
+        if not self.is_first:
+            return []
+        if self._unheard is None:
+            decisions = self.decisions()
+            if decisions == Decisions(self.unhealthy_reason, self.is_reachable):
+                return []
+            self._unheard = decisions
+        return [_as_message(self._unheard)]
+
+    @abc.abstractmethod
+    def decisions(self) -> Decisions:
+        """What has become possible since the last turn."""
+
+    def _hear(self, decisions: Decisions) -> None:
+        self._unheard = None
+        self.unhealthy_reason, self.is_reachable = decisions.unhealthy_reason, decisions.is_reachable
+        self._heard.append(decisions)
+
     def after_messages(self, messages: Sequence[Any]) -> None:
         """Once per turn of the scheduler's loop, after it has done what these messages asked for."""
         self.pulse.beat()
         if any(isinstance(message, weight_changes()) for message in messages):
             self.forget_computed()
-        self.act_on_changes()
+        heard, self._heard = self._heard, []
+        self.act_on(heard)
         if self.manager.observer is not NOBODY and (tables := self.tables()) != self._tables:
             self._tables = tables
             self.manager.observer.parked(tables)
 
     @abc.abstractmethod
-    def act_on_changes(self) -> None:
-        """Do what has become possible since the last turn of the scheduler's loop."""
+    def act_on(self, heard: Sequence[Decisions]) -> None:
+        """Once per turn of the scheduler's loop: do what the first rank has decided."""
 
     @abc.abstractmethod
     def tables(self) -> dict[str, int]:
         """The sizes of what is kept here, for those who watch."""
 
     def hear_abort(self, recv_req: Any) -> None:
-        refusal = refusal_in(recv_req)
-        if refusal is None:
-            self.abort(recv_req)
-        else:
+        if (decisions := (recv_req.finished_reason or {}).get(_DECIDED)) is not None:
+            self._hear(decisions)
+        elif (refusal := refusal_in(recv_req)) is not None:
             self.refuse(refusal)
+        else:
+            self.abort(recv_req)
 
     @abc.abstractmethod
     def abort(self, recv_req: Any) -> None:
@@ -120,14 +187,15 @@ class Role(abc.ABC, Generic[M]):
         """Called when the scheduler has no batch: while nothing but parked requests keeps it awake, wait for a message.
 
         SGLang spins when it has work of its own that no message announces (a grammar, a prefetch): so it must here too.
+        Only the first rank sleeps here: the others wait for it when they are about to get their messages.
         """
-        if self.scheduler_idle and not self.is_idle() and not self.has_work():
+        if self.is_first and self.scheduler_idle and not self.is_idle() and not self.has_work():
             self._poller.poll(_LONGEST_SLEEP_MS)
 
     def reason_to_turn_away(self) -> Failure | None:
         """Why no further request that waits for rows is admitted, if so."""
-        if not self.manager.healthy():
-            return Failure(UNAVAILABLE, f"this {self.mode} instance is unhealthy: {self.manager.unhealthy_reason}")
+        if self.unhealthy_reason is not None:
+            return Failure(UNAVAILABLE, f"this {self.mode} instance is unhealthy: {self.unhealthy_reason}")
         most, waiting = self.manager.config.max_waiting_requests, self.tables()["parked"]
         if waiting < most:
             return None
@@ -162,6 +230,13 @@ class Role(abc.ABC, Generic[M]):
 
     def forget_computed(self) -> None:
         """The weights have changed, or the cache was flushed: what the model made before is not used again."""
+
+
+def _as_message(decisions: Decisions) -> Any:
+    """An abort of no request, as in `front`: what one rank may decide for all, SGLang says by aborts only."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(rid=_DECIDED, finished_reason={_DECIDED: decisions})
 
 
 def aborted(recv_req: Any, rid: str) -> bool:

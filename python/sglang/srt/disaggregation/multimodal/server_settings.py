@@ -25,9 +25,7 @@ _SOURCE: Final = "embedding_relay"
 _ENCODE_KV_TOKENS: Final = 16
 
 _UNSUPPORTED: Final = {
-    "pp_size": (1, "--pp-size"),
-    "tp_size": (1, "--tp-size"),
-    "dp_size": (1, "--dp-size"),
+    "attn_cp_size": (1, "--attn-cp-size"),
     "encoder_only": (False, "--encoder-only"),
     "language_only": (False, "--language-only"),
     "language_model_only": (False, "--language-model-only"),
@@ -45,6 +43,11 @@ def settle(server_args: Any) -> None:
     for field, (needed, flag) in _UNSUPPORTED.items():
         if getattr(cfg, field, needed) != needed:
             raise SettingError(f"--disaggregation-mode {mode} does not work with {flag} yet; leave it at {needed}")
+    if mode == modes.ENCODE and cfg.pp_size > 1:
+        raise SettingError("--pp-size: the vision tower is in the first pipeline stage, and there is no second one")
+    if cfg.enable_dp_attention or getattr(cfg, "attn_dp_size", 1) > 1:
+        reason = "nobody has tried it with these modes, since SGLang's own DP attention does not run on a CPU"
+        raise SettingError(f"--enable-dp-attention, --attn-dp-size: {reason}")
     if cfg.disaggregation_transfer_backend != "mooncake":
         backend = cfg.disaggregation_transfer_backend
         raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
@@ -66,7 +69,11 @@ def settle(server_args: Any) -> None:
 
 
 def settle_load_balancing(server_args: Any) -> None:
-    if resolving_view(server_args).load_balance_method == "auto":
+    method = resolving_view(server_args).load_balance_method
+    if method == "follow_bootstrap_room":
+        text = "a request without a room would end the instance, and those with one go by it with any other method too"
+        raise SettingError(f"--load-balance-method {method}: {text}")
+    if method == "auto":
         declare_resolution(server_args, _SOURCE, load_balance_method="round_robin")
 
 
