@@ -82,7 +82,7 @@ def test_both_halves_may_have_tensor_and_data_parallel_ranks(
 
 def test_pipeline_stages_are_for_the_language_half(monkeypatch: pytest.MonkeyPatch) -> None:
     settled(monkeypatch, "language", pp_size=2)
-    with pytest.raises(SettingError, match="^--pp-size: "):
+    with pytest.raises(SettingError, match=r"^--pp-size: "):
         settled(monkeypatch, "encode", pp_size=2)
 
 
