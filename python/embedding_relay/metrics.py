@@ -104,6 +104,13 @@ METRICS: Final = (
     _counter("resumes_total", "resumes", "Offers of more blocks, after the first one of a request.", LANGUAGE),
     _counter("rows_total", "rows", "Token rows in those chunks."),
     _counter("bytes_total", "bytes", "Bytes in those chunks."),
+    _counter("media_items_total", "media_items", "Images, videos and audio whose embeddings were asked for.", ENCODE),
+    _counter(
+        "encoded_items_total",
+        "encoded_items",
+        "Those of them that the tower was run for; of the others SGLang's cache still had the embeddings.",
+        ENCODE,
+    ),
     EVENTS,
     _histogram(
         "wait_seconds",
@@ -192,6 +199,10 @@ class RelayMetrics:
     def parked(self, tables: Mapping[str, int]) -> None:
         for name, size in tables.items():
             self._gauges[name].set(size)
+
+    def encoded(self, totals: Mapping[str, float]) -> None:
+        for name, total in totals.items():
+            self._raise(self._counters[name], name, total)
 
     def _ended(self, code: int) -> Any:
         return self._counters[REQUESTS.source].labels(**self._labels, status_code=code)

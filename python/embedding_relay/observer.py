@@ -55,6 +55,9 @@ class Observer(Protocol):
     def parked(self, tables: Mapping[str, int]) -> None:
         """The scheduler's thread, whenever one of its own tables has another size."""
 
+    def encoded(self, totals: Mapping[str, float]) -> None:
+        """The scheduler's thread of an encode instance, after each batch: what its tower has been asked for so far."""
+
 
 class Nobody:
     def counted(self, numbers: Numbers) -> None: ...
@@ -62,6 +65,8 @@ class Nobody:
     def succeeded(self, summary: Summary) -> None: ...
 
     def parked(self, tables: Mapping[str, int]) -> None: ...
+
+    def encoded(self, totals: Mapping[str, float]) -> None: ...
 
 
 NOBODY: Final[Observer] = Nobody()

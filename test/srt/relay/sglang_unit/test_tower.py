@@ -140,6 +140,14 @@ def test_rows_that_are_narrower_than_those_that_travel_are_filled_up(model: Mode
     assert numbers([rows]) == [[(71, 0, 0, 0, 0), (71, 1, 0, 0, 0)]]
 
 
+def test_what_was_encoded_is_not_encoded_again_and_counted_as_such(model: Model) -> None:
+    tower = VisionTower(model, "cpu", 100)
+    tower.encode([request(item(81, (0, 1)), item(82, (2, 3)))])
+    tower.encode([request(item(82, (4, 5)), item(83, (0, 1)))])
+    assert model.batches == [[81, 82], [83]]
+    assert tower.totals == {"media_items": 4, "encoded_items": 3}
+
+
 class Thinker(torch.nn.Module):
     get_image_feature = Model.get_image_feature
     use_deepstack: Final = {Modality.IMAGE: True}

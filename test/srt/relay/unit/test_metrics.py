@@ -49,6 +49,13 @@ def test_a_gauge_says_the_last_number_and_a_counter_all_of_them() -> None:
     assert language.value("chunks_total") == 15
 
 
+def test_what_the_tower_was_asked_for_is_counted_beside_what_it_did() -> None:
+    encode = Served("encode")
+    for asked, done in ((3, 3), (7, 5), (7, 5)):
+        encode.metrics.encoded({"media_items": asked, "encoded_items": done})
+    assert (encode.value("media_items_total"), encode.value("encoded_items_total")) == (7, 5)
+
+
 def test_failures_are_told_apart_by_status_code_and_successes_are_counted_with_them() -> None:
     encode = Served("encode")
     encode.metrics.counted(Numbers(failures=Counter({400: 2, 502: 1})))

@@ -93,7 +93,6 @@ def _items(rows: ReceivedRows, limits: ModelLimits) -> list[Any]:
     items = []
     for index in sorted(runs):
         offsets = runs[index]
-        parts = [rows.embeddings[start : end + 1] for start, end in offsets]
         _, modality, low, high = rows.items[offsets[0][0]].tolist()
         parts = [rows.embeddings[start : end + 1, : limits.narrow.get(modality)] for start, end in offsets]
         item = MultimodalDataItem(

@@ -25,6 +25,8 @@ class VisionTower:
         self.batch_tokens = batch_tokens
         self.width = width
         """Of the rows that travel."""
+        self.totals: Final = {"media_items": 0, "encoded_items": 0}
+        """Items that were asked for, and those that went through the tower."""
         self.name = type(model).__name__
 
     @classmethod
@@ -51,6 +53,7 @@ class VisionTower:
         The tower's own result has the rows of the whole batch, and would stay until the slowest reader of any is done.
         """
         items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
+        self.totals["media_items"] += len(items)
         embeddings = {
             id(item): item.precomputed_embeddings.to(self.device)
             for item in items
@@ -101,7 +104,12 @@ class VisionTower:
         function = getattr(self.model, name, None)
         if function is None:
             raise RuntimeError(f"{self.name} has no {name}")
-        return function
+
+        def counted(items: list[Any]) -> Any:
+            self.totals["encoded_items"] += len(items)
+            return function(items)
+
+        return counted
 
 
 def item_tokens(item: Any) -> int:
