@@ -25,8 +25,9 @@ from support.rows import LIMITS, Spec, make_rows
 PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
 LAYOUT = small_layout()
-# Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's.
-BESIDE = {"config.py", "protocol/errors.py", "protocol/counts.py", "pairing.py", "pulse.py"}
+# Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's, and
+# transport/ranks.py that of an instance with several.
+BESIDE = {"config.py", "protocol/errors.py", "protocol/counts.py", "pairing.py", "pulse.py", "transport/ranks.py"}
 # It says what a data plane promises, and has no code of its own to be called.
 INTERFACE = {"memory/plane.py"}
 SPEC = Spec(room=1, total=3000)
