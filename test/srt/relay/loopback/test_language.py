@@ -1,0 +1,273 @@
+"""What a language rank makes of each thing that the protocol asks of it, without its threads and without a peer.
+
+The buffers are real; the data plane and the protocol core are stand-ins that move and decide nothing, and remember what
+they are told. Here, because the manager's module needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from embedding_relay.config import RelayConfig
+from embedding_relay.memory.layout import AUX
+from embedding_relay.observer import Nobody, Summary
+from embedding_relay.protocol.effects import CopyOut, Deliver, Send, StatusChanged
+from embedding_relay.protocol.errors import Failure, LocalError
+from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
+from embedding_relay.protocol.status import Status
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from embedding_relay.transport.manager import open_rank
+from support.loopback import HOST, small_layout
+from support.rows import LIMITS, Spec, difference, make_rows
+
+LAYOUT = small_layout(hidden_size=4, dtype="float32", block_size=8, blocks=4)
+GONE = Failure(502, "gone")
+
+
+class NoPlane:
+    """Nobody writes to it."""
+
+    session_id, renewals = "127.0.0.1:1", 0
+
+    def start(self, regions: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    def has_read_everything(self) -> bool:
+        return True
+
+
+class Core:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *what, **more: self.told.append((name, *what, *more.values())) or []
+
+
+class Watches(Nobody):
+    def __init__(self) -> None:
+        self.summaries: list[Summary] = []
+
+    def succeeded(self, summary: Summary) -> None:
+        self.summaries.append(summary)
+
+
+@pytest.fixture
+def manager() -> Iterator[Any]:
+    opened = open_rank(LAYOUT, RelayConfig(), HOST, NoPlane())  # type: ignore[arg-type]
+    manager: Any = LanguageManager(opened, ranks=1, max_rows=100, limits=LIMITS, observer=Watches())
+    manager._core = Core()
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def receiver(manager: Any) -> MooncakeEmbeddingReceiver:
+    """Of room 1, which the control thread has."""
+    receiver = MooncakeEmbeddingReceiver(manager, "peer:1", 1)
+    receiver.start()
+    manager._loop._run_calls()
+    manager._core.told.clear()
+    return receiver
+
+
+# ---- the scheduler's end
+
+
+class Manager:
+    def __init__(self, is_free: bool) -> None:
+        self.is_free, self.asked = is_free, list[Any]()
+
+    def follow(self, end: object) -> bool:
+        return self.is_free
+
+    def request(self, receiver: object, hint_rows: int | None) -> None:
+        self.asked.append(hint_rows)
+
+    def cancel(self, room: int, failure: Failure | None) -> None:
+        self.asked.append(failure)
+
+
+def test_a_room_is_asked_for_and_cancelled_by_whom_it_belongs_to() -> None:
+    for is_free in (True, False):
+        manager: Any = Manager(is_free)
+        receiver = MooncakeEmbeddingReceiver(manager, "peer:1", 1)
+        receiver.abort(GONE)
+        assert manager.asked == [], "nothing was asked for"
+        receiver.start(7)
+        receiver.abort(GONE)
+        assert manager.asked == ([7, GONE] if is_free else [])
+
+
+@pytest.mark.parametrize("status", [Status.SUCCESS, Status.FAILED])
+def test_a_room_that_has_ended_is_not_cancelled(status: Status) -> None:
+    manager: Any = Manager(is_free=True)
+    receiver = MooncakeEmbeddingReceiver(manager, "peer:1", 1)
+    receiver.start()
+    receiver.change(status, None)
+    receiver.abort(GONE)
+    assert manager.asked == [None]
+
+
+def test_there_are_no_rows_before_the_end() -> None:
+    manager: Any = Manager(is_free=True)
+    receiver = MooncakeEmbeddingReceiver(manager, "peer:1", 1)
+    target: Any = SimpleNamespace()
+    for status, some in ((Status.TRANSFERRING, target), (Status.SUCCESS, None)):
+        receiver.change(status, None)
+        receiver.target = some
+        with pytest.raises(LocalError, match=f"it is {status.name}"):
+            receiver.rows()
+    receiver.target = target
+    assert receiver.rows() is target
+
+
+# ---- offers
+
+
+def offer(sent_tokens: int) -> Send:
+    info = TransferEmbeddingInfo(1, HOST, 1, "127.0.0.1:1", (0,), 1, sent_tokens, 8)
+    return Send(to=Address(HOST, 1), message=info)
+
+
+def test_an_offer_that_is_said_again_counts_once(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    for sent in (0, 0):
+        manager._send(offer(sent))
+    first = receiver.offered_at
+    assert first is not None
+    for sent in (0, 8, 8, 16):
+        manager._send(offer(sent))
+    assert receiver.offered_at == first
+    assert (receiver.resumes, manager._totals()["resumes"]) == (2, 2)
+
+
+# ---- rows that have landed
+
+
+def lands(manager: Any, total: int) -> Any:
+    """All rows of a request, in block 0."""
+    source = make_rows(LAYOUT, Spec(room=1, total=total))
+    manager._buffers.stage(source, 0, total, (0,))
+    return source
+
+
+def copy_out(manager: Any, *, first_row: int = 0, capacity: int = 8, room: int = 1) -> tuple[Any, ...]:
+    """What the core is told."""
+    manager._copy_out(CopyOut(room, (0,), first_row, capacity, max_rows=100), 1.0)
+    return manager._core.told.pop()  # type: ignore[no-any-return]
+
+
+def test_rows_are_copied_and_counted(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    source = lands(manager, 5)
+    assert copy_out(manager) == ("copied", 1, 5, 5, 1.0)
+    assert receiver.target is not None
+    assert difference(LAYOUT, source, receiver.target) is None
+    media = sum(stop - start for start, stop in source.media_runs)
+    size = 5 * (4 + 12 + 16) + 64 + media * 16
+    assert receiver.bytes == size
+    assert manager._totals() == {"chunks": 1, "resumes": 0, "rows": 5, "bytes": size}
+
+
+def test_no_more_rows_are_copied_than_there_is_room_for(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    source = lands(manager, 5)
+    assert copy_out(manager, capacity=3) == ("copied", 1, 3, 5, 1.0)
+    manager._buffers.stage(source, 3, 2, (0,))
+    assert copy_out(manager, capacity=3, first_row=3) == ("copied", 1, 2, 5, 1.0)
+
+
+@pytest.mark.parametrize(("total", "is_possible"), [(-1, False), (0, False), (1, True), (100, True), (101, False)])
+def test_a_length_that_cannot_be_takes_no_memory(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, total: int, is_possible: bool
+) -> None:
+    manager._buffers._rows[AUX][0, 0] = total
+    assert (copy_out(manager, capacity=1)[2:4] == (0, total)) is not is_possible
+    assert (receiver.target is not None) is is_possible
+
+
+def test_rows_of_a_room_that_has_failed_are_not_copied(manager: Any) -> None:
+    assert copy_out(manager, room=9) == ("copied", 9, 0, 0, 1.0)
+
+
+def test_no_memory_for_a_prompt_fails_its_room(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_target(aux: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    lands(manager, 5)
+    monkeypatch.setattr(manager._buffers, "make_target", make_target)
+    assert copy_out(manager) == ("copy_failed", 1, "not enough memory", 1.0)
+    assert manager._totals()["chunks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "is_possible"),
+    [(1e30, True), (-1e30, True), (1.1e30, False), (-1.1e30, False), (float("nan"), False), (float("inf"), False)],
+)
+def test_embeddings_that_no_model_makes_fail_their_room(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, value: float, is_possible: bool
+) -> None:
+    source = make_rows(LAYOUT, Spec(room=1, total=5))
+    source.segments[-1][1][-1, -1] = value
+    manager._buffers.stage(source, 0, 5, (0,))
+    told = copy_out(manager)
+    if is_possible:
+        assert told[0] == "copied"
+    else:
+        assert told[0] == "refuse_rows"
+        assert told[2].startswith("rows 0 to 4 have embeddings from ")
+        assert receiver.bytes == 0
+
+
+def test_what_is_wrong_with_all_rows_is_said_when_the_last_are_here(
+    manager: Any, receiver: MooncakeEmbeddingReceiver
+) -> None:
+    source = make_rows(LAYOUT, Spec(room=1, total=5))
+    source.media_items += 1
+    manager._buffers.stage(source, 0, 5, (0,))
+    assert copy_out(manager, capacity=4)[0] == "copied"
+    manager._buffers.stage(source, 4, 1, (0,))
+    assert copy_out(manager, capacity=4, first_row=4)[0] == "refuse_rows"
+
+
+# ---- the end
+
+
+def test_how_a_request_went_is_told(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    receiver.requested_at, receiver.offered_at, receiver.bytes = 10.0, 12.0, 99
+    manager._deliver(Deliver(room=1, rows=5, rounds=3), 17.0)
+    assert manager.observer.summaries == [Summary(rows=5, rounds=3, bytes=99, wait_s=2.0, transfer_s=5.0)]
+    assert receiver.rounds == 3
+
+
+def test_a_room_that_has_failed_keeps_its_reason_and_no_rows(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    lands(manager, 5)
+    copy_out(manager, capacity=3)
+    with caplog.at_level("INFO"):
+        manager._changed(StatusChanged(1, Status.FAILED, GONE))
+    assert caplog.messages == [f'relay room=1 status=Failed reason="{GONE}"']
+    assert (receiver.poll(), receiver.failure(), receiver.target) == (Status.FAILED, GONE, None)
+    assert manager._sizes() == {"receivers": 0}
+
+
+def test_a_room_that_has_failed_and_is_not_known_here_is_no_matter(manager: Any) -> None:
+    manager._changed(StatusChanged(9, Status.FAILED, GONE))
+
+
+def test_a_room_that_has_succeeded_keeps_its_rows(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    lands(manager, 5)
+    copy_out(manager)
+    manager._changed(StatusChanged(1, Status.TRANSFERRING, None))
+    assert manager._sizes() == {"receivers": 1}
+    manager._changed(StatusChanged(1, Status.SUCCESS, None))
+    assert receiver.rows().total == 5
+    assert manager._sizes() == {"receivers": 0}
