@@ -12,10 +12,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from embedding_relay.tools.tiny_model import tokenizer
-from embedding_relay.tools.tiny_model.families import FAMILIES, Family
-from embedding_relay.tools.tiny_model.parts import Size
-from embedding_relay.tools.tiny_model.tokenizer import SPECIAL_TOKENS
+from embedding_relay.tools.tiny_families import tokenizer
+from embedding_relay.tools.tiny_families.common import Family, Size
+from embedding_relay.tools.tiny_families.table import FAMILIES
+from embedding_relay.tools.tiny_families.tokenizer import SPECIAL_TOKENS
 
 __all__ = ["DEFAULT_FAMILY", "FAMILIES", "SPECIAL_TOKENS", "Family", "Size", "cached", "make"]
 
@@ -34,7 +34,8 @@ def make(out: Path, family: str = DEFAULT_FAMILY, seed: int = 0, size: Size = Si
 
 def cached(family: str = DEFAULT_FAMILY, seed: int = 0) -> Path:
     """The same, made once per machine and per version of these files."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__)
+    files = [here, *sorted(here.with_name("tiny_families").glob("*.py"))]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-embedding-relay"
     model = cache / f"{family}-{seed}-{version}"

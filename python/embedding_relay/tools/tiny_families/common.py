@@ -1,9 +1,19 @@
-"""What tiny models of several families have in common: the numbers of their halves, and their processors' parts."""
+"""What a family of tiny models is, and what several have in common: numbers of their halves, parts of processors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from embedding_relay.tools.tiny_families.tokenizer import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Ids = dict[str, int]
+Checkpoint = tuple[dict[str, Any], dict[str, Any]]
+"""A configuration, and weights by name."""
 
 HEAD_SIZE, VISION_HEAD_SIZE = 64, 32
 # Wide enough that two pictures give visibly different log-probabilities.
@@ -21,7 +31,27 @@ class Size:
     vision_layers: int = 4
 
 
-def text(ids: dict[str, int], vocabulary: int, size: Size, **more: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Family:
+    build: Callable[[Ids, int, Size], PreTrainedModel]
+    processor: Callable[[Any], Any]
+    """From its tokenizer."""
+    prompt: Prompt
+    pixels_per_token: int = 28
+    """The side, in pixels, of the square that becomes one token: where pictures keep their size."""
+    arguments: tuple[str, ...] = ()
+    """Flags that its servers need."""
+    checkpoint: Callable[[Any], Checkpoint] | None = None
+    """Its configuration and weights, where those of published models are not what `transformers` writes now."""
+
+
+CLIP: dict[str, Any] = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
+def text(ids: Ids, vocabulary: int, size: Size, **more: Any) -> dict[str, Any]:
     """Of a language model."""
     return {
         "vocab_size": vocabulary,
@@ -114,3 +144,25 @@ def mel() -> Any:
     from transformers import WhisperFeatureExtractor
 
     return WhisperFeatureExtractor(feature_size=128)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    config: dict[str, Any] = model.config.to_dict()
+    return config | {"architectures": [type(model).__name__]}
+
+
+def renamed(*beginnings: tuple[str, str]) -> Callable[[Any], Checkpoint]:
+    """Weights whose names begin otherwise."""
+
+    def checkpoint(model: Any) -> Checkpoint:
+        weights = model.state_dict()
+        if model.config.get_text_config().tie_word_embeddings:
+            del weights["lm_head.weight"]
+        return config_of(model), {_rename(name, beginnings): weight for name, weight in weights.items()}
+
+    return checkpoint
+
+
+def _rename(name: str, beginnings: tuple[tuple[str, str], ...]) -> str:
+    old, new = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
+    return new + name.removeprefix(old)

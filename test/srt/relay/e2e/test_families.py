@@ -1,0 +1,41 @@
+"""Every family of models: a pair says what an undivided server says, in many rounds, and each half holds only its own.
+
+Starting three servers takes a while, so each day has its share of the families; `RELAY_FAMILIES` names others, or all.
+`scripts/families` runs all of them and writes the table of docs/models.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from embedding_relay.tools import tiny_model
+from support import families
+from support.questions import TOLERANCE
+from support.repo import REPO
+
+A_DAY: Final = 2
+
+
+def todays() -> list[str]:
+    named, every = os.environ.get("RELAY_FAMILIES", ""), list(tiny_model.FAMILIES)
+    if named:
+        return every if named == "all" else named.split(",")
+    first = datetime.datetime.now(datetime.UTC).date().toordinal() * A_DAY
+    return [every[(first + number) % len(every)] for number in range(A_DAY)]
+
+
+@pytest.mark.parametrize("name", todays())
+def test_a_pair_is_equal_to_an_undivided_server(name: str, logs: Path) -> None:
+    line = families.compare(name, logs)
+    print(line)
+    families.save(line, REPO / "test-output/families")
+    assert line.trouble == ""
+    assert line.difference < TOLERANCE
+    assert line.rounds > 1
+    assert min(line.saved_encode, line.saved_language) > 0.1, "a half that is not needed takes memory"
+    assert line.saved_encode + line.saved_language > 0.99, "something is held twice"
