@@ -139,9 +139,10 @@ def _exit_on_signal(number: int, frame: object) -> NoReturn:
 
 def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) -> None:
     model = arguments.model
+    flags: tuple[str, ...] = ()
     if model is None:
         reporter.say(f"making a tiny {arguments.family} model (random weights: the answer means nothing)")
-        model = tiny_model.cached(arguments.family)
+        model, flags = tiny_model.cached(arguments.family), tiny_model.FAMILIES[arguments.family].arguments
     reporter.say(f"model: {model}")
     blocks = max(1, -(-arguments.default_tokens // BLOCK_SIZE))
     buffers = {
@@ -149,7 +150,7 @@ def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) 
         "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": str(arguments.default_tokens),
     }
     cluster = local_cluster.relay(
-        Options(model=model, logs=logs, device=arguments.device, environ=buffers),
+        Options(model=model, logs=logs, device=arguments.device, arguments=flags, environ=buffers),
         # No more blocks than the first offer: otherwise the second round would already take all the rest.
         language_environ={"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(blocks)},
         progress=reporter.progress,

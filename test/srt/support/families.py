@@ -10,17 +10,19 @@ import random
 import re
 import wave
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from embedding_relay.tools import local_cluster, tiny_model
-from embedding_relay.tools.chat_client import Answer, data_uri, picture, post
-from embedding_relay.tools.local_cluster import LocalCluster, sglang_server
+from embedding_relay.tools.chat_client import Answer, chat_body, data_uri, picture, post
+from embedding_relay.tools.local_cluster import HOST, LocalCluster, sglang_server
 from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import servers
 from support.questions import TOLERANCE, stories
+from support.questions import difference as chat_difference
 
 # So small that every question resumes.
 POOL: Final = {
@@ -153,6 +155,7 @@ def compare(family: str, logs: Path) -> Line:
         expected, answers = (
             {name: question.ask(server.url, family) for name, question in asked.items()} for server in (alone, cluster)
         )
+        trouble = _trouble(expected, answers) or _trouble_with_audio_in_chat(family, cluster, alone)
         told = stories(cluster["language"].log_text())
         halves = {half[0]: half for half in HALF.findall(cluster["encode"].log_text() + cluster["language"].log_text())}
     saved = {name: 1 - int(half[2]) / int(half[3]) for name, half in halves.items()}
@@ -164,7 +167,7 @@ def compare(family: str, logs: Path) -> Line:
         max((story.rounds for story in told), default=0),
         saved["encode"],
         saved["language"],
-        _trouble(expected, answers),
+        trouble,
     )
 
 
@@ -195,6 +198,25 @@ def _trouble(expected: dict[str, Answer], answers: dict[str, Answer]) -> str:
         if one and another and not difference(one, another) > 20 * TOLERANCE:
             return f"another {kind} makes no difference"
     return ""
+
+
+def _trouble_with_audio_in_chat(family: str, cluster: LocalCluster, alone: LocalProcess) -> str:
+    """The router refuses it by itself; both halves take it from a client that asks them directly."""
+    if not tiny_model.FAMILIES[family].prompt.audio:
+        return ""
+    parts = [{"type": "audio_url", "audio_url": {"url": audio(1.2, 11)}}, {"type": "text", "text": "what is this"}]
+    body = chat_body([], "") | {"messages": [{"role": "user", "content": parts}]}
+    encode = cluster["encode"]
+    port = int(encode.command[encode.command.index("--disaggregation-bootstrap-port") + 1])
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": 2**40 + 1}
+    path = "/v1/chat/completions"
+    with ThreadPoolExecutor() as pool:
+        half = pool.submit(post, encode.url + path, body | where)
+        ours, theirs = post(cluster["language"].url + path, body | where), post(alone.url + path, body)
+        statuses = [half.result().status, ours.status, theirs.status, post(cluster.url + path, body).status]
+    if statuses != [200, 200, 200, 400]:
+        return f"audio in chat: {statuses} of the halves, an undivided server and the router"
+    return "" if chat_difference(ours, theirs) < TOLERANCE else "audio in chat: another answer"
 
 
 def _tokens(answer: Answer) -> Any:
