@@ -173,7 +173,8 @@ def test_what_was_transferred_is_counted_before_proof_is_asked_for(
 def test_how_a_request_went_is_told(
     manager: Any, sender: MooncakeEmbeddingSender, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sender.expected_at, sender.rounds, sender.bytes = 2.0, 3, 99
+    manager._expect(sender, 2.0)
+    sender.rounds, sender.bytes = 3, 99
     manager._submit(1, rows(), 5.0)
     with caplog.at_level("INFO"):
         manager._run([StatusChanged(1, Status.TRANSFERRING, None), StatusChanged(1, Status.SUCCESS, None)], 9.0)
@@ -216,6 +217,7 @@ def test_workers_of_sessions_that_are_gone_end_with_the_tick(manager: Any) -> No
     manager._core = Notes(["one"])
     manager._run = lambda *_: None
     manager.tick(5.0)
+    assert manager._core.told == [("tick", 5.0), ("sessions",)]
     assert manager._workers.told == [("keep_only", ["one"]), ("end_idle", 5.0)]
 
 
@@ -225,3 +227,11 @@ def test_it_wakes_for_the_first_of_both(
 ) -> None:
     manager._core, manager._workers = Notes(core), Notes(workers)
     assert manager.next_wakeup() == both
+
+
+def test_nothing_is_kept_when_it_is_over(manager: Any, sender: MooncakeEmbeddingSender) -> None:
+    manager._submit(1, rows(), 5.0)
+    manager._close_helpers()
+    assert manager._sizes() == {"senders": 0, "sources": 0, "workers": 0}
+    assert manager._prover.told == [("close",)]
+    assert manager._workers.told == [("close",)]

@@ -271,3 +271,8 @@ def test_a_room_that_has_succeeded_keeps_its_rows(manager: Any, receiver: Moonca
     manager._changed(StatusChanged(1, Status.SUCCESS, None))
     assert receiver.rows().total == 5
     assert manager._sizes() == {"receivers": 0}
+
+
+def test_nothing_is_kept_when_it_is_over(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    manager._close_helpers()
+    assert manager._sizes() == {"receivers": 0}
