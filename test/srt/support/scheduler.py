@@ -206,7 +206,8 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
         """
         self.inbox += messages
         self.ingest_requests()
-        if self.embedding_relay is not None and has_news(self.embedding_relay.manager):
+        role = getattr(self, "embedding_relay", None)
+        if role is not None and has_news(role.manager):
             self.ingest_requests()
 
     def answer_to(self, rid: str) -> Failure | None:

@@ -75,12 +75,16 @@ def test_an_operators_mistake_is_one_line() -> None:
 # ---- a server in another mode
 
 
-@pytest.fixture
-def undivided(scheduler: SchedulerWithoutModel, monkeypatch: pytest.MonkeyPatch) -> SchedulerWithoutModel:
-    """As SGLang makes it in its own modes: our hooks are there, a role is not."""
+@pytest.fixture(params=["as SGLang makes it", "in parts"])
+def undivided(
+    scheduler: SchedulerWithoutModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> SchedulerWithoutModel:
+    """Our hooks are there, a role is not. Some make a scheduler of which we never hear: SGLang's own tests do."""
     monkeypatch.setattr(modes, "current", lambda: None)
     hooks.take_role(None, scheduler)
     assert scheduler.embedding_relay is None
+    if request.param == "in parts":
+        del scheduler.embedding_relay
     return scheduler
 
 

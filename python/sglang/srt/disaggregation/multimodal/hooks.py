@@ -206,8 +206,13 @@ def take_role(_result: Any, scheduler: Any) -> None:
         scheduler.disaggregation_mode = type(scheduler.disaggregation_mode).NULL
 
 
+def _role_of(scheduler: Any) -> Any:
+    """None also where `take_role` never ran, as in the schedulers that SGLang's own tests make in parts."""
+    return getattr(scheduler, "embedding_relay", None)
+
+
 def receive_request(original: Original, scheduler: Any, recv_req: Any, **kwargs: Any) -> Any:
-    role = scheduler.embedding_relay
+    role = _role_of(scheduler)
     if role is None:
         return original(scheduler, recv_req, **kwargs)
     if not role.take_over(recv_req):
@@ -236,7 +241,7 @@ def note_created(_result: Any, req: Any, *_: Any, **__: Any) -> None:
 
 
 def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    role = scheduler.embedding_relay
+    role = _role_of(scheduler)
     if role is not None and role.take_from_queue(req):
         return None
     return original(scheduler, req, *args, **kwargs)
@@ -244,22 +249,22 @@ def queue_request(original: Original, scheduler: Any, req: Any, *args: Any, **kw
 
 def decide_before_messages(messages: Any, scheduler: Any) -> Any:
     """SGLang's own aborts come the same way: one rank finds them, and all ranks get them in the same turn."""
-    role = scheduler.embedding_relay
+    role = _role_of(scheduler)
     return messages if role is None else [*messages, *role.decide()]
 
 
 def work_after_messages(messages: Any, scheduler: Any, *_: Any, **__: Any) -> None:
-    if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.after_messages(messages)
+    if (role := _role_of(scheduler)) is not None:
+        role.after_messages(messages)
 
 
 def sleep_while_only_we_wait(_result: Any, scheduler: Any) -> None:
-    if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.sleep_until_something_happens()
+    if (role := _role_of(scheduler)) is not None:
+        role.sleep_until_something_happens()
 
 
 def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = False, *_: Any, **__: Any) -> bool:
-    role = scheduler.embedding_relay
+    role = _role_of(scheduler)
     if role is None or for_health_check or not role.counts_parked:
         return idle
     role.scheduler_idle = idle
@@ -267,7 +272,7 @@ def count_our_requests(idle: bool, scheduler: Any, for_health_check: bool = Fals
 
 
 def flush_beside_parked(original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    role = scheduler.embedding_relay
+    role = _role_of(scheduler)
     if role is None:
         return original(scheduler, *args, **kwargs)
     with role.parked_requests_hold_nothing():
@@ -278,7 +283,7 @@ def flush_beside_parked(original: Original, scheduler: Any, *args: Any, **kwargs
 
 
 def release_memory_beside_parked(original: Original, updater: Any, recv_req: Any) -> Any:
-    role = updater.scheduler.embedding_relay
+    role = _role_of(updater.scheduler)
     if role is None:
         return original(updater, recv_req)
     with role.parked_requests_hold_nothing(), torch_on(updater.scheduler.device):
@@ -300,13 +305,13 @@ def torch_on(device: str) -> Iterator[None]:
 
 
 def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
-    if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.hear_abort(recv_req)
+    if (role := _role_of(scheduler)) is not None:
+        role.hear_abort(recv_req)
 
 
 def close_role(_result: Any, scheduler: Any) -> None:
-    if scheduler.embedding_relay is not None:
-        scheduler.embedding_relay.close()
+    if (role := _role_of(scheduler)) is not None:
+        role.close()
 
 
 # ---- a machine without an accelerator, in every mode
