@@ -16,42 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_relay.memory.buffers import ReceivedRows
-from embedding_relay.memory.checks import SmallColumns
 from sglang.srt.disaggregation.multimodal import media
 from sglang.srt.managers.mm_utils import embed_mm_inputs
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from support.columns import EDGES, LARGEST, LIMITS, SMALLEST, WHERE, changed, columns
+from support.received import TABLE, WIDTH, ModelWithoutLayers, received
 
-WIDTH: Final = 3
 VOCABULARY: Final = LIMITS.vocabulary
-TABLE: Final = torch.nn.Embedding(VOCABULARY, WIDTH)
-
-
-class ModelWithoutLayers:
-    """Never asked for features: the rows are there."""
-
-    def get_image_feature(self, items: Any) -> torch.Tensor:
-        raise AssertionError("rows are here, and are computed again")
-
-    get_video_feature = get_image_feature
-
-
-def received(small: SmallColumns) -> ReceivedRows:
-    """With embeddings that count up from 1, and zeros where there is text."""
-    total = small.aux.total
-    is_media = torch.from_numpy(small.items[:, 0] >= 0)
-    embeddings = torch.zeros(total, WIDTH)
-    embeddings[is_media] = torch.arange(1.0, WIDTH * int(is_media.sum()) + 1).view(-1, WIDTH)
-    return ReceivedRows(
-        total=total,
-        fill_ids=torch.from_numpy(small.fill_ids),
-        mrope=torch.from_numpy(small.mrope),
-        items=torch.from_numpy(small.items),
-        embeddings=embeddings,
-        mrope_delta=small.aux.mrope_delta,
-        has_mrope=small.aux.has_mrope,
-        media_items=small.aux.media_items,
-    )
 
 
 def embedded(ids: array[int], output: Any) -> torch.Tensor:
