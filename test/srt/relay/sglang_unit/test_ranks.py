@@ -244,6 +244,21 @@ def test_a_rank_that_says_nothing_fails_the_room_in_the_end(
     assert ranks.same(lambda scheduler: scheduler.answer_to("a")).code == INTERNAL
 
 
+def test_samples_are_counted_alike_on_every_rank(ranks: LanguageRanks) -> None:
+    """SGLang hands a message on to the next pipeline stage when this one has dealt with it: it must still be the same."""
+    samples = [request(str(number), 7, sampling={"n": 2}) for number in range(3)]
+    ranks.turn(samples[0])
+    for rank in range(len(ranks.transfers)):
+        ranks.has_rows(rank, 7)
+    ranks.turn()
+    ranks.turn(samples[1], request("between", 8, need_wait_for_mm_inputs=None))
+    assert all(sample.need_wait_for_mm_inputs for sample in samples)
+    assert ranks.queued() == ["0", "between", "1"]
+    assert ranks.tables()["shared"] == 1
+    ranks.turn(samples[2])
+    assert ranks.tables()["shared"] == 0
+
+
 def test_only_the_clock_of_the_first_rank_forgets_samples(
     ranks: LanguageRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

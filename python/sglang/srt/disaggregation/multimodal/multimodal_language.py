@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -251,6 +252,8 @@ class LanguageRole(Role[LanguageManager]):
             self.answer_with_failure(recv_req, Failure(INTERNAL, text))
 
     def _give_to_sglang(self, rows: ReceivedRows, recv_req: Any) -> None:
+        """A copy: the message itself may still have to go to the next pipeline stage, which has rows of its own."""
+        recv_req = copy.copy(recv_req)
         recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(rows, self.manager.limits)
         media.limit_new_tokens(recv_req.sampling_params, rows, self.manager.limits)
         recv_req.need_wait_for_mm_inputs = False
