@@ -13,6 +13,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,10 @@ from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import servers
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares
+from support.server_numbers import not_at_rest, numbers_of
+from support.sglang_ci import register_cpu_ci
+
+register_cpu_ci(est_time=900, suite="base-c-test-cpu")
 
 # Rows of deepstack are wider; SGLang's class takes them in the first pipeline stage only, which must have the layers.
 FAMILIES: Final = {"tensor": "qwen3_vl", "data-and-pipeline": "qwen2_5_vl"}
@@ -229,6 +234,8 @@ def test_many_at_once(part: Part) -> None:
             together = [halves[1] for halves in clients.map(ask, crowd)]
         assert [answer.status for answer in together] == [200] * len(crowd)
         assert max(difference(one, other) for one, other in zip(together, alone, strict=True)) <= TOLERANCE
+        for size in (encode, language):
+            wait_until(lambda server=part.instances.servers[size]: not_at_rest(numbers_of(server)) == [])
 
 
 @each_part
@@ -259,17 +266,24 @@ def test_requests_are_divided_among_data_parallel_ranks(part: Part) -> None:
 
 
 @tensor_part
-def test_a_client_that_leaves_is_dropped_by_every_rank(part: Part) -> None:
-    encode, language = ENCODE_TP, LANGUAGE_TP
-    question = part.picture(3, 3, 400)
+def test_ranks_that_wait_for_a_request_sleep_and_drop_it_when_its_client_leaves(part: Part) -> None:
+    """No rank spins: the first sleeps until something happens, the others in SGLang's broadcast until it has."""
+    encode, language = ENCODE_TP, part.instances.servers[LANGUAGE_TP]
     where = {"bootstrap_host": HOST, "bootstrap_port": part.instances.bootstrap_ports[encode]}
-    with pytest.raises(TimeoutError):  # its encode half never comes
-        post(
-            f"{part.instances.servers[language].url}/v1/chat/completions",
-            question.body(**where, bootstrap_room=next(rooms)),
-            timeout=2,
-        )
-    assert [half.status for half in part.instances.ask(part.picture(3, 6, 401), encode, language)] == [200, 200]
+    never = part.picture(3, 3, 400).body(**where, bootstrap_room=next(rooms))  # its encode half does not come
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(post, f"{language.url}/v1/chat/completions", never, timeout=6)
+        wait_until(lambda: parked(language) == 1)
+        before = seconds_of_cores(language)
+        time.sleep(3)  # what is measured is this time
+        spent = seconds_of_cores(language) - before
+        assert parked(language) == 1
+        with pytest.raises(TimeoutError):
+            asked.result()
+    print(f"in 3 s with a parked request: {spent:.2f} s of cores")
+    assert spent < 1.5, "each of two spinning ranks would take 3"
+    wait_until(lambda: parked(language) == 0)
+    assert [half.status for half in part.instances.ask(part.picture(3, 6, 401), encode, LANGUAGE_TP)] == [200, 200]
 
 
 @tensor_part
@@ -298,3 +312,19 @@ def scheduler_of(server: LocalProcess, rank: str) -> int:
     titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in server.group_members()}
     (found,) = [pid for pid, title in titles.items() if title.startswith(f"sglang::scheduler_{rank}")]
     return found
+
+
+def parked(server: LocalProcess) -> int:
+    return int(numbers_of(server)["parked_requests"])
+
+
+def seconds_of_cores(server: LocalProcess) -> float:
+    ticks = 0
+    for pid in server.group_members():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
