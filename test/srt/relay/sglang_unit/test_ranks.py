@@ -245,7 +245,7 @@ def test_a_rank_that_says_nothing_fails_the_room_in_the_end(
 
 
 def test_samples_are_counted_alike_on_every_rank(ranks: LanguageRanks) -> None:
-    """SGLang hands a message on to the next pipeline stage when this one has dealt with it: it must still be the same."""
+    """SGLang hands a message on to the next pipeline stage when this one has dealt with it: it must be as it came."""
     samples = [request(str(number), 7, sampling={"n": 2}) for number in range(3)]
     ranks.turn(samples[0])
     for rank in range(len(ranks.transfers)):
