@@ -87,18 +87,18 @@ def video(wide: int, high: int, seed: int) -> str:
 
 
 def questions(family: str) -> dict[str, Question]:
-    prompt = tiny_model.FAMILIES[family].prompt
+    recipe = tiny_model.FAMILIES[family]
+    prompt, side = recipe.prompt, recipe.pixels_per_token
     asked = {}
     if prompt.image:
-        side = tiny_model.FAMILIES[family].pixels_per_token
         asked |= {
             "one image": Question("{image}what is this", (image(6 * side, 5 * side, 1),)),
             "another image": Question("{image}what is this", (image(6 * side, 5 * side, 2),)),
-            "two adjacent": Question(
-                "{image}{image}which is larger", (image(5 * side, 5 * side, 3), image(4 * side, 7 * side, 4))
-            ),
             "a large one": Question("look at {image} closely", (image(18 * side, 14 * side, 5),)),
         }
+        if recipe.several_images:
+            two = (image(5 * side, 5 * side, 3), image(4 * side, 7 * side, 4))
+            asked["two adjacent"] = Question("{image}{image}which is larger", two)
     if prompt.audio:
         asked |= {
             "one audio": Question("{audio}what is this", audios=(audio(1.5, 6),)),
@@ -173,7 +173,7 @@ def compare(family: str, logs: Path) -> Line:
 
 def difference(one: Answer, other: Answer) -> float:
     here, there = logprobs(one), logprobs(other)
-    if [token for _, token in here] != [token for _, token in there]:
+    if not here or [token for _, token in here] != [token for _, token in there]:
         return math.inf
     return max(abs(a - b) for (a, _), (b, _) in zip(here, there, strict=True))
 

@@ -41,6 +41,8 @@ class Family:
     """The side, in pixels, of the square that becomes one token: where pictures keep their size."""
     arguments: tuple[str, ...] = ()
     """Flags that its servers need."""
+    several_images: bool = True
+    """SGLang takes more than one in a prompt."""
     checkpoint: Callable[[Any], Checkpoint] | None = None
     """Its configuration and weights, where those of published models are not what `transformers` writes now."""
 

@@ -193,5 +193,11 @@ FAMILIES = {
     "mistral3": Family(_mistral3, _mistral_processor(2), MISTRAL),
     "pixtral": Family(_pixtral, _mistral_processor(1), MISTRAL, 14),
     "paddleocr_vl": Family(_paddleocr_vl, _paddleocr_vl_processor, PADDLE),
-    "lighton_ocr": Family(_lighton_ocr, _lighton_ocr_processor, LIGHTON, checkpoint=_lighton_ocr_checkpoint),
+    "lighton_ocr": Family(
+        _lighton_ocr,
+        _lighton_ocr_processor,
+        LIGHTON,
+        several_images=False,
+        checkpoint=_lighton_ocr_checkpoint,
+    ),
 }

@@ -30,12 +30,12 @@ INTERN = Prompt(
 INTERN_CHAT = Prompt(image="<image>", video="<video>", tokens=(*INTERN.tokens,))
 
 
-def _internvl(ids: Ids, vocabulary: int, size: Size) -> PreTrainedModel:
+def _internvl(ids: Ids, vocabulary: int, size: Size, tile: int = TILE) -> PreTrainedModel:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     config = InternVLConfig(
         text_config={"model_type": "qwen2"} | common.text(ids, vocabulary, size),
-        vision_config=common.vit(size, image_size=[TILE, TILE], patch_size=[14, 14]),
+        vision_config=common.vit(size, image_size=[tile, tile], patch_size=[tile // 8, tile // 8]),
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=TILE_TOKENS,
         tie_word_embeddings=False,
@@ -57,6 +57,11 @@ def _internvl_processor(tokenizer: Any) -> Any:
     )
 
 
+def _internvl_chat(ids: Ids, vocabulary: int, size: Size) -> PreTrainedModel:
+    """SGLang's processor for it makes tiles of this size, whatever the configuration says."""
+    return _internvl(ids, vocabulary, size, tile=448)
+
+
 def _internvl_chat_checkpoint(model: Any) -> Checkpoint:
     """The same model as its authors publish it, for code of theirs."""
     weights = {_intern_name(name): weight for name, weight in model.state_dict().items()}
@@ -70,9 +75,9 @@ def _internvl_chat_checkpoint(model: Any) -> Checkpoint:
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "llm_config": language.to_dict() | {"architectures": ["Qwen2ForCausalLM"]},
-        "vision_config": vision.to_dict() | {"model_type": "intern_vit_6b", "image_size": TILE, "patch_size": 14},
+        "vision_config": vision.to_dict() | {"model_type": "intern_vit_6b", "image_size": 448, "patch_size": 56},
         "downsample_ratio": 0.5,
-        "force_image_size": TILE,
+        "force_image_size": 448,
         "ps_version": "v2",
         "select_layer": -1,
         "max_dynamic_patch": 12,
@@ -223,7 +228,9 @@ def _aya_vision_processor(tokenizer: Any) -> Any:
 
 FAMILIES = {
     "internvl": Family(_internvl, _internvl_processor, INTERN),
-    "internvl_chat": Family(_internvl, lambda tokenizer: tokenizer, INTERN_CHAT, checkpoint=_internvl_chat_checkpoint),
+    "internvl_chat": Family(
+        _internvl_chat, lambda tokenizer: tokenizer, INTERN_CHAT, checkpoint=_internvl_chat_checkpoint
+    ),
     "llava_onevision": Family(_llava_onevision, _llava_onevision_processor, LLAVA),
     "gemma3": Family(
         _gemma3,
