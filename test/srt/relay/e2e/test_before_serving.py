@@ -15,7 +15,10 @@ from embedding_relay.tools import tiny_model
 from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ARGUMENTS, CPU_ENVIRON, HOST
 from embedding_relay.tools.local_process import free_ports
 from support.patience import wait_until
+from support.sglang_ci import register_cpu_ci, run_tests
 from support.warm_start import WarmProcess
+
+register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 PREFIX = "sglang-embedding-relay: "
 ENCODE = ("--disaggregation-mode", "encode")
@@ -157,3 +160,7 @@ def test_an_operator_who_tries_another_sglang_is_warned_in_one_line(ended: dict[
 
 def test_a_hook_that_did_not_apply_is_named(ended: dict[str, Ended]) -> None:
     assert "Scheduler.on_idle did not apply" in refusal(ended["lost hook"])
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

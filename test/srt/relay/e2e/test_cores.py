@@ -9,6 +9,9 @@ import pytest
 
 from embedding_relay import cores
 from support.pairs import SMALL, Pair
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=60, suite="base-c-test-cpu")
 
 pytestmark = pytest.mark.parametrize("pair", [SMALL], ids=[SMALL.name], indirect=True, scope="session")
 
@@ -23,3 +26,7 @@ def test_an_instance_beside_another_one(pair: Pair, half: str) -> None:
     assert f"relay cores: {sharing.why}" in log
     (threads,) = STARTED.findall(log)
     assert int(threads) == int(os.environ.get("OMP_NUM_THREADS") or cores.usable_cores())
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

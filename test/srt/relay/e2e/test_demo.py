@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from support.servers import QUICK_START
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 DEMO = [sys.executable, "-m", "embedding_relay.tools.cli", "demo", "--device", "cpu"]
 
@@ -85,3 +88,7 @@ def test_ctrl_c_stops_everything(demo: Demo) -> None:
     process.stdout.read()
     process.wait()
     assert process.returncode == 130
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

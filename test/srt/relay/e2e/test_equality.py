@@ -22,6 +22,9 @@ from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import pairs, servers
 from support.pairs import LARGE, SMALL, Pair
 from support.questions import TOLERANCE, Question, Story, difference, filler_for, squares, stories
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=600, suite="base-c-test-cpu")
 
 PAIRS = [SMALL, LARGE, *(pairs.OTHERS if os.environ.get("RELAY_EVERY_PAIR") else ())]
 DEFAULT = LARGE.default  # a multiple of both block sizes
@@ -194,3 +197,7 @@ def test_three_samples_of_one_prompt(pair: Pair) -> None:
     assert answer.status == 200, answer.body
     one = question.ask(pair.url)
     assert [choice["message"]["content"] for choice in answer.body["choices"]] == [one.text] * 3
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

@@ -17,6 +17,9 @@ from embedding_relay.tools import tiny_model
 from support import families
 from support.questions import TOLERANCE
 from support.repo import REPO
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=600, suite="base-c-test-cpu")
 
 A_DAY: Final = 2
 
@@ -39,3 +42,7 @@ def test_a_pair_is_equal_to_an_undivided_server(name: str, logs: Path) -> None:
     assert line.rounds > 1
     assert min(line.saved_encode, line.saved_language) > 0.1, "a half that is not needed takes memory"
     assert line.saved_encode + line.saved_language > 0.99, "something is held twice"
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

@@ -29,6 +29,9 @@ from support.pairs import ADAPTER, CHUNK, DEADLINE, MOST_RUNNING, MOST_WAITING, 
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories
 from support.server_numbers import not_at_rest, numbers_of, scheduler_of
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=600, suite="base-c-test-cpu")
 
 T = TypeVar("T")
 
@@ -501,3 +504,7 @@ def send(url: str, question: Question) -> HTTPConnection:
 
 def ended(language: LocalProcess, since: int) -> list[tuple[str, str]]:
     return re.findall(r"relay room=\d+ status=(Success|Failed) (.*)", language.log_text()[since:])
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

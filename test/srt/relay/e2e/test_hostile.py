@@ -25,6 +25,9 @@ from support.loopback import wait_until
 from support.pairs import CONTEXT, DEADLINE, SMALL, Pair
 from support.questions import Question, squares
 from support.rows import Forged
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=240, suite="base-c-test-cpu")
 
 pytestmark = pytest.mark.parametrize("pair", [SMALL], ids=[SMALL.name], indirect=True, scope="session")
 
@@ -208,3 +211,7 @@ def test_a_batch_with_too_few_rooms_is_refused_at_once(pair: Pair, half: str) ->
     twice = post(f"{pair[half].url}/generate", {**batch, "bootstrap_room": [room, room]})
     assert (twice.status, "one room for two prompts" in str(twice.body)) == (400, True), twice.body
     assert few.seconds + twice.seconds < AT_ONCE
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

@@ -21,6 +21,9 @@ from embedding_relay.tools.local_cluster import HOST
 from embedding_relay.tools.local_process import LocalProcess
 from support.pairs import DEADLINE, SMALL, Pair
 from support.questions import Question, squares, stories
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 AT_ONCE = DEADLINE / 2  # too soon for a half that nobody told
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -213,3 +216,7 @@ def test_ids_of_text_alone(undivided: dict[str, LocalProcess], pair: Pair) -> No
     body = {"text": "no picture", "return_prompt_token_ids": True, "sampling_params": {"max_new_tokens": 2}}
     ours, theirs = (post(f"{where.url}/generate", body) for where in (pair["language"], undivided[pair.family]))
     assert ours.body["prompt_token_ids"] == theirs.body["prompt_token_ids"]
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

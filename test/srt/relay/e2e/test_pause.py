@@ -27,6 +27,9 @@ from support.pairs import Pair, Settings
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares
 from support.server_numbers import not_at_rest, numbers_of
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=240, suite="base-c-test-cpu")
 
 # Its halves wait for each other longer than all that is done meanwhile takes; every request resumes.
 PATIENT: Final = Settings(
@@ -226,3 +229,7 @@ def test_a_parked_request_is_answered_by_the_new_weights_of_both_halves(
             again = question.ask(pair.url)
     assert difference(answer, expected) < TOLERANCE
     assert difference(again, expected) < TOLERANCE
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

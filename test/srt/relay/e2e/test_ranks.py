@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from support import servers
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares
 from support.server_numbers import not_at_rest, numbers_of
-from support.sglang_ci import register_cpu_ci
+from support.sglang_ci import register_cpu_ci, run_tests
 
 register_cpu_ci(est_time=900, suite="base-c-test-cpu")
 
@@ -327,4 +326,4 @@ def seconds_of_cores(server: LocalProcess) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))
+    run_tests(__file__)

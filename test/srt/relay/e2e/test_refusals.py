@@ -20,6 +20,9 @@ from support.pairs import CONTEXT, DEADLINE, MOST_WAITING, SMALL, Pair
 from support.patience import wait_until
 from support.questions import Question, squares, stories
 from support.server_numbers import numbers_of
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=240, suite="base-c-test-cpu")
 
 AT_ONCE = DEADLINE / 2  # too soon for a half that nobody told
 
@@ -206,3 +209,7 @@ def test_more_requests_than_may_wait(pair: Pair, half: str) -> None:
             assert answer.status in (502, 503), answer.body
             assert answer.seconds < 3 * DEADLINE, "some had to wait for a block first"
     assert re.search(rf"{name} room=\d+ refused: 503 {MOST_WAITING} requests", pair[half].log_text())
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

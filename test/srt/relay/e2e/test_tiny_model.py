@@ -9,6 +9,9 @@ import pytest
 
 from embedding_relay.tools import cli, tiny_model
 from embedding_relay.tools.chat_client import picture
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=60, suite="base-c-test-cpu")
 
 
 def hashes(model: Path) -> dict[str, str]:
@@ -56,3 +59,7 @@ def test_the_tokenizer_can_say_anything(processor: Any) -> None:
 def test_deepstack_where_the_family_has_it(model: Path, family: str) -> None:
     vision = json.loads((model / "config.json").read_text())["vision_config"]
     assert vision.get("deepstack_visual_indexes", []) == ([1, 2] if family == "qwen3_vl" else [])
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

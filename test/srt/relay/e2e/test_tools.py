@@ -24,6 +24,9 @@ from support.pairs import LARGE, Pair
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories
 from support.server_numbers import not_at_rest, numbers_of
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 REQUESTS = 12
 BURST = 200
@@ -173,3 +176,7 @@ def test_two_hundred_at_once(pair: Pair) -> None:
     )
     for half in ("encode", "language"):
         wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    run_tests(__file__)

@@ -12,6 +12,9 @@ from embedding_relay.tools.chat_client import Answer, chat_body, data_uri, post
 from embedding_relay.tools.local_process import LocalProcess
 from support.pairs import LARGE, SMALL, Pair
 from support.questions import TOLERANCE, difference, squares, stories
+from support.sglang_ci import register_cpu_ci, run_tests
+
+register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 each_pair = pytest.mark.parametrize(
     "pair", [SMALL, LARGE], ids=[settings.name for settings in (SMALL, LARGE)], indirect=True, scope="session"
@@ -72,3 +75,7 @@ def test_a_video_that_cannot_be_decoded(pair: Pair) -> None:
     answer = ask(pair.url, nothing, "what happens")
     assert answer.status == 400, answer.body
     assert "video" in str(answer.body)
+
+
+if __name__ == "__main__":
+    run_tests(__file__)
