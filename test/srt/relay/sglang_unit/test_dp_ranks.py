@@ -13,6 +13,7 @@ from embedding_relay.protocol.errors import SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.registry.client import InstanceSizes
 from sglang.srt.disaggregation.multimodal import dp_ranks, modes, server_settings
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.runtime_context import get_parallel
 from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, run
 
@@ -61,6 +62,14 @@ def test_all_samples_of_a_room_go_to_one_rank(manager: TokenizerManagerWithoutSc
 
 def test_text_without_a_room_goes_where_sglang_sends_it(manager: TokenizerManagerWithoutScheduler, size: int) -> None:
     assert manager.prepare(text="hello").routed_dp_rank is None
+
+
+@pytest.mark.parametrize("meant", [None, 1])
+def test_health_requests_go_to_each_rank_in_turn_or_to_the_one_that_is_meant(
+    manager: TokenizerManagerWithoutScheduler, size: int, meant: int | None
+) -> None:
+    where = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
+    assert manager.prepare(text="hello", **where, routed_dp_rank=meant).routed_dp_rank == meant
 
 
 def test_a_client_may_choose_the_language_rank(manager: TokenizerManagerWithoutScheduler) -> None:

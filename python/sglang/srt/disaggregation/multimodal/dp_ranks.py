@@ -29,9 +29,11 @@ async def route(tokenized: Any) -> Any:
 
     A client may choose the language rank, as at any server. At the encode instance it would be the other half's rank.
     """
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
     room, size = tokenized.bootstrap_room, get_parallel().num_dp_ranks
-    if room is None:
-        return tokenized
+    if room is None or tokenized.bootstrap_host == FAKE_BOOTSTRAP_HOST:
+        return tokenized  # health and warm-up requests name the rank that they mean, or are for each in turn
     if size > 1 and (tokenized.routed_dp_rank is None or modes.current() == modes.ENCODE):
         tokenized.routed_dp_rank = rank_of_room(room, size)
     tokenized.disagg_prefill_dp_rank = 0
