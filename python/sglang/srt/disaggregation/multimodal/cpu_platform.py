@@ -1,4 +1,4 @@
-"""The platform class itself; apart from `cpu_platform` because importing it imports torch and SGLang's platforms."""
+"""The platform class itself, and whether it serves; apart from `cpu_platform` because importing it imports torch."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ class RelayCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
 
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False
+
+
+def serves() -> bool:
+    """Whether this process computes on it."""
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, RelayCpuPlatform)

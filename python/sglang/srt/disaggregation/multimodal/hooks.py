@@ -408,10 +408,9 @@ def activate() -> None:
 
 def hooks_here() -> tuple[Hook, ...]:
     """Those for the platform that serves."""
-    from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
-    from sglang.srt.platforms import current_platform
+    from sglang.srt.disaggregation.multimodal import cpu_platform
 
-    return HOOKS + CPU_HOOKS if isinstance(current_platform, RelayCpuPlatform) else HOOKS
+    return HOOKS + CPU_HOOKS if cpu_platform.serves() else HOOKS
 
 
 def verify() -> None:

@@ -108,10 +108,9 @@ def _refuse_if_taken(host: str, port: int, flag: str) -> None:
 
 def share_cores() -> None:
     """Where instances compute on cores: what this one's processes must know of them before they exist."""
-    from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
-    from sglang.srt.platforms import current_platform
+    from sglang.srt.disaggregation.multimodal import cpu_platform
 
-    if not isinstance(current_platform, RelayCpuPlatform):
+    if not cpu_platform.serves():
         return
     sharing = cores.share(os.environ, len(os.sched_getaffinity(0)), cores.usable_cores())
     os.environ.update(sharing.environ)
