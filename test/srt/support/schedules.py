@@ -518,3 +518,15 @@ def _mishaps(schedule: Schedule, rng: random.Random) -> dict[str, Callable[[], N
         "restart language": lambda: schedule.restart_language(pick(), rng.random() < 0.5),
         "replace language": lambda: schedule.replace_language(pick()),
     }
+
+
+# All of them, each with the share of the seeds that is worth its time.
+KINDS_OF_SCHEDULES = {
+    run_orderly: 1 / 2,
+    run_slow: 1 / 2,
+    run_one_data_plane_dies: 1 / 2,
+    run_lossy: 1 / 2,
+    run_offers_and_reports_lost: 1 / 4,
+    run_one_side_dies: 1,
+    run_chaos: 1,
+}

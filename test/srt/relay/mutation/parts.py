@@ -59,19 +59,10 @@ def _protocol_tests(module: str) -> list[str]:
 
 def _random_schedules(module: str) -> str:
     from support.hostile import Seeded, run_attack, run_attack_with_faults, run_insider_attack
-    from support.schedules import (
-        run_chaos,
-        run_lossy,
-        run_offers_and_reports_lost,
-        run_one_data_plane_dies,
-        run_one_side_dies,
-        run_orderly,
-        run_slow,
-    )
+    from support.schedules import KINDS_OF_SCHEDULES
 
-    schedules = [run_chaos, run_one_data_plane_dies, run_orderly, run_lossy, run_offers_and_reports_lost]
     for seed in range(_SEEDS):
-        for schedule in (*schedules, run_one_side_dies, run_slow):
+        for schedule in KINDS_OF_SCHEDULES:
             try:
                 schedule(seed)
             except Exception as error:

@@ -3,23 +3,15 @@
 `RELAY_SCHEDULES=20000 scripts/test property` runs that many instead of a few hundred.
 """
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from embedding_relay.testing.world import World
 from support.effort import DAILY, SCHEDULES, effort, unhurried
-from support.schedules import (
-    ENCODES,
-    RANKS,
-    Schedule,
-    Shape,
-    run_chaos,
-    run_lossy,
-    run_offers_and_reports_lost,
-    run_one_data_plane_dies,
-    run_one_side_dies,
-    run_orderly,
-    run_slow,
-)
+from support.schedules import ENCODES, KINDS_OF_SCHEDULES, RANKS, Schedule, Shape, run_orderly
 
 pytestmark = unhurried
 
@@ -157,41 +149,12 @@ TestChaos.settings = effort(200)
 SEEDS = 800 * SCHEDULES // DAILY
 
 
-def test_orderly_schedules_by_seed() -> None:
-    for seed in range(SEEDS // 2):
-        run_orderly(seed)
+@pytest.mark.parametrize("schedule", KINDS_OF_SCHEDULES, ids=lambda run: run.__name__)
+def test_schedules_by_seed(schedule: Callable[[int], World]) -> None:
+    for seed in range(int(SEEDS * KINDS_OF_SCHEDULES[schedule])):
+        schedule(seed)
 
 
 def test_orderly_schedules_of_large_pools_by_seed() -> None:
     for seed in range(SEEDS // 4):
         run_orderly(seed, shape=Shape.wide)
-
-
-def test_schedules_in_which_one_data_plane_dies_by_seed() -> None:
-    for seed in range(SEEDS // 2):
-        run_one_data_plane_dies(seed)
-
-
-def test_slow_schedules_by_seed() -> None:
-    for seed in range(SEEDS // 2):
-        run_slow(seed)
-
-
-def test_schedules_in_which_messages_are_lost_by_seed() -> None:
-    for seed in range(SEEDS // 2):
-        run_lossy(seed)
-
-
-def test_schedules_in_which_offers_and_reports_are_lost_by_seed() -> None:
-    for seed in range(SEEDS // 4):
-        run_offers_and_reports_lost(seed)
-
-
-def test_schedules_in_which_one_side_dies_by_seed() -> None:
-    for seed in range(SEEDS):
-        run_one_side_dies(seed)
-
-
-def test_chaotic_schedules_by_seed() -> None:
-    for seed in range(SEEDS):
-        run_chaos(seed)
