@@ -87,6 +87,7 @@ LAUNCHES = {
     "other version": Launch(LANGUAGE, code=OTHER_VERSION),
     "other version, allowed": Launch(ENCODE, OTHER_VERSION, {UNTESTED_SGLANG: "1", BLOCK_SIZE: "many"}),
     "lost hook": Launch(ENCODE, code=ONE_HOOK_LOST),
+    "class": Launch((*LANGUAGE, "--json-model-override-args", '{"architectures": ["LlavaQwenForCausalLM"]}')),
 }
 
 
@@ -156,6 +157,10 @@ def test_an_operator_who_tries_another_sglang_is_warned_in_one_line(ended: dict[
     tried = ended["other version, allowed"]
     assert BLOCK_SIZE in refusal(tried), "it came further"
     assert tried.said.count("nobody has tested this with SGLang") == 1
+
+
+def test_a_model_class_that_cannot_be_divided_is_named(ended: dict[str, Ended]) -> None:
+    assert refusal(ended["class"]).startswith("LlavaQwenForCausalLM cannot be divided: ")
 
 
 def test_a_hook_that_did_not_apply_is_named(ended: dict[str, Ended]) -> None:

@@ -178,8 +178,14 @@ class Generic(PixelsOnly):
     [(TextOnly, "has no get_image_feature"), (PixelsOnly, "would ignore those"), (Generic, "of the inner layers")],
 )
 def test_a_class_that_cannot_be_divided_is_refused_with_its_reason(model: type[nn.Module], reason: str) -> None:
-    with pytest.raises(SettingError, match=f"{model.__name__} cannot be divided: .*{reason}"):
-        parts.check(model())
+    for check in (lambda: parts.check(model()), lambda: parts.check_class(model, Generic.config)):
+        with pytest.raises(SettingError, match=f"{model.__name__} cannot be divided: .*{reason}"):
+            check()
+
+
+@pytest.mark.parametrize("model", [Divisible, ChecksItself, Outer, NoModule, LooksAtItsTower])
+def test_of_a_class_alone_only_what_it_tells_is_held_against_it(model: type) -> None:
+    parts.check_class(model, Generic.config)
 
 
 def test_how_many_rows_of_inner_layers_go_with_each_row() -> None:

@@ -40,6 +40,16 @@ class Absent(torch.nn.Parameter):  # type: ignore[misc]  # torch is left out of 
         return absent
 
 
+def check_class(server_args: Any) -> None:
+    """SettingError for a model whose class alone tells that it cannot be divided."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    config = ModelConfig.from_server_args(server_args)
+    kind, _ = get_model_architecture(config)
+    parts.check_class(kind, config.hf_config)
+
+
 def load(original: Callable[[], None], mode: str) -> None:
     """Around the loading of a model. A class that cannot be loaded in halves is loaded as a whole."""
     global _load_all

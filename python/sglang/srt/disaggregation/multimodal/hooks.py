@@ -74,11 +74,12 @@ def start_registry(original: Original) -> Any:
 def check_machine_first(_engine_class: Any, server_args: Any, *_: Any, **__: Any) -> None:
     """Before any child process exists: what it would fail for must not leave a half-alive server behind."""
     if modes.of(server_args) is not None:
-        from sglang.srt.disaggregation.multimodal import server_settings
+        from sglang.srt.disaggregation.multimodal import halves, server_settings
 
         with one_line_for_the_operator():
             server_settings.check_ports(server_args)
             server_settings.check_transport(server_args)
+            halves.check_class(server_args)
 
 
 def share_cores(_result: Any, server_args: Any) -> None:

@@ -35,6 +35,21 @@ def check(model: Any) -> None:
         raise SettingError(f"{type(model).__name__} cannot be divided: {reason}")
 
 
+def check_class(kind: Any, config: Any) -> None:
+    """The same as far as the class alone tells, before anything is built of it."""
+    if hasattr(kind, "__getattr__") and kind.__getattr__ is not torch.nn.Module.__getattr__:
+        return  # it leaves everything to another one, which its constructor chooses
+    if "self.forward" in inspect.getsource(kind.__init__):
+        return
+    outline = kind.__new__(kind)
+    torch.nn.Module.__init__(outline)
+    outline.config = config
+    try:
+        check(outline)
+    except (AttributeError, TypeError):
+        return  # its forward pass is about parts that are not there yet
+
+
 def _why_not(part: Any) -> str:
     if not _has_getters(part):
         return "SGLang's class has no get_image_feature, nor one for video or audio"
