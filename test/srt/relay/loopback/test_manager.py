@@ -98,6 +98,7 @@ def test_the_plane_gets_the_memory_and_everything_is_closed_once(manager: Any) -
     for _ in range(2):
         manager.close()
     assert (manager.plane.closed, manager.helpers_closed) == (1, 1)
+    assert manager._buffers.pointers == (), "the memory is given back"
     assert end.failure() == Failure(503, "this instance is stopping")
     assert manager.healthy()
 

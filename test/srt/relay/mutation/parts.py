@@ -102,7 +102,7 @@ _TRANSPORT: Final = {
     "encode.py": ("loopback/transfer", "loopback/threads", "loopback/metrics", "loopback/failures"),
     "language.py": ("loopback/transfer", "loopback/threads", "loopback/metrics", "loopback/failures"),
     "loop.py": ("loopback/threads", "loopback/security", "loopback/failures"),
-    "manager.py": ("loopback/status_board", "loopback/threads", "loopback/metrics", "loopback/failures"),
+    "manager.py": ("loopback/status_board", "loopback/threads", "loopback/security", "loopback/failures"),
     "sockets.py": ("loopback/loop", "loopback/security", "loopback/hostile"),
     "workers.py": ("loopback/transfer", "loopback/threads", "loopback/failures"),
 }
