@@ -64,10 +64,10 @@ def pin(memory: torch.Tensor) -> bool:
 
     Registered in place: memory that torch pins itself is rounded up to a power of two.
     """
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(code) != 0:
         logger.warning(
-            "relay: %d bytes could not be page-locked (%s): copies to the device are slower", memory.numel(), code
+            "relay: %d bytes could not be page-locked (%s): copies to the device are slower", memory.nbytes, code
         )
     return int(code) == 0
 

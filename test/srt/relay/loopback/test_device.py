@@ -4,6 +4,8 @@ The device here is a stand-in: an event whose `synchronize` is what finishes the
 mistake shows by itself, are in the gpu lane.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -101,3 +103,107 @@ def test_nothing_is_queued_on_the_host() -> None:
     assert devices.everything_queued_on(devices.device_of([torch.empty(1)])) is None
     with devices.copies_from(devices.HOST):
         pass
+
+
+# ---- streams, and page-locked memory: CUDA's calls are stand-ins
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a copy failed")])
+def test_copies_have_a_stream_of_their_own_and_have_ended_when_the_block_has(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Module:
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                done.append(f"a stream of {device.type}")
+
+            def synchronize(self) -> None:
+                done.append("waited for")
+
+        @contextlib.contextmanager
+        def stream(self, stream: object) -> Iterator[None]:
+            done.append("used")
+            yield
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module())
+    with contextlib.suppress(ValueError), devices.copies_from(torch.device("meta")):
+        done.append("copied")
+        if error:
+            raise error
+    expected = ["a stream of meta", "used", "copied", "waited for"]
+    assert done == expected
+    with devices.copies_from(devices.HOST):
+        pass
+    assert done == expected
+
+
+def test_of_rows_on_several_devices_the_accelerator_counts() -> None:
+    here, there = torch.empty(1), torch.empty(1, device="meta")
+    assert devices.device_of([here, there]).type == "meta"
+    assert devices.device_of([here]) == devices.device_of([]) == devices.HOST
+
+
+def test_who_waits_for_an_event_of_cuda_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[tuple[bool, object]] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            self.blocking = blocking
+
+        def record(self, stream: object) -> None:
+            recorded.append((self.blocking, stream))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"the stream of {device.type}")
+    assert devices.everything_queued_on(devices.HOST) is None
+    assert isinstance(devices.everything_queued_on(torch.device("cuda")), Event)
+    assert recorded == [(True, "the stream of cuda")]
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_memory_is_page_locked_where_it_is(
+    code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *what: object) -> int:
+            calls.append(what)
+            return code
+
+        def cudaHostUnregister(self, *what: object) -> None:
+            calls.append(what)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    memory = torch.empty(3, dtype=torch.int32)
+    assert devices.pin(memory) is (code == 0)
+    devices.unpin(memory)
+    assert calls == [(memory.data_ptr(), 12, 0), (memory.data_ptr(),)]
+    assert ["12 bytes could not be page-locked" in line for line in caplog.messages] == ([True] if code else [])
+
+
+@pytest.mark.parametrize(("device", "works", "locked"), [("cpu", True, 0), ("cuda", True, 2), ("cuda", False, 0)])
+def test_only_the_rows_of_embeddings_are_page_locked_and_all_are_let_go(
+    device: str, works: bool, locked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def pin(memory: torch.Tensor) -> bool:
+        held.extend([memory.data_ptr()] * works)
+        return works
+
+    monkeypatch.setattr(devices, "pin", pin)
+    monkeypatch.setattr(devices, "unpin", lambda memory: held.remove(memory.data_ptr()))
+    layout = small_layout(deepstack_rows=1)
+    buffers = EmbeddingBuffers(layout, torch.device(device))
+    buffers.allocate()
+    of_embeddings = {
+        region.pointer for region, column in zip(buffers.regions, layout.columns, strict=True) if column.media_only
+    }
+    assert len(held) == locked
+    assert set(held) <= of_embeddings
+    buffers.release()
+    assert held == []
+    assert buffers.regions == ()
