@@ -102,6 +102,55 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         source.check(layout)
 
 
+def test_rows_of_which_there_is_not_one_or_that_are_no_table_are_refused() -> None:
+    layout = small_layout(hidden_size=1)
+    source = make_rows(layout, Spec(room=1, total=10))
+    source.total, source.segments = 0, []
+    source.fill_ids, source.mrope, source.items = source.fill_ids[:0], source.mrope[:0], source.items[:0]
+    with pytest.raises(LocalError, match="shapes of 0 rows"):
+        source.check(layout)
+    source = make_rows(layout, Spec(room=1, total=10))
+    source.segments = [(start, rows[:, 0]) for start, rows in source.segments]
+    with pytest.raises(LocalError, match="do not fit"):
+        source.check(layout)
+
+
+def test_media_rows_that_are_neighbours_are_one_run() -> None:
+    source = make_rows(small_layout(), Spec(room=1, total=20))
+    source.segments = [(start, torch.empty(count, 64)) for start, count in ((1, 2), (3, 3), (6, 0), (8, 1), (9, 1))]
+    assert source.media_runs == ((1, 6), (8, 10))
+    assert source.media_runs is source.media_runs, "workers ask for each of their destinations"
+
+
+@pytest.mark.parametrize(("deepstack", "wide"), [(0, 16), (2, 48)])
+def test_how_many_bytes_had_to_travel(deepstack: int, wide: int) -> None:
+    """Text rows have no embeddings; the aux row comes with the first rows only."""
+    layout = small_layout(hidden_size=8, deepstack_rows=deepstack, block_size=16, blocks=2)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    source = make_rows(layout, Spec(room=1, total=20))
+    is_media = source.items[:, 0] >= 0
+    target = buffers.make_target(source.aux)
+    for first, rows, aux in ((0, 12, 64), (12, 8, 0)):
+        buffers.stage(source, first, rows, [1])
+        media = int(is_media[first : first + rows].sum())
+        assert buffers.copy_out(target, [1], first, rows) == rows * (4 + 12 + 16) + media * wide + aux
+
+
+@pytest.mark.parametrize("has_mrope", [True, False])
+def test_what_travels_once_arrives(has_mrope: bool) -> None:
+    layout = small_layout(blocks=2)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    source = make_rows(layout, Spec(room=1, total=9))
+    source.has_mrope, source.mrope_delta = has_mrope, -3
+    buffers.stage(source, 0, 9, [1])
+    aux = buffers.read_aux(1)
+    assert aux == source.aux == buffers.make_target(aux).aux
+    assert (aux.total, aux.mrope_delta, aux.has_mrope, aux.media_items) == (9, -3, has_mrope, source.media_items)
+    assert buffers.pointers == tuple(region.pointer for region in buffers.regions)
+
+
 def test_untouched_blocks_take_no_memory() -> None:
     buffers = EmbeddingBuffers(small_layout(hidden_size=4096, blocks=4096))
     before = _resident()
