@@ -8,7 +8,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,9 @@ def ask(url: str, images: Sequence[Image | str], text: str, *, timeout: float = 
     return post(f"{url}/v1/chat/completions", chat_body(images, text, **options), timeout=timeout)
 
 
-def post(url: str, body: Any, *, timeout: float = 300) -> Answer:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(url: str, body: Any, *, headers: Mapping[str, str] | None = None, timeout: float = 300) -> Answer:
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     started = time.monotonic()
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply:

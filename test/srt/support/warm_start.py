@@ -49,13 +49,16 @@ PRELOADED: Final = (
     "sglang.srt.models.registry",
 )
 PR_SET_CHILD_SUBREAPER: Final = 36
+CLONE_NEWNET: Final = 0x40000000
 LARGEST_MESSAGE: Final = 1 << 20
 LOW_NUMBERS: Final = range(3, 500)
 """Of descriptors, for those of the servers. What imports open, and may close by its number, gets higher ones."""
 
 
 class WarmProcess(LocalProcess):
-    """A server of this machine that is a fork. Its command is a Python script's, or `python -c CODE ARGUMENT...`."""
+    """A server of this machine that is a fork. Its command is a Python script's, or `python -c CODE ARGUMENT...`, and
+    `ip netns exec NAME` may precede it.
+    """
 
     def _launch(self, log: BinaryIO, environ: Mapping[str, str]) -> Fork:
         return fork_server().start(self.command, environ, log)
@@ -196,7 +199,7 @@ def run_server(request: dict[str, Any], log: int) -> NoReturn:
     take_places({1: os.dup(log), 2: log})
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    program, *arguments = request["command"]
+    program, *arguments = enter_namespace(request["command"])
     leave_twin_behind()
     if arguments[:1] == ["-c"]:
         become(request["environ"], ["-c", *arguments[2:]])
@@ -205,6 +208,16 @@ def run_server(request: dict[str, Any], log: int) -> NoReturn:
         become(request["environ"], [program, *arguments])
         runpy.run_path(program, run_name="__main__")
     sys.exit()
+
+
+def enter_namespace(command: list[str]) -> list[str]:
+    """The command that is left when its network namespace is this process's."""
+    if command[:3] != ["ip", "netns", "exec"]:
+        return command
+    with open(f"/run/netns/{command[3]}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {command[3]}")
+    return command[4:]
 
 
 def become(environ: Mapping[str, str], arguments: Sequence[str]) -> None:
