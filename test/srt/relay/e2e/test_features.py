@@ -160,8 +160,12 @@ def test_half_of_a_prompt_from_the_prefix_cache(both: Both) -> None:
         assert first.ask(place.url).ok
         return second.ask(place.url)
 
+    before = numbers_of(both.pair["encode"])
     ours, theirs = both.ask(ask)
     same_chat(ours, theirs)
+    after = numbers_of(both.pair["encode"])
+    asked, encoded = (after[name] - before.get(name, 0) for name in ("media_items_total", "encoded_items_total"))
+    assert (asked, encoded) == (3, 2), "the tower does not run again for a picture that it has seen"
     cached = ours.body["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert 0.3 * ours.prompt_tokens < cached < 0.7 * ours.prompt_tokens
 

@@ -104,6 +104,7 @@ def test_one_half_is_held_and_loaded(mode: str, here: str, elsewhere: str) -> No
     for name, parameter in model.named_parameters():
         assert parameter.is_meta or bool((parameter == 7).all()), name
     assert halves.parameters_held(model) == sum(p.numel() for n, p in Model().named_parameters() if n.startswith(here))
+    assert {name.partition(".")[0] for name in model.state_dict()} == {here, "table"}, "and the table of positions"
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             assert (module.quant_method is None) == name.startswith(elsewhere)
@@ -136,6 +137,20 @@ def test_a_class_that_cannot_be_built_in_halves_is_loaded_as_a_whole(caplog: pyt
     assert held(built[0]) == {"visual", "language"}
     assert "the encode half alone could not be loaded, so everything is" in caplog.text
     assert "Peeks keeps the half that it does not use" in caplog.text
+
+
+class Lazy(Model):
+    """Some loaders of SGLang find out at loading how large a parameter is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language[0].weight = nn.parameter.UninitializedParameter()
+
+
+def test_a_parameter_without_a_size_is_left_alone() -> None:
+    model = halves.build(Lazy, modes.LANGUAGE)
+    assert isinstance(model.language[0].weight, nn.parameter.UninitializedParameter)
+    assert held(model) == {"language"}
 
 
 class Lost(Exception):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.disaggregation.multimodal import modes, parts
@@ -119,8 +120,7 @@ def _without_memory(chosen: Callable[[_Key], bool]) -> Iterator[None]:
         made[kind] += 1
 
     def register_chosen(module: Any, name: str, parameter: Any) -> None:
-        large = parameter is not None and not parameter.is_meta and parameter.dim() > 1
-        if large and _KEY in vars(module) and chosen((*vars(module)[_KEY], name)):
+        if _KEY in vars(module) and chosen((*vars(module)[_KEY], name)) and _is_matrix(parameter):
             parameter = Absent(parameter)
         register(module, name, parameter)
 
@@ -129,6 +129,11 @@ def _without_memory(chosen: Callable[[_Key], bool]) -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.__init__, torch.nn.Module.register_parameter = make, register
+
+
+def _is_matrix(parameter: Any) -> bool:
+    lazy = parameter is None or is_lazy(parameter)
+    return not lazy and not parameter.is_meta and parameter.dim() > 1
 
 
 def _leave_out(part: Any, absent: set[str], mode: str) -> None:
@@ -142,11 +147,18 @@ def _leave_out(part: Any, absent: set[str], mode: str) -> None:
                 parameter = parameter if isinstance(parameter, Absent) else Absent(parameter)
                 parameter.weight_loader = _load_nothing
                 module._parameters[name] = parameter
+    part.register_state_dict_post_hook(_forget_absent)
     for module in part.modules():
         if _is_absent(module):
             module.register_forward_pre_hook(_refuse(mode))
             if hasattr(module, "quant_method"):
                 module.quant_method = None  # SGLang prepares weights after loading: here there are none
+
+
+def _forget_absent(_module: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+    """Whoever asks for all weights, to save them or to fill them, gets those that are here."""
+    for name in [name for name, value in state.items() if getattr(value, "is_meta", False)]:
+        del state[name]
 
 
 def _load_nothing(*_: Any, **__: Any) -> None:
@@ -168,16 +180,18 @@ def _refuse(mode: str) -> Callable[..., None]:
 
 
 def _report(name: str, part: Any, mode: str) -> None:
-    own = list(part.parameters())
-    here = sum(parameter.numel() for parameter in own if not isinstance(parameter, Absent))
-    total = sum(parameter.numel() for parameter in own)
+    here, total = parameters_held(part), _size(part.parameters())
     logger.info("relay half=%s class=%s held=%d of=%d", mode, name, here, total)
     if here == total:
         logger.warning("%s keeps the half that it does not use: no part of it could be told apart", name)
 
 
 def parameters_held(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, Absent))
+    return _size(parameter for parameter in model.parameters() if not isinstance(parameter, Absent))
+
+
+def _size(parameters: Iterable[Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
 
 
 def restore_prompt_limits(scheduler: Any) -> None:
