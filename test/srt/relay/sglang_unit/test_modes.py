@@ -12,15 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.pairing import ALLOWED_HOSTS
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.tools.chat_client import data_uri, picture
+from sglang.srt import runtime_context
 from sglang.srt.disaggregation.multimodal import modes
 from sglang.srt.disaggregation.multimodal.front import abort_message
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, DisaggregationMode
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.utils import common
 from support import tokenizing
 from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
 
@@ -211,3 +214,10 @@ def test_a_request_for_an_embedding_model_is_left_to_sglang() -> None:
     obj = EmbeddingReqInput(text="a")
     modes.ask_for_rows_only(obj)
     assert not hasattr(obj, "custom_logit_processor")
+
+
+def test_a_process_that_serves_nothing_has_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a picture with SGLang's functions has our hooks, and no server's arguments."""
+    monkeypatch.setattr(runtime_context.get_context(), "_config_bags", None)
+    assert modes.current() is None
+    assert isinstance(common.get_mm_http_session(), requests.Session)

@@ -24,9 +24,11 @@ def of(server_args: Any) -> str | None:
 
 
 def current() -> str | None:
-    """The mode that this process serves, if it is one of ours."""
-    from sglang.srt.runtime_context import get_disagg
+    """The mode that this process serves, if it is one of ours; None also if it serves nothing at all."""
+    from sglang.srt.runtime_context import get_context, get_disagg
 
+    if not get_context().is_config_namespace_published("disagg"):
+        return None
     mode = get_disagg().disaggregation_mode
     return str(mode) if mode in (ENCODE, LANGUAGE) else None
 
