@@ -138,6 +138,10 @@ def test_a_batch_is_the_longest_beginning_of_the_queue_within_the_budget(
 def test_rows_that_are_narrower_than_those_that_travel_are_filled_up(model: Model) -> None:
     [[rows]] = VisionTower(model, "cpu", 100, width=5).encode([request(item(71, (0, 1)))])
     assert numbers([rows]) == [[(71, 0, 0, 0, 0), (71, 1, 0, 0, 0)]]
+    given = item(72, (0, 0))
+    given.precomputed_embeddings = torch.tensor([[5.0, 5.0]])
+    [[rows]] = VisionTower(model, "cpu", 100, width=3).encode([request(given)])
+    assert numbers([rows]) == [[(5, 5, 0)]]
 
 
 def test_what_was_encoded_is_not_encoded_again_and_counted_as_such(model: Model) -> None:

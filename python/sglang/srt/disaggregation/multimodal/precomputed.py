@@ -28,15 +28,17 @@ def check_rows(inputs: Any, config: Any) -> None:
         given = item.feature if item.is_precomputed_embedding() else item.precomputed_embeddings
         if not isinstance(given, torch.Tensor):
             continue
-        tokens = sum(end - start + 1 for start, end in item.offsets or ())
-        if given.shape[-1:] != (_width(config),) or given.numel() != tokens * _width(config):
+        tokens, width = sum(end - start + 1 for start, end in item.offsets or ()), _width(config, item)
+        if given.shape[-1:] != (width,) or given.numel() != tokens * width:
             shape = tuple(given.shape)
-            raise ValueError(f"embeddings of shape {shape} for {tokens} placeholder tokens of width {_width(config)}")
+            raise ValueError(f"embeddings of shape {shape} for {tokens} placeholder tokens of width {width}")
         if given is item.precomputed_embeddings:
             item.precomputed_embeddings = given.reshape(tokens, -1).to(config.dtype)
 
 
-def _width(config: Any) -> int:
-    """Of a row: with the features of inner layers of the tower, if the model takes those."""
-    inner = getattr(getattr(config.hf_config, "vision_config", None), "deepstack_visual_indexes", ())
+def _width(config: Any, item: Any) -> int:
+    """Of a row: with the features of inner layers of the vision tower, if the model takes those."""
+    whole = config.hf_config
+    vision = getattr(getattr(whole, "thinker_config", whole), "vision_config", None)
+    inner = () if item.is_audio() else getattr(vision, "deepstack_visual_indexes", ())
     return int(config.hidden_size * (1 + len(inner)))

@@ -65,7 +65,7 @@ class VisionTower:
             same = [of_request for of_request in same if of_request]
             for item, rows in zip(chain(*same), self._encode_items(same), strict=True):
                 embeddings[id(item)] = rows if len(reqs) == 1 else rows.clone()
-        return [[embeddings[id(item)] for item in req.multimodal_inputs.mm_items] for req in reqs]
+        return [[self._filled_up(embeddings[id(item)]) for item in req.multimodal_inputs.mm_items] for req in reqs]
 
     def forget(self) -> None:
         """What SGLang remembers by its hash was made by weights that may not be here any more."""
@@ -96,8 +96,12 @@ class VisionTower:
         if rows is None or len(rows) != sum(lengths):
             made = 0 if rows is None else len(rows)
             raise RuntimeError(f"{sum(lengths)} placeholder tokens, but the tower made {made} rows")
-        # Sounds have no rows of inner layers where pictures have them: zeros travel in their place.
-        return list(torch.split(torch.nn.functional.pad(rows, (0, max(0, self.width - rows.shape[1]))), lengths))
+        return list(torch.split(rows, lengths))
+
+    def _filled_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """Audio has no rows of inner layers where images have them: zeros travel in their place."""
+        missing = self.width - rows.shape[1]
+        return torch.nn.functional.pad(rows, (0, missing)) if missing > 0 else rows
 
     def _function_for(self, modality: Any) -> Any:
         name = f"get_{modality.name.lower()}_feature"
