@@ -165,6 +165,7 @@ def _lighton_ocr(ids: Ids, vocabulary: int, size: Size) -> PreTrainedModel:
         vision_config={"model_type": "pixtral", "image_size": 1540} | common.vit(size, rope_parameters=rope),
         image_token_id=ids["<|image_pad|>"],
         spatial_merge_size=2,
+        multimodal_projector_bias=False,  # SGLang takes its absence for a bias
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
