@@ -367,6 +367,7 @@ def test_a_request_that_waits_for_its_grammar_is_not_refused(
 def test_health_requests_leave_no_trace_in_the_transfer(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, options: dict[str, Any]
 ) -> None:
+    scheduler.turn()
     scheduler.turn(request("a", 7, bootstrap_host=FAKE_BOOTSTRAP_HOST, **options))
     assert scheduler.ended() == ["a"]
     assert transfer.asked == []
