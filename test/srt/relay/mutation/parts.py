@@ -114,7 +114,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "transport": Part("embedding_relay.transport", _mirrors(_TRANSPORT), imports=("torch", "zmq")),
     "halves": Part(
         "sglang.srt.disaggregation.multimodal",
-        _mirrors(dict.fromkeys(_HALVES, ("sglang_unit/roles",))),
+        _mirrors(dict.fromkeys(_HALVES, ("sglang_unit/roles", "sglang_unit/ranks"))),
         _HALVES,
         ("support.scheduler", "support.tokenizing"),
     ),

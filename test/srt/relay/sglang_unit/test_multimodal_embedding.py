@@ -140,6 +140,17 @@ def test_the_tower_waits_for_slow_readers(
     assert transfer.rooms("send") == [1, 2]
 
 
+def test_whoever_watches_hears_what_the_tower_was_asked_for(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole
+) -> None:
+    told: list[Any] = []
+    transfer.observer = SimpleNamespace(encoded=told.append, parked=lambda _: None)
+    scheduler.turn(request("a", 7, pictures=1))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert told == [role.tower.totals]
+
+
 def test_the_budget_of_bytes_in_flight_is_set_in_mebibytes(scheduler: SchedulerWithoutModel, role: EncodeRole) -> None:
     transfer = TransferWithoutThread(SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB=3)
     assert EncodeRole(scheduler, transfer, role.tower).max_bytes_in_flight == 3 * 1024 * 1024
