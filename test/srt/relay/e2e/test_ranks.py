@@ -271,7 +271,7 @@ def test_ranks_that_wait_for_a_request_sleep_and_drop_it_when_its_client_leaves(
     where = {"bootstrap_host": HOST, "bootstrap_port": part.instances.bootstrap_ports[encode]}
     never = part.picture(3, 3, 400).body(**where, bootstrap_room=next(rooms))  # its encode half does not come
     with ThreadPoolExecutor(1) as client:
-        asked = client.submit(post, f"{language.url}/v1/chat/completions", never, timeout=6)
+        asked = client.submit(post, f"{language.url}/v1/chat/completions", never, timeout=12)
         wait_until(lambda: parked(language) == 1)
         before = seconds_of_cores(language)
         time.sleep(3)  # what is measured is this time
