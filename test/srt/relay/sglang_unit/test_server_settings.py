@@ -100,3 +100,11 @@ def test_what_nobody_has_tried_is_refused_by_its_flag(
 ) -> None:
     with pytest.raises(SettingError, match=flag):
         settled(monkeypatch, mode, **sizes)
+
+
+@pytest.mark.parametrize("mode", ["encode", "language"])
+def test_sglangs_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """None of our hooks would see a request before the scheduler does: nobody would ask the rules about media."""
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(SettingError, match="SGLANG_RUST_SERVER"):
+        settled(monkeypatch, mode)

@@ -16,6 +16,7 @@ from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.environ import envs
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def settle(server_args: Any) -> None:
     if cfg.disaggregation_transfer_backend != "mooncake":
         backend = cfg.disaggregation_transfer_backend
         raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
+    if envs.SGLANG_RUST_SERVER.get():
+        raise SettingError("SGLANG_RUST_SERVER: that server asks none of the rules of these modes about a request")
     if not cfg.host:
         raise SettingError("--host must name an address; 0.0.0.0 or :: is for all of them")
     RelayConfig.from_environment()
