@@ -21,7 +21,9 @@ from embedding_relay.protocol.errors import (
     UNAVAILABLE,
     Failure,
 )
+from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
+from embedding_relay.registry.entry import name_of_rank
 from sglang.srt.disaggregation.multimodal import multimodal_language
 from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message, ask_for_prompt_ids
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
@@ -148,6 +150,14 @@ def test_the_instances_own_bootstrap_port_is_meant_where_none_is_named(
     scheduler.server_args = SimpleNamespace(disaggregation_bootstrap_port=4321)
     scheduler.turn(request("a", 7, bootstrap_port=None))
     assert transfer.asked[0][2].bootstrap_addr == "127.0.0.1:4321"
+
+
+@pytest.mark.parametrize(("rank", "peer"), [(None, 0), (0, 0), (2, 2)])
+def test_rows_are_asked_of_the_encode_rank_that_makes_them(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, rank: int | None, peer: int
+) -> None:
+    scheduler.turn(request("a", 7, disagg_prefill_dp_rank=rank))
+    assert transfer.asked[0][2].bootstrap_addr == name_of_rank(Address("127.0.0.1", 8998), peer)
 
 
 def test_no_host_is_the_clients_fault(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread) -> None:
