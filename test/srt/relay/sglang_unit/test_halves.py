@@ -104,6 +104,9 @@ def test_one_half_is_held_and_loaded(mode: str, here: str, elsewhere: str) -> No
     for name, parameter in model.named_parameters():
         assert parameter.is_meta or bool((parameter == 7).all()), name
     assert halves.parameters_held(model) == sum(p.numel() for n, p in Model().named_parameters() if n.startswith(here))
+    assert not next(model.parameters()).is_meta, "of which code asks for the model's device"
+    assert next(getattr(model, elsewhere).parameters()).device == torch.device("cpu"), "though none of it is here"
+    assert len(list(model.parameters())) == len(CHECKPOINT)
     assert {name.partition(".")[0] for name in model.state_dict()} == {here, "table"}, "and the table of positions"
     for name, module in model.named_modules():
         if isinstance(module, Layer):

@@ -21,7 +21,11 @@ class Tower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patches.weight.dtype
+        return self.patches.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patches.weight.device
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.patches(pixels)
@@ -94,21 +98,48 @@ class Computed(Divisible):
         return torch.zeros(0)
 
 
-@pytest.mark.parametrize("vague", [Unknown, Computed])
-def test_where_the_code_is_vague_everything_counts_as_used(vague: type[nn.Module]) -> None:
-    _, language = halves(vague())
-    assert language == set(), "an encode instance keeps what its getters might use"
-
-
 class LooksAtItsTower(Divisible):
     def forward(self, input_ids: Any, forward_batch: Any) -> Any:
-        input_ids = input_ids.to(self.visual.dtype)
+        input_ids = input_ids.to(self.visual.device, self.visual.dtype)
         return super().forward(input_ids, forward_batch)
 
 
 def test_a_forward_pass_may_look_at_a_parameter_of_the_tower() -> None:
     tower, _ = halves(LooksAtItsTower())
     assert tower == {"visual.patches.bias", "newline"}
+
+
+class AsksForADevice(Divisible):
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        return self.visual(items[0].feature.to(next(self.language.parameters()).device))
+
+
+def test_who_asks_parameters_for_their_device_does_not_use_them() -> None:
+    _, language = halves(AsksForADevice())
+    assert language == LANGUAGE
+
+
+class LooksThroughAll(Divisible):
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        return next(one for one in self.children() if isinstance(one, Tower))(items[0].feature)
+
+
+class Callable:
+    def __call__(self, module: Any, items: list[Any]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class CallsAnything(Divisible):
+    encode = Callable()
+
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        return self.encode(self, items)
+
+
+@pytest.mark.parametrize("vague", [Unknown, Computed, LooksThroughAll, CallsAnything])
+def test_where_the_code_is_vague_everything_counts_as_used(vague: type[nn.Module]) -> None:
+    _, language = halves(vague())
+    assert language == set(), "an encode instance keeps what its getters might use"
 
 
 class Tied(Divisible):

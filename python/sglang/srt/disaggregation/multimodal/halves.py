@@ -148,7 +148,9 @@ def _leave_out(part: Any, absent: set[str], mode: str) -> None:
                 parameter.weight_loader = _load_nothing
                 module._parameters[name] = parameter
     part.register_state_dict_post_hook(_forget_absent)
+    device = next(parameter.device for parameter in part.parameters() if not isinstance(parameter, Absent))
     for module in part.modules():
+        _say_where(module, device)
         if _is_absent(module):
             module.register_forward_pre_hook(_refuse(mode))
             if hasattr(module, "quant_method"):
@@ -161,12 +163,27 @@ def _forget_absent(_module: Any, state: dict[str, Any], _prefix: str, _metadata:
         del state[name]
 
 
+def _say_where(module: Any, device: torch.device) -> None:
+    """Code asks the first parameter of a module for its device: that is never `meta`, even if no parameter is here."""
+    listed = type(module).parameters
+    absent = [one for one in listed(module) if isinstance(one, Absent)]
+    if not absent:
+        return
+    nothing = torch.nn.Parameter(torch.empty(0, dtype=absent[0].dtype, device=device), requires_grad=False)
+
+    def parameters(recurse: bool = True) -> Iterator[Any]:
+        here = [one for one in listed(module, recurse) if not isinstance(one, Absent)]
+        return iter([*(here or [nothing]), *(one for one in listed(module, recurse) if isinstance(one, Absent))])
+
+    module.parameters = parameters
+
+
 def _load_nothing(*_: Any, **__: Any) -> None:
     """What SGLang's classes call with the weight that a checkpoint has for a parameter."""
 
 
 def _is_absent(module: torch.nn.Module) -> bool:
-    own = list(module.parameters())
+    own = list(type(module).parameters(module))
     return bool(own) and all(isinstance(parameter, Absent) for parameter in own)
 
 

@@ -132,8 +132,12 @@ class _Used:
 
     def _step(self, module: torch.nn.Module, names: list[str]) -> None:
         name = names[0]
+        if name in ("dtype", "parameters"):
+            return  # asked for these, a half says what the whole would: see `halves`
         if name == "get_input_embeddings":  # vague in `transformers`, but anybody may call it
             self.whole(module.get_input_embeddings())
+        elif name in ("children", "modules", "named_children", "named_modules", "named_parameters", "state_dict"):
+            self.everything(module)
         elif name in module._modules:
             if (child := module._modules[name]) is not None:
                 self.chain(child, names[1:])
@@ -151,7 +155,8 @@ class _Used:
         if owner is not torch.nn.Module:
             found = vars(owner)[name]
             found = found.fget if isinstance(found, property) else found
-            if inspect.isfunction(found):
+            found = found.func if isinstance(found, functools.cached_property) else found
+            if callable(found) and not isinstance(found, type | staticmethod):
                 self.function(module, owner, found)
 
     def function(self, module: torch.nn.Module, owner: type, function: Any, place: int | str = 0) -> None:
