@@ -109,3 +109,15 @@ TestPool.settings = effort(150)
 def test_a_pool_has_at_least_one_block() -> None:
     with pytest.raises(LeaseError, match="pool of 0 blocks"):
         BlockPool(0)
+
+
+def test_a_block_in_quarantine_is_neither_given_back_nor_counted_twice() -> None:
+    pool = BlockPool(3)
+    pool.lease(2, "one")
+    pool.quarantine([0], "one")
+    for end in (pool.give_back, pool.quarantine):
+        with pytest.raises(LeaseError, match="one does not hold block 0"):
+            end([1, 0], "one")
+        assert (pool.free, pool.leased, pool.quarantined) == (1, 1, 1), "nothing is changed"
+    assert pool.release_quarantine("one") == 1
+    assert pool.free == 2
