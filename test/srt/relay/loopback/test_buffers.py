@@ -158,6 +158,8 @@ def test_untouched_blocks_take_no_memory() -> None:
     assert sum(region.length for region in buffers.regions) > 4 << 30
     assert _resident() - before < 64 << 20
     buffers.release()
+    with pytest.raises(KeyError):
+        buffers.read_aux(0)  # a view of it would keep the memory
 
 
 def _resident() -> int:
