@@ -470,10 +470,16 @@ def run_one_side_dies(seed: int, steps: int = 50, **sides: Any) -> World:
     return world
 
 
-def run_chaos(seed: int, steps: int = 80, focus: tuple[str, ...] = (), **sides: Any) -> World:
+def run_chaos(
+    seed: int,
+    steps: int = 80,
+    focus: tuple[str, ...] = (),
+    shape: Callable[[random.Random], Shape] = Shape.random,
+    **sides: Any,
+) -> World:
     """Everything goes wrong that can; with a focus, only that, and more of it."""
     rng = random.Random(seed)
-    world = Shape.random(rng).build(**sides)
+    world = shape(rng).build(**sides)
     schedule = Schedule(world)
     if rng.random() < 0.7:
         schedule.warm_up()

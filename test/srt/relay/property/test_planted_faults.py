@@ -539,8 +539,13 @@ lookups = functools.partial(
 restarts = functools.partial(run_chaos, focus=("replace encode", "pass time"))
 
 replacements = functools.partial(run_chaos, focus=("replace language",))
-# A session that is not busy makes way for the next.
-few_sessions = functools.partial(replacements, timing=msgspec.structs.replace(TIMING, max_sessions=1))
+# A session that is not busy makes way for the next, and two ranks want the only place.
+few_sessions = functools.partial(
+    run_chaos,
+    focus=("replace language", "pass time"),
+    shape=lambda rng: Shape(2, 4, (rng.randint(1, 5), rng.randint(1, 5)), (3, 3), 1),
+    timing=msgspec.structs.replace(TIMING, max_sessions=1),
+)
 
 FAULTS = [
     Planted(allocate_before_release, run_orderly, ("L1",)),
@@ -562,7 +567,7 @@ FAULTS = [
     Planted(window_not_staged_again, run_orderly, ("S1",)),
     Planted(used_up_offers_kept, run_orderly, ("L1",)),
     Planted(growth_into_the_last_block, run_orderly, ("L2",)),
-    Planted(last_come_first_served, run_orderly, ("L2",)),
+    Planted(last_come_first_served, run_orderly, ("L1", "L2")),
     Planted(ended_room_left_in_the_table_of_its_peer, run_orderly, ("S5", "refused")),
     Planted(finished_rank_must_keep_talking, lopsided, ("L1",)),
     Planted(first_message_never_sent, run_slow, ("L1",)),
