@@ -72,6 +72,10 @@ class Offers:
         yield
         self._frozen = {}
 
+    def were_made_to(self, room: int) -> bool:
+        """If not, its encode instance was stopped before anybody had found it, and knows of no block."""
+        return room in self._last
+
     def sample(self, room: int) -> torch.Tensor:
         """Some bytes of the blocks that the room was offered last."""
         return self._memory[list(self._last.get(room, ()))]

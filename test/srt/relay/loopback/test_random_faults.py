@@ -93,7 +93,7 @@ class Rounds:
     def others_go_on(self, receiver: MooncakeEmbeddingReceiver) -> None:
         """The writer is stopped: until the heartbeat has missed it, and on while its blocks are in quarantine."""
         self.traffic.until(lambda: receiver.poll() in ENDED)
-        if receiver.poll() is Status.FAILED:
+        if receiver.poll() is Status.FAILED and self.offers.were_made_to(receiver.room):
             assert self.language.manager.pool.quarantined > 0
             self.traffic.until(lambda: True, at_least=5)
             assert self.language.manager.pool.quarantined > 0
