@@ -18,7 +18,7 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry
-from embedding_relay.observer import Numbers
+from embedding_relay.observer import Nobody, Numbers, Summary
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
@@ -39,6 +39,16 @@ T = TypeVar("T")
 ENDED = (Status.SUCCESS, Status.FAILED)
 # More than Mooncake's TCP transport queues for one peer.
 TOO_MANY_ENTRIES = 5000
+
+
+class Watches(Nobody):
+    """Keeps what it is told about each transfer that succeeded."""
+
+    def __init__(self) -> None:
+        self.summaries: list[Summary] = []
+
+    def succeeded(self, summary: Summary) -> None:
+        self.summaries.append(summary)
 
 
 def small_layout(**changes: Any) -> BufferLayout:

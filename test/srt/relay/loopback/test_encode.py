@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.config import RelayConfig
-from embedding_relay.observer import Nobody, Summary
+from embedding_relay.observer import Summary
 from embedding_relay.protocol.effects import (
     ChunkDestination,
     DropRows,
@@ -28,7 +28,7 @@ from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.manager import open_rank
-from support.loopback import HOST, small_layout
+from support.loopback import HOST, Watches, small_layout
 from support.rows import Spec, make_rows
 
 LAYOUT = small_layout(hidden_size=4, dtype="float32", block_size=8, blocks=4)
@@ -57,14 +57,6 @@ class Notes:
 
     def __len__(self) -> int:
         return 0
-
-
-class Watches(Nobody):
-    def __init__(self) -> None:
-        self.summaries: list[Summary] = []
-
-    def succeeded(self, summary: Summary) -> None:
-        self.summaries.append(summary)
 
 
 @pytest.fixture

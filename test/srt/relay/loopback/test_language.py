@@ -14,14 +14,14 @@ import pytest
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import AUX
-from embedding_relay.observer import Nobody, Summary
+from embedding_relay.observer import Summary
 from embedding_relay.protocol.effects import CopyOut, Deliver, Send, StatusChanged
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.transport.manager import open_rank
-from support.loopback import HOST, small_layout
+from support.loopback import HOST, Watches, small_layout
 from support.rows import LIMITS, Spec, difference, make_rows
 
 LAYOUT = small_layout(hidden_size=4, dtype="float32", block_size=8, blocks=4)
@@ -49,14 +49,6 @@ class Core:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *what, **more: self.told.append((name, *what, *more.values())) or []
-
-
-class Watches(Nobody):
-    def __init__(self) -> None:
-        self.summaries: list[Summary] = []
-
-    def succeeded(self, summary: Summary) -> None:
-        self.summaries.append(summary)
 
 
 @pytest.fixture
