@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.disaggregation.multimodal import hooks, modes
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ReleaseMemoryOccupationReqInput
+from sglang.srt.plugins import hook_registry
 from sglang.srt.plugins.hook_registry import HookType
 from support.scheduler import SchedulerWithoutModel, request
 
@@ -31,13 +34,45 @@ def test_every_hook_took() -> None:
 @pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.target.rpartition(".")[2])
 def test_a_hook_that_did_not_take_is_named(hook: hooks.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     place, _, name = hook.target.rpartition(".")
-    bare = pkgutil.resolve_name(hook.target)
-    while hasattr(bare, "__wrapped__"):
-        bare = bare.__wrapped__
-    monkeypatch.setattr(pkgutil.resolve_name(place), name, bare)
+    monkeypatch.setattr(pkgutil.resolve_name(place), name, bare(hook.target))
     with pytest.raises(SettingError, match="did not apply") as error:
         hooks.verify()
     assert hook.target in str(error.value)
+
+
+@functools.cache
+def held_by_modules() -> dict[int, str]:
+    return {id(value): f"{module}.{name}" for module in list(sys.modules) for name, value in held(sys.modules[module])}
+
+
+def held(module: Any) -> list[tuple[str, Any]]:
+    return list(vars(module).items()) if isinstance(module, ModuleType) else []
+
+
+def bare(target: str) -> Any:
+    function = pkgutil.resolve_name(target)
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+@pytest.mark.parametrize("hook", hooks.hooks_here(), ids=lambda hook: hook.target.rpartition(".")[2])
+def test_no_module_has_kept_what_a_hook_replaced(hook: hooks.Hook) -> None:
+    assert id(bare(hook.target)) not in held_by_modules(), held_by_modules()[id(bare(hook.target))]
+
+
+def test_modules_are_not_searched_for_a_method_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's search takes a second for all of them. For what others replace it is as it was."""
+    place, _, name = hooks.HOOKS[0].target.rpartition(".")
+    holder, ours = pkgutil.resolve_name(place), pkgutil.resolve_name(hooks.HOOKS[0].target)
+
+    def theirs() -> None: ...
+
+    for wrapper, found in ((ours, 0), (theirs, 1)):
+        importer = ModuleType("importer")
+        importer.method = bare(f"{place}.{name}")  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "importer", importer)
+        assert hook_registry._propagate_patch(importer.method, wrapper, holder) == found
 
 
 def test_memory_is_asked_to_be_pinned_where_there_is_no_accelerator() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.disaggregation.multimodal import compatibility, modes
+from sglang.srt.plugins import hook_registry
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 Original = Callable[..., Any]
@@ -403,8 +404,27 @@ def activate() -> None:
     for name, function in RESOLUTION_STEPS.items():
         register_resolution_hook(name)(function)
     modes.extend_enum()
+    spare_search_for_methods()
     for hook in hooks_here() if compatibility.may_serve() else HOOKS[:1]:
         HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def spare_search_for_methods() -> None:
+    """SGLang looks through all that all modules hold for each function that a hook replaces, and replaces it there too.
+
+    That is most of a second for our hooks on methods, in each process of a server. Nobody but its class holds those.
+    """
+    search = getattr(hook_registry, "_propagate_patch", None)
+    if search is None:
+        return  # another SGLang, which may find them in another way
+    ours = [hook.function for hook in hooks_here()]
+
+    def search_unless_method(original: Any, wrapper: Any, holder: Any) -> Any:
+        if isinstance(holder, type) and any(function in ours for function in _functions_behind(wrapper)):
+            return 0
+        return search(original, wrapper, holder)
+
+    hook_registry._propagate_patch = search_unless_method
 
 
 def hooks_here() -> tuple[Hook, ...]:
