@@ -107,6 +107,7 @@ class SchedulerWatch:
         self._on_trouble = on_trouble
         self._on_unhealthy = on_unhealthy
         self._is_connected = False
+        self._has_ended = False
         self._answered = asyncio.Event()
         self._asked_at: float | None = None
         """When the first question was asked that has no answer yet."""
@@ -130,8 +131,9 @@ class SchedulerWatch:
 
     async def trouble_before_a_request(self) -> str | None:
         """Why nothing should be sent there. A scheduler that was in trouble must say first that it is not any more."""
-        if self._trouble is None:
-            return None
+        self._connect()
+        if self._trouble is None or self._has_ended:
+            return self._trouble
         self._answered.clear()
         self._ask()
         with contextlib.suppress(TimeoutError):
@@ -156,7 +158,7 @@ class SchedulerWatch:
             await asyncio.sleep(self._interval)
             self._read_answer()  # this loop may have been the busy one, and the answer be there
             silence = 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
-            if silence >= self._silence:
+            if silence >= self._silence and not self._has_ended:
                 self._trouble = f"the scheduler of this instance has not answered for {silence:.3g} s"
             if self._trouble is not None and self._waiting:
                 self._on_trouble(self._trouble)
@@ -164,15 +166,22 @@ class SchedulerWatch:
         self._task = None
 
     def _ask(self) -> None:
+        self._connect()
         with contextlib.suppress(OSError):  # nobody is there, or its queue is full: no answer is one too
-            if not self._is_connected:
-                self._socket.connect(self._name)  # from now on nobody else's datagrams are taken
-                self._is_connected = True
             self._socket.send(b"?")
+
+    def _connect(self) -> None:
+        """The first time binds us to its answers alone; from then on this notices whether it is still there."""
+        try:
+            self._socket.connect(self._name)
+            self._is_connected = True
+        except ConnectionRefusedError:
+            if self._is_connected:
+                self._has_ended, self._trouble = True, "this instance has ended: its scheduler has gone"
 
     def _read_answer(self) -> None:
         condition = self._latest_answer()
-        if condition is None:
+        if condition is None or self._has_ended:
             return
         self._asked_at = None
         self._trouble = self._trouble_in(condition)

@@ -47,10 +47,10 @@ def scheduler() -> Iterator[Scheduler]:
 
 
 class Front:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, config: RelayConfig = QUICK) -> None:
         self.troubles: list[str] = []
         self.unhealthy: list[str] = []
-        self.watch = SchedulerWatch(name, QUICK, on_trouble=self.troubles.append, on_unhealthy=self.unhealthy.append)
+        self.watch = SchedulerWatch(name, config, on_trouble=self.troubles.append, on_unhealthy=self.unhealthy.append)
         self.watch.start()
 
 
@@ -105,6 +105,23 @@ def test_one_that_was_never_there_is_noticed() -> None:
     async def scenario() -> None:
         front = Front(socket_name("127.0.0.1", next(_ports)))
         with front.watch.a_request_waits():
+            assert await until_trouble(front) < LATE
+        front.watch.close()
+
+    asyncio.run(scenario())
+
+
+def test_one_that_has_ended_is_not_waited_for(scheduler: Scheduler) -> None:
+    """As when its server ends, which waits for the answers to requests that still came."""
+    patient = RelayConfig(heartbeat_interval=QUICK.heartbeat_interval, heartbeat_max_failures=1000)
+
+    async def scenario() -> None:
+        front = Front(scheduler.name, patient)
+        with front.watch.a_request_waits():
+            await asyncio.sleep(QUICK.heartbeat_interval)
+            assert await front.watch.trouble_before_a_request() is None
+            scheduler.pulse.close()
+            assert await front.watch.trouble_before_a_request() == "this instance has ended: its scheduler has gone"
             assert await until_trouble(front) < LATE
         front.watch.close()
 
