@@ -1,31 +1,34 @@
-"""How fast rows move from one process to another on this machine, at once and in resumed pieces, measured in one run.
+"""How fast rows get from one process to another, beside the raw engine that writes the same bytes as one entry.
 
-    .venv/bin/python benchmark/transfer.py [--rows 8192] [--hidden 4096] [--repeat 5] [--device cuda]
+    .venv/bin/python benchmark/transfer.py [--planes mooncake shared_memory] [--repeat 9] [--quick] [--out FOLDER]
 
-Every line is the same request: registry known, blocks free, rows ready at the encode side. The time is from the
-language side's request to the last row in its tensor. `raw` is Mooncake alone: the same bytes as one entry. With
-`--device` the rows begin on that device and the time ends when they are there again; `to host` and `to device` are
-what its own copies of the same bytes take, from and to page-locked memory.
+Each point is one request: registry known, blocks free, rows ready at the encode side; the time runs from the language
+side's request to the last row in its tensor. `raw` is Mooncake over TCP alone: as many bytes, as one entry, from
+registered memory to registered memory. All points of one block size and the raw engine take turns, one request each, so
+that what else the machine does falls on all of them; a ratio is taken within a turn. With `--device cuda` the rows
+begin on that device and the time ends when they are there again; only one size is measured then. `to host` and
+`to device` are what its own copies of the same bytes take, from and to page-locked memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import multiprocessing
 import os
-import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any, Final, NamedTuple
 
-import torch
-import zmq
-
-warnings.simplefilter("ignore")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the machine
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+warnings.simplefilter("ignore")
+
+import report  # noqa: E402
+import torch  # noqa: E402
+import zmq  # noqa: E402
 
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
@@ -40,98 +43,228 @@ from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer  # 
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender  # noqa: E402
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver  # noqa: E402
 
-HOST = "127.0.0.1"
-ENDED = (Status.SUCCESS, Status.FAILED)
+HOST: Final = "127.0.0.1"
+ENDED: Final = (Status.SUCCESS, Status.FAILED)
+HIDDEN: Final = 4096
+MIB: Final = 2**20
+ROWS_PER_MIB: Final = MIB // (2 * HIDDEN)
+WARM_UP: Final = 2  # turns that pay for connections and fresh pages
+RAW: Final = "raw"
+
+
+class Point(NamedTuple):
+    """One request: how large, in how many pieces, into blocks of what size, neighbours or not."""
+
+    mib: int
+    resumes: int
+    block: int
+    fragmented: bool
+
+    @property
+    def rows(self) -> int:
+        return self.mib * ROWS_PER_MIB
+
+    @property
+    def offered(self) -> int:
+        """Blocks, of which there are only whole ones: for about as many resumes as are wanted."""
+        return max(1, round(self.rows / ((self.resumes + 1) * self.block)))
+
+    @property
+    def rounds(self) -> int:
+        return -(-self.rows // (self.offered * self.block))
+
+    @property
+    def is_possible(self) -> bool:
+        return self.rounds > self.resumes // 2
+
+
+def points(quick: bool) -> list[Point]:
+    if quick:
+        return [Point(2, 0, 16, False), Point(2, 8, 16, False), Point(2, 0, 16, True)]
+    usual = [Point(mib, resumes, 128, False) for mib in (1, 8, 64, 256) for resumes in (0, 1, 8, 64)]
+    fragmented = [Point(mib, 0, block, True) for mib in (8, 64) for block in (16, 128)]
+    blocks = [Point(64, resumes, block, False) for block in (16, 1024) for resumes in (0, 8)]
+    return [point for point in (*usual, *fragmented, *blocks) if point.is_possible]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192, help="of one request, all of them media")
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--planes", nargs="+", default=["mooncake"], choices=["mooncake", "shared_memory"])
+    parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    report.add_options(parser)
     options = parser.parse_args()
-    rows, block = options.rows, options.block_size
-    layout = BufferLayout(options.hidden, "bfloat16", 0, block, blocks=-(-rows // block))
-    size = rows * sum(column.bytes_per_row for column in layout.columns if not column.per_block)
-    print(f"{rows} rows of {options.hidden} bfloat16, blocks of {block}: {size / 1e6:.1f} MB per request")
-    print(f"{'first offer':>12} {'rounds':>7} {'median ms':>10} {'best ms':>9} {'GB/s':>6}")
-    report("raw", 1, measure_raw(size, options.repeat), size)
+    torch.set_num_threads(1)
+    chosen = points(options.quick)
     if options.device != "cpu":
-        for name, seconds in measure_copies(layout, rows, options.device, options.repeat):
-            report(name, 1, seconds, rows * layout.width * 2)
-    offers = [rows, rows // 2, rows // 4, rows // 8, block]
-    for offer in offers:
-        rounds, seconds = measure_relay(layout, rows, offer, options.repeat, options.device)
-        report(str(offer), rounds, seconds, size)
+        chosen = [point for point in chosen if point.block == 128 and point.mib == 64 and not point.fragmented]
+    facts, repeat = report.machine(), 2 if options.quick else options.repeat
+    print(report.describe(facts))
+    results: list[dict[str, Any]] = []
+    for plane in options.planes:
+        for block in sorted({point.block for point in chosen}):
+            results += measure(plane, [point for point in chosen if point.block == block], repeat, options.device)
+    show(results)
+    if options.device != "cpu":
+        show_copies(64, options.device, repeat)
+    report.save(options.out, "transfer", facts, results, drawing(results))
 
 
-def report(name: str, rounds: int, seconds: list[float], size: int) -> None:
-    median, best = statistics.median(seconds), min(seconds)
-    print(f"{name:>12} {rounds:>7} {median * 1e3:>10.2f} {best * 1e3:>9.2f} {size / median / 1e9:>6.2f}", flush=True)
+# ---- the language side, and who takes turns
 
 
-def measure_relay(layout: BufferLayout, rows: int, offer: int, repeat: int, device: str) -> tuple[int, list[float]]:
-    """On the language side one encode instance may have exactly the offered blocks, so that no resume can grow."""
-    here, there = multiprocessing.Pipe()
-    encode = multiprocessing.Process(target=encode_instance, args=(there, layout, rows, device), daemon=True)
-    encode.start()
-    offered = max(1, offer // layout.block_size)
-    small = dataclasses.replace(layout, blocks=next(n for n in itertools.count(offered) if n - n // 8 == offered))
-    limits = ModelLimits(vocabulary=1, modalities=frozenset({1}))
-    manager = LanguageManager.open(
-        small, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=limits, device=device
-    )
-    manager.start()
-    peer = f"{HOST}:{here.recv()}"
+def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> Iterator[dict[str, Any]]:
+    most = max(point.rows for point in chosen)
+    block = chosen[0].block
+    # Twice the blocks for a pool of which every other one is taken, and the eighth that no one instance may hold.
+    layout = BufferLayout(HIDDEN, "bfloat16", 0, block, blocks=-(-most // block) * 16 // 7 + 16)
+    with encode_process(plane, layout, most, device) as pipe:
+        manager = open_language(plane, layout, most, device)
+        memory = torch.zeros(most * HIDDEN * 2, dtype=torch.uint8)
+        raw = MooncakeDataPlane(HOST, "tcp")
+        raw.start([Region(memory.data_ptr(), memory.numel())])
+        pipe.send(("raw", raw.session_id, memory.data_ptr()))
+        seconds = take_turns(manager, pipe, chosen, repeat, device)
+        manager.close()
+        raw.close()
+    for point in chosen:
+        yield {
+            "plane": plane,
+            **point._asdict(),
+            "rounds": point.rounds,
+            "milliseconds": report.Figures.of(map(in_ms, seconds[point])),
+            "raw_milliseconds": report.Figures.of(map(in_ms, seconds[point.mib])),
+            "of_raw": report.Figures.of(r / one for one, r in zip(seconds[point], seconds[point.mib], strict=True)),
+            "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
+        }
+
+
+def take_turns(
+    manager: LanguageManager, pipe: Connection, chosen: Sequence[Point], repeat: int, device: str
+) -> dict[Point | int, list[float]]:
+    """By point, and the raw engine's by the number of MiB."""
+    seconds: dict[Point | int, list[float]] = {one: [] for point in chosen for one in (point, point.mib)}
+    room, peer = 0, f"{HOST}:{pipe.recv()}"
+    for turn in range(repeat + WARM_UP):
+        for mib in sorted({point.mib for point in chosen}):
+            pipe.send(("write", mib * MIB))
+            seconds[mib].append(pipe.recv())
+            for point in (one for one in chosen if one.mib == mib):
+                room += 1
+                seconds[point].append(one_request(manager, pipe, peer, room, point, device))
+        if turn < WARM_UP:
+            for measured in seconds.values():
+                measured.clear()
+    return seconds
+
+
+def one_request(manager: LanguageManager, pipe: Connection, peer: str, room: int, point: Point, device: str) -> float:
     poller = zmq.Poller()
     poller.register(manager.wakeup_fd, zmq.POLLIN)
-    seconds: list[float] = []
-    for room in range(repeat + 2):  # the first two pay for connections and fresh pages
-        here.send(room)
-        here.recv()
+    with only(manager, point.offered, point.fragmented):
+        pipe.send(("room", room, point.rows, point.fragmented))
+        assert pipe.recv() == "expecting"
         started = time.perf_counter()
         receiver = MooncakeEmbeddingReceiver(manager, peer, room)
-        receiver.start(hint_rows=offer)
+        receiver.start(hint_rows=point.offered * point.block)
         while receiver.poll() not in ENDED:
             poller.poll()
             manager.drain_events()
-        if receiver.poll() is Status.SUCCESS:
+        if receiver.poll() is Status.SUCCESS and device != "cpu":
             receiver.rows().embeddings.to(device)
-        seconds.append(time.perf_counter() - started)
+        ended = time.perf_counter()
         assert receiver.poll() is Status.SUCCESS, receiver.failure()
-    manager.close()
-    here.send(None)
-    encode.join()
-    return receiver.rounds, seconds[2:]
+        assert receiver.rounds == point.rounds, (receiver.rounds, point)
+        assert pipe.recv() == "ended"
+    return ended - started
 
 
-def encode_instance(pipe: Connection, layout: BufferLayout, rows: int, device: str) -> None:
+@contextmanager
+def only(manager: LanguageManager | EncodeManager, free: int | None, fragmented: bool) -> Iterator[None]:
+    """With so many free blocks, none of them neighbours if that is asked for. No room is under way, so nobody minds."""
+    pool = manager.pool
+    if fragmented:
+        everything = pool.lease(pool.free, "benchmark")
+        gaps = everything[1::2][:free]
+        pool.give_back(gaps, "benchmark")
+        taken = sorted(set(everything) - set(gaps))
+    else:
+        taken = list(pool.lease(pool.free - free, "benchmark")) if free else []
+    yield
+    pool.give_back(taken, "benchmark")
+
+
+def open_language(plane: str, layout: BufferLayout, most: int, device: str) -> LanguageManager:
+    limits = ModelLimits(vocabulary=1, modalities=frozenset({1}))
+    manager = LanguageManager.open(
+        layout, config(plane), host=HOST, ranks=1, max_rows=most, limits=limits, device=device
+    )
+    manager.start()
+    return manager
+
+
+def config(plane: str) -> RelayConfig:
+    return RelayConfig.from_environment({**os.environ, "SGLANG_EMBEDDING_DATA_PLANE": plane})
+
+
+# ---- the encode side, and the raw engine: in a process of their own
+
+
+@contextmanager
+def encode_process(plane: str, layout: BufferLayout, most: int, device: str) -> Iterator[Connection]:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=encode_instance, args=(there, plane, layout, most, device), daemon=True)
+    process.start()
+    yield here
+    here.send(("end",))
+    process.join()
+
+
+def encode_instance(pipe: Connection, plane: str, layout: BufferLayout, most: int, device: str) -> None:
+    torch.set_num_threads(1)
     registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
     registry.start()
     address = Address(HOST, registry.port)
-    manager = EncodeManager.open(layout, RelayConfig(), host=HOST, bootstrap=address, device=device)
+    manager = EncodeManager.open(layout, config(plane), host=HOST, bootstrap=address, device=device)
     manager.start()
-    source = source_rows(layout, rows, device)
+    source = torch.randn(most, layout.width).to(device, torch.bfloat16)
+    _, session_id, pointer = pipe.recv()
+    memory = torch.ones(most * HIDDEN * 2, dtype=torch.uint8)
+    raw = MooncakeDataPlane(HOST, "tcp", receives=False)
+    raw.start([Region(memory.data_ptr(), memory.numel())])
+    link = raw.link(session_id)
     pipe.send(registry.port)
-    poller = zmq.Poller()
-    poller.register(manager.wakeup_fd, zmq.POLLIN)
-    while (room := pipe.recv()) is not None:
-        sender = MooncakeEmbeddingSender(manager, room)
-        sender.init()
-        pipe.send("expecting")
-        while sender.poll() not in ENDED:
-            poller.poll()
-            manager.drain_events()
-            if sender.poll() is Status.WAITING_FOR_INPUT:
-                sender.send_embedding(source)
+    while (order := pipe.recv())[0] != "end":
+        if order[0] == "write":
+            started = time.perf_counter()
+            link.write([Entry(memory.data_ptr(), pointer, order[1])])
+            pipe.send(time.perf_counter() - started)
+        else:
+            _, room, rows, fragmented = order
+            with only(manager, None, fragmented):
+                serve(manager, pipe, room, source_rows(source[:rows]))
+            pipe.send("ended")
+    link.close()
+    raw.close()
     manager.close()
     registry.close()
 
 
-def source_rows(layout: BufferLayout, rows: int, device: str) -> SourceRows:
-    made = torch.randn(rows, layout.width).to(device, torch.bfloat16)
+def serve(manager: EncodeManager, pipe: Connection, room: int, source: SourceRows) -> None:
+    poller = zmq.Poller()
+    poller.register(manager.wakeup_fd, zmq.POLLIN)
+    sender = MooncakeEmbeddingSender(manager, room)
+    sender.init()
+    pipe.send("expecting")
+    while sender.poll() not in ENDED:
+        poller.poll()
+        manager.drain_events()
+        if sender.poll() is Status.WAITING_FOR_INPUT:
+            sender.send_embedding(source)
+
+
+def source_rows(made: torch.Tensor) -> SourceRows:
+    rows = made.shape[0]
     return SourceRows(
         total=rows,
         fill_ids=torch.zeros(rows, dtype=torch.int32),
@@ -143,48 +276,50 @@ def source_rows(layout: BufferLayout, rows: int, device: str) -> SourceRows:
     )
 
 
-def measure_copies(layout: BufferLayout, rows: int, device: str, repeat: int) -> Iterator[tuple[str, list[float]]]:
-    on_device = torch.empty(rows, layout.width, dtype=torch.bfloat16, device=device)
+# ---- what came of it
+
+
+def show(results: Sequence[Mapping[str, Any]]) -> None:
+    columns = "plane", "MiB", "rounds", "block", "pool", "ms", "raw ms", "GB/s", "of raw"
+    table = report.Table("Medians, and the quarters on either side.", *columns)
+    for one in results:
+        state = "fragmented" if one["fragmented"] else "fresh"
+        figures = one["milliseconds"], one["raw_milliseconds"], one["gb_per_s"], one["of_raw"]
+        table.row(one["plane"], one["mib"], one["rounds"], one["block"], state, *figures)
+
+
+def show_copies(mib: int, device: str, repeat: int) -> None:
+    table = report.Table("The device's own copies.", "", "MiB", "ms", "GB/s")
+    on_device = torch.empty(mib * MIB, dtype=torch.uint8, device=device)
     on_host = torch.empty_like(on_device, device="cpu").pin_memory()
     for name, target, source in (("to host", on_host, on_device), ("to device", on_device, on_host)):
         seconds: list[float] = []
-        for _ in range(repeat + 2):
+        for _ in range(repeat + WARM_UP):
             torch.accelerator.synchronize()
             started = time.perf_counter()
             target.copy_(source, non_blocking=True)
             torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - started)
-        yield name, seconds[2:]
+        figures = (report.Figures.of(f(one) for one in seconds[WARM_UP:]) for f in (in_ms, lambda s: rate(mib, s)))
+        table.row(name, mib, *figures)
 
 
-def measure_raw(size: int, repeat: int) -> list[float]:
-    here, there = multiprocessing.Pipe()
-    target = multiprocessing.Process(target=raw_target, args=(there, size), daemon=True)
-    target.start()
-    session_id, pointer = here.recv()
-    memory = torch.ones(size, dtype=torch.uint8)
-    plane = MooncakeDataPlane(HOST, receives=False)
-    plane.start([Region(memory.data_ptr(), size)])
-    link = plane.link(session_id)
-    seconds: list[float] = []
-    for _ in range(repeat + 2):
-        started = time.perf_counter()
-        link.write([Entry(memory.data_ptr(), pointer, size)])
-        seconds.append(time.perf_counter() - started)
-    link.close()
-    plane.close()
-    here.send(None)
-    target.join()
-    return seconds[2:]
+def in_ms(seconds: float) -> float:
+    return 1e3 * seconds
 
 
-def raw_target(pipe: Connection, size: int) -> None:
-    memory = torch.zeros(size, dtype=torch.uint8)
-    plane = MooncakeDataPlane(HOST)
-    plane.start([Region(memory.data_ptr(), size)])
-    pipe.send((plane.session_id, memory.data_ptr()))
-    pipe.recv()
-    plane.close()
+def rate(mib: int, seconds: float) -> float:
+    return mib * MIB / seconds / 1e9
+
+
+def drawing(results: Sequence[Mapping[str, Any]]) -> str:
+    lines: dict[str, dict[float, report.Figures]] = {}
+    for one in results:
+        if one["block"] in (128, 16) and (one["block"] == 128 or one["fragmented"] or len(results) < 10):
+            state = f", {one['block']}, fragm." if one["fragmented"] else ""
+            name = f"{one['plane'].split('_')[0]}, {one['resumes']} resumes{state}"
+            lines.setdefault(name, {})[one["mib"]] = one["of_raw"]
+    return report.plot("Whole path beside the raw TCP engine", "MiB", "share of the raw engine's rate", lines)
 
 
 if __name__ == "__main__":
