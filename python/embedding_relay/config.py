@@ -24,6 +24,7 @@ SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
 FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
 PRIVATE_MEDIA_URLS: Final = "SGLANG_EMBEDDING_ALLOW_PRIVATE_MEDIA_URLS"
+DATA_PLANE: Final = "SGLANG_EMBEDDING_DATA_PLANE"
 UNTESTED_SGLANG: Final = "SGLANG_EMBEDDING_ALLOW_UNTESTED_SGLANG"
 
 # SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
@@ -36,6 +37,11 @@ HEARTBEAT_MAX_FAILURES: Final = "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE"
 MOONCAKE_PROTOCOL: Final = "MOONCAKE_PROTOCOL"
 MOONCAKE_FORCE_TCP: Final = "MC_FORCE_TCP"
 TRANSPORTS: Final = ("tcp", "rdma", "efa")
+
+AUTO: Final = "auto"
+MOONCAKE: Final = "mooncake"
+SHARED_MEMORY: Final = "shared_memory"
+DATA_PLANES: Final = (AUTO, MOONCAKE, SHARED_MEMORY)
 
 # Block indices and row counts travel as int32.
 _LARGEST: Final = 2**31 - 1
@@ -59,6 +65,8 @@ class RelayConfig:
     heartbeat_max_failures: int = 2
     transport: str | None = None
     """None takes RDMA where the machine has a device for it, else TCP."""
+    data_plane: str = AUTO
+    """`auto`: shared memory between ranks of one host, Mooncake between all others."""
     allowed_media_dir: Path | None = None
     """Clients may name files below it as their pictures; None for no file at all."""
     private_media_urls: bool = False
@@ -83,6 +91,7 @@ class RelayConfig:
             heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
             transport=reader.transport(),
+            data_plane=reader.data_plane(),
             allowed_media_dir=reader.directory(ALLOWED_MEDIA_DIR),
             private_media_urls=reader.flag(PRIVATE_MEDIA_URLS),
             keys=reader.keys(),
@@ -164,6 +173,12 @@ class _Reader:
         if text and text not in TRANSPORTS:
             raise SettingError(f"{MOONCAKE_PROTOCOL} must be one of {', '.join(TRANSPORTS)}, not {_shown(text)}")
         return text or None
+
+    def data_plane(self) -> str:
+        text = self._text(DATA_PLANE).lower()
+        if text and text not in DATA_PLANES:
+            raise SettingError(f"{DATA_PLANE} must be one of {', '.join(DATA_PLANES)}, not {_shown(text)}")
+        return text or AUTO
 
     def flag(self, name: str) -> bool:
         text = self._text(name).lower()

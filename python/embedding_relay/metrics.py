@@ -98,6 +98,11 @@ METRICS: Final = (
     _gauge("contested_sessions", "contenders", "Those of them that somebody else claims to be.", ENCODE),
     _gauge("workers", "workers", "Transfer workers: a thread and an engine for each rank written to.", ENCODE),
     _gauge("peers", "peers", "Encode instances that are known.", LANGUAGE),
+    _gauge(
+        "shared_memory_peers",
+        "mapped",
+        "Ranks of the other side, on this host, with which memory is shared: their rows take no network.",
+    ),
     _gauge("connections", "connections", "Control connections to the other side that are open."),
     REQUESTS,
     _counter("chunks_total", "chunks", "Chunks that were written (encode) or copied out (language)."),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -12,8 +15,10 @@ from embedding_relay.memory import device as devices
 from embedding_relay.memory import layout as columns
 from embedding_relay.memory.device import HOST, Synchronizes
 from embedding_relay.memory.layout import Aux, BufferLayout
-from embedding_relay.memory.plane import Region
+from embedding_relay.memory.plane import Region, private_memory
 from embedding_relay.protocol.errors import LocalError
+
+_PAGE: Final = 4096
 
 
 @dataclasses.dataclass
@@ -104,10 +109,13 @@ class EmbeddingBuffers:
         self._rows: dict[str, torch.Tensor] = {}
         self._pinned: list[torch.Tensor] = []
 
-    def allocate(self) -> None:
-        """Untouched pages cost nothing, unless they are page-locked: a large pool takes memory as it is used."""
-        for column, length in zip(self.layout.columns, self.layout.item_lens, strict=True):
-            memory = torch.empty(self.layout.blocks * length, dtype=torch.uint8)
+    def allocate(self, take: Callable[[int], mmap.mmap] = private_memory) -> None:
+        """Each column has pages of its own in what `take` gives."""
+        lengths = [self.layout.blocks * length for length in self.layout.item_lens]
+        starts = [0, *itertools.accumulate(-(-length // _PAGE) * _PAGE for length in lengths)]
+        pool = take(starts.pop())
+        for column, start, length in zip(self.layout.columns, starts, lengths, strict=True):
+            memory = torch.frombuffer(pool, dtype=torch.uint8, count=length, offset=start)
             dtype = self._dtype if column.media_only else torch.int32
             self._memory[column.name] = memory
             if self._is_pinned and column.media_only and devices.pin(memory):

@@ -7,6 +7,7 @@ nobody else, and after a failed write the engine can be thrown away, which is th
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from embedding_relay.memory.handshake import EngineFacts, address_of, ask, find_data_port
-from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable
+from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable, private_memory
 from embedding_relay.memory.quiet import HeldConnections, has_read_everything, is_gone, shorten_accept
 from embedding_relay.protocol.errors import LocalError, SettingError
 from embedding_relay.protocol.messages import Address
@@ -58,6 +59,12 @@ class MooncakeDataPlane:
         self._links: list[MooncakeLink] = []
         self.renewals = 0
         self._lock = threading.Lock()
+
+    memory_name = ""
+    mapped = 0
+
+    def allocate(self, length: int) -> mmap.mmap:
+        return private_memory(length)
 
     def start(self, regions: Sequence[Region]) -> None:
         self._set_environment()
@@ -123,8 +130,8 @@ class MooncakeDataPlane:
             " To run over TCP, set MC_FORCE_TCP=1"
         )
 
-    def has_read_everything(self) -> bool:
-        """Over RDMA nothing waits to be read."""
+    def has_read_everything(self, writer: str) -> bool:
+        """Over RDMA nothing waits to be read; over TCP nobody knows which connection is the writer's."""
         return not self.is_tcp or has_read_everything(self._facts_of(self._engine).data_port)
 
     # ---- engines for links
@@ -159,7 +166,7 @@ class MooncakeDataPlane:
     def is_tcp(self) -> bool:
         return self._transport == "tcp"
 
-    def link(self, session_id: str) -> MooncakeLink:
+    def link(self, session_id: str, memory_name: str = "") -> MooncakeLink:
         link = MooncakeLink(self, session_id)
         with self._lock:
             self._links.append(link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,11 @@ class Entry(NamedTuple):
     length: int
 
 
+def private_memory(length: int) -> mmap.mmap:
+    """Memory of this process alone; untouched pages cost nothing."""
+    return mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 class Link(Protocol):
     """Writes to one peer session. Used by one thread at a time, and independent of every other link."""
 
@@ -53,19 +59,35 @@ class Link(Protocol):
 class DataPlane(Protocol):
     """One per process side. `start` and `close` open and close everything; links outlive neither."""
 
-    renewals: int
-    """How often a link was renewed."""
+    @property
+    def renewals(self) -> int:
+        """How often a link was renewed."""
 
     @property
     def session_id(self) -> str:
         """The name under which peers write to the registered memory; known after `start`."""
 
+    @property
+    def memory_name(self) -> str:
+        """By which writers on this host find the memory of `allocate`; empty if it is not shared."""
+
+    @property
+    def mapped(self) -> int:
+        """Peers with which memory is shared."""
+
+    def allocate(self, length: int) -> mmap.mmap:
+        """Memory that `start` can register. It is there until nobody refers to it any more."""
+
     def start(self, regions: Sequence[Region]) -> None:
         """Register `regions` once, for as long as this lives."""
 
-    def link(self, session_id: str) -> Link: ...
+    def link(self, session_id: str, memory_name: str = "") -> Link:
+        """`memory_name`: what the peer has as its own, if it has said so."""
 
-    def has_read_everything(self) -> bool:
-        """Whether nothing can land here any more that was written by processes that are gone. May take seconds."""
+    def has_read_everything(self, writer: str) -> bool:
+        """Whether nothing can land here any more that the process of this instance wrote, which seems to be gone.
+
+        May take seconds.
+        """
 
     def close(self) -> None: ...

@@ -24,6 +24,7 @@ Word = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 _Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+_MemoryName = Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{32})?\Z")]
 _Facts = Annotated[tuple[tuple[Word, Word], ...], msgspec.Meta(max_length=64)]
 _Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
 
@@ -50,10 +51,11 @@ class Address(msgspec.Struct, frozen=True, order=True):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Handshake(msgspec.Struct, frozen=True):
+class Handshake(msgspec.Struct, frozen=True, omit_defaults=True):
     """What two instances must agree on before a byte may move. `blocks` bounds the indices; it need not be equal.
 
-    `model`: facts by name that tell one model from another, where rows of both have the same size.
+    `model`: facts by name that tell one model from another, where rows of both have the same size. `memory`: the name
+    of the shared memory that the buffers of a language rank lie in, for encode ranks of its host; empty if in none.
     """
 
     version: _Count
@@ -63,6 +65,7 @@ class Handshake(msgspec.Struct, frozen=True):
     deepstack_rows: _Count
     blocks: _Blocks
     model: _Facts = ()
+    memory: _MemoryName = ""
 
 
 class Register(msgspec.Struct, frozen=True):

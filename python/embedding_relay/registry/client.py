@@ -246,11 +246,11 @@ class PeerLookup:
         post: Callable[[Callable[[float], None]], None],
         key: bytes | None = None,
         may_ask: Callable[[str], bool] = lambda host: True,
-        has_read_everything: Callable[[], bool] = lambda: True,
+        has_read_everything: Callable[[str], bool] = lambda instance: True,
     ) -> None:
         """`may_ask`: whether an operator lets a host be asked. Clients choose registries, and these name more hosts.
 
-        `has_read_everything`: whether nothing that processes wrote before they ended can still land here.
+        `has_read_everything`: whether nothing that an instance wrote before it ended can still land here.
         """
         self._answers = answers
         self._may_ask = may_ask
@@ -259,8 +259,8 @@ class PeerLookup:
         self._post = post
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="relay-lookup")
-        self._known: dict[str, Address] = {}
-        """Where ranks were last: if a connection there is refused, such a process is gone."""
+        self._known: dict[str, EncodeRank] = {}
+        """What ranks were last: if a connection to one is refused, such a process is gone."""
 
     def resolve(self, peer: str) -> None:
         self._pool.submit(self._resolve, peer)
@@ -280,19 +280,20 @@ class PeerLookup:
 
     def _find(self, peer: str) -> None:
         known = self._known.get(peer)
-        if known is not None and is_refused(known) and self._has_read_everything():
+        if known is not None and is_refused(known.address) and self._has_read_everything(known.instance):
             del self._known[peer]
             known = None
             self._post(functools.partial(self._answers.peer_dead, peer))
         try:
             rank = self._ask(peer)
-            if known not in (None, rank.address) and not self._has_read_everything():
+            moved = known is not None and known.address != rank.address
+            if known and moved and not self._has_read_everything(known.instance):
                 raise RegistryError(f"what its predecessor at {peer} wrote is still being read here")
         except RegistryError as error:
             logger.warning("relay: encode instance %s cannot be found: %s", peer, error.for_the_log)
             self._post(functools.partial(self._answers.peer_unreachable, peer, str(error)))
         else:
-            self._known[peer] = rank.address
+            self._known[peer] = rank
             self._post(functools.partial(self._answers.peer_resolved, peer, rank.address, rank.instance))
 
     def _ask(self, peer: str) -> EncodeRank:

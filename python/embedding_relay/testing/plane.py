@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import mmap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from embedding_relay.memory.plane import Entry, Region, TransferError
+from embedding_relay.memory.plane import Entry, Region, TransferError, private_memory
 from embedding_relay.protocol.errors import LocalError
 from embedding_relay.protocol.plan import BATCH_LIMIT
 
@@ -117,14 +118,20 @@ class MemoryDataPlane:
     def session_id(self) -> str:
         return self._session_id
 
+    memory_name = ""
+    mapped = 0
+
+    def allocate(self, length: int) -> mmap.mmap:
+        return private_memory(length)
+
     def start(self, regions: Sequence[Region]) -> None:
         self._regions = tuple(regions)
         self.fabric.planes[self._session_id] = self
 
-    def link(self, session_id: str) -> MemoryLink:
+    def link(self, session_id: str, memory_name: str = "") -> MemoryLink:
         return MemoryLink(self, session_id)
 
-    def has_read_everything(self) -> bool:
+    def has_read_everything(self, writer: str) -> bool:
         return True  # a process that is killed takes along what it has yet to write: see `MemoryFabric.kill`
 
     def close(self) -> None:

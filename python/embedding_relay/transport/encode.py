@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import uuid
 from collections.abc import Iterable, Sequence
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import SourceRows
-from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.quiet import Prover
 from embedding_relay.observer import NOBODY, Observer, Summary
@@ -29,7 +29,7 @@ from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import Announcer
 from embedding_relay.registry.entry import EncodeRank
-from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, open_rank
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, data_plane, open_rank
 from embedding_relay.transport.workers import ChunkJob, TransferWorker, TransferWorkers
 
 logger = logging.getLogger(__name__)
@@ -110,13 +110,16 @@ class EncodeManager(MooncakeEmbeddingManager):
 
         `rank` of `ranks` among which the instance divides its requests.
         """
-        plane = MooncakeDataPlane(host, config.transport, ib_device, receives=False)
-        opened = open_rank(layout, config, host, plane, device)
+        instance = uuid.uuid4().hex
+        opened = open_rank(layout, config, host, data_plane(config, host, ib_device, writer=instance), device)
         with opened.closing_on_error():
-            return cls(opened, bootstrap, rank, ranks, observer)
+            return cls(opened, instance, bootstrap, rank, ranks, observer)
 
-    def __init__(self, opened: OpenRank, bootstrap: Address, rank: int, ranks: int, observer: Observer) -> None:
+    def __init__(
+        self, opened: OpenRank, instance: str, bootstrap: Address, rank: int, ranks: int, observer: Observer
+    ) -> None:
         super().__init__(opened, observer)
+        self.instance = instance
         handshake, config = self.layout.handshake(), self.config
         self._core: EncodeSide = EncodeSide(
             handshake=handshake,
@@ -245,11 +248,14 @@ class EncodeManager(MooncakeEmbeddingManager):
                 now,
                 functools.partial(job.write, destination, session.buffer_pointers),
                 functools.partial(job.done, destination.session_id),
+                session.handshake.memory,
             )
 
     def transfer_worker(self, session_id: str) -> TransferWorker:
         """A thread that writes to one destination session."""
-        return TransferWorker(session_id, self.plane, self._report_quiet, self.report_unhealthy)
+        session = self._core.session(session_id)
+        memory = session.handshake.memory if session else ""
+        return TransferWorker(session_id, self.plane, self._report_quiet, self.report_unhealthy, memory)
 
     def _report_transferred(self, job: ChunkJob) -> None:
         """The thread of the last worker to finish."""

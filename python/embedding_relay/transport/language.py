@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import msgspec
 import torch
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import ModelLimits, SmallColumns
-from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
@@ -34,7 +34,7 @@ from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import PeerLookup
-from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, open_rank
+from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, data_plane, open_rank
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,7 @@ class LanguageManager(MooncakeEmbeddingManager):
 
         `limits`: what the model can be given. Rows beyond them fail their room.
         """
-        plane = MooncakeDataPlane(host, config.transport, ib_device)
-        opened = open_rank(layout, config, host, plane, device)
+        opened = open_rank(layout, config, host, data_plane(config, host, ib_device), device)
         with opened.closing_on_error():
             return cls(opened, ranks, max_rows, limits, observer)
 
@@ -117,7 +116,12 @@ class LanguageManager(MooncakeEmbeddingManager):
         super().__init__(opened, observer)
         self.limits = limits
         self._core: LanguageSide = LanguageSide(
-            register=Register(self.address, self.plane.session_id, self._buffers.pointers, self.layout.handshake()),
+            register=Register(
+                self.address,
+                self.plane.session_id,
+                self._buffers.pointers,
+                msgspec.structs.replace(self.layout.handshake(), memory=self.plane.memory_name),
+            ),
             pool=self.pool,
             default_tokens=self.config.default_allocate_tokens,
             max_rows=max_rows,

@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from embedding_relay.config import SECRET_FILE, RelayConfig
+from embedding_relay.config import AUTO, MOONCAKE, SECRET_FILE, RelayConfig
 from embedding_relay.memory.buffers import EmbeddingBuffers, SourceRows
+from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import DataPlane
+from embedding_relay.memory.shared_plane import SharedMemoryDataPlane
 from embedding_relay.observer import Numbers, Observer
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.blocks import BlockPool
@@ -159,6 +161,14 @@ def warn_if_open(config: RelayConfig, host: str) -> None:
         )
 
 
+def data_plane(config: RelayConfig, host: str, device: str = "", writer: str = "") -> DataPlane:
+    """`writer`: the name of the instance whose rank writes to others; without it, of one that is written to."""
+    mooncake = MooncakeDataPlane(host, config.transport, device, receives=not writer)
+    if config.data_plane == MOONCAKE:
+        return mooncake
+    return SharedMemoryDataPlane(mooncake if config.data_plane == AUTO else None, writer)
+
+
 def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataPlane, device: str = "cpu") -> OpenRank:
     """`host`: an address of this machine that the other side can reach; `device`: where this rank's model runs.
 
@@ -171,8 +181,8 @@ def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataP
         opened.callback(board.wakeup.close)
         board.wakeup.open()
         opened.callback(buffers.release)
-        buffers.allocate()
         opened.callback(plane.close)
+        buffers.allocate(plane.allocate)
         plane.start(buffers.regions)
         opened.callback(loop.close)
         address = loop.open()
@@ -250,7 +260,12 @@ class MooncakeEmbeddingManager(abc.ABC):
         events[Event.UNDECODABLE] = loop.undecodable
         events[Event.REFUSED_CLIENTS] = loop.refused_clients
         events[Event.ENGINES_RENEWED] = self.plane.renewals
-        sizes = {"blocks": self.pool.count, "followed": len(self._board), "connections": loop.connections}
+        sizes = {
+            "blocks": self.pool.count,
+            "followed": len(self._board),
+            "connections": loop.connections,
+            "mapped": self.plane.mapped,
+        }
         self._numbers = Numbers(
             sizes={**sizes, **self._core.sizes(), **self._sizes()},
             totals=self._totals(),

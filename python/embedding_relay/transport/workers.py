@@ -112,10 +112,13 @@ class TransferWorkers:
         self._unproven: set[str] = set()
         """Sessions with a failed write of which no worker can prove any more that it is over."""
 
-    def submit(self, session_id: str, now: float, write: Write, done: Done) -> None:
-        """Run `write` in the session's own thread, after what was submitted for it before."""
+    def submit(self, session_id: str, now: float, write: Write, done: Done, memory: str = "") -> None:
+        """Run `write` in the session's own thread, after what was submitted for it before.
+
+        `memory`: the name of what the session shares. Another one is another process's, and no old job may write there.
+        """
         worker = self._workers.get(session_id)
-        if worker is not None and not worker.is_alive():
+        if worker is not None and not (worker.is_alive() and worker.serves(memory)):
             self._end(session_id)
             worker = None
         if worker is None:
@@ -173,11 +176,17 @@ class TransferWorker(WatchedThread):
     """The thread that writes to one session."""
 
     def __init__(
-        self, session_id: str, plane: DataPlane, on_quiet: Callable[[str], None], on_death: Callable[[str], None]
+        self,
+        session_id: str,
+        plane: DataPlane,
+        on_quiet: Callable[[str], None],
+        on_death: Callable[[str], None],
+        memory: str = "",
     ) -> None:
         super().__init__(f"relay-transfer-{session_id}", self._serve, on_death)
         self._session_id = session_id
         self._plane = plane
+        self._memory = memory
         self._on_quiet = on_quiet
         self._jobs: SimpleQueue[_Job | _Command] = SimpleQueue()
         self._stopped = False
@@ -195,6 +204,10 @@ class TransferWorker(WatchedThread):
     @property
     def is_busy(self) -> bool:
         return self._is_working or self._look_until is not None or not self._jobs.empty()
+
+    def serves(self, memory: str) -> bool:
+        """A proof that is owed is this thread's to find, whoever the session is by now."""
+        return self.owes_proof or self._memory == memory
 
     def report_when_quiet(self) -> None:
         self._put(_Command.REPORT_WHEN_QUIET)
@@ -224,7 +237,7 @@ class TransferWorker(WatchedThread):
 
     def _serve(self) -> None:
         try:
-            link = self._plane.link(self._session_id)
+            link = self._plane.link(self._session_id, self._memory)
             try:
                 self._work_on(link)
             finally:

@@ -10,7 +10,7 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import Numbers
 from support.forks import fork, spare_the_collector
-from support.loopback import language_rank
+from support.loopback import language_rank, on_the_plane
 
 
 class LanguageProcess:
@@ -20,7 +20,9 @@ class LanguageProcess:
         self, layout: BufferLayout, config: RelayConfig, peer: str, *rooms: int, rows: int | None = None
     ) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
-        self.process = fork.Process(target=_main, args=(theirs, layout, config, peer, rooms, rows), daemon=True)
+        self.process = fork.Process(
+            target=_main, args=(theirs, layout, on_the_plane(config), peer, rooms, rows), daemon=True
+        )
         self.process.start()
         theirs.close()
         self._pipe.recv()

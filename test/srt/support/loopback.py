@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import zmq
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import AUTO, MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry
@@ -39,6 +40,25 @@ T = TypeVar("T")
 ENDED = (Status.SUCCESS, Status.FAILED)
 # More than Mooncake's TCP transport queues for one peer.
 TOO_MANY_ENTRIES = 5000
+
+
+PLANES = (MOONCAKE, SHARED_MEMORY)
+_plane = AUTO
+
+
+@contextmanager
+def data_plane(name: str) -> Iterator[None]:
+    """Language ranks begin in this plane, unless a test says otherwise. Encode instances take what they are offered."""
+    global _plane
+    _plane = name
+    try:
+        yield
+    finally:
+        _plane = AUTO
+
+
+def on_the_plane(config: RelayConfig) -> RelayConfig:
+    return dataclasses.replace(config, data_plane=_plane) if config.data_plane == AUTO else config
 
 
 class Watches(Nobody):
@@ -283,6 +303,7 @@ def language_rank(
     max_rows: int = 1_000_000,
     limits: ModelLimits = LIMITS,
 ) -> Iterator[LanguageRank]:
+    config = on_the_plane(config)
     manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows, limits=limits)
     manager.start()
     try:

@@ -21,6 +21,15 @@ def pytest_configure() -> None:
     forks.spare_the_collector()
 
 
+@pytest.fixture
+def plane(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the language ranks of a test receive rows by: see `support.planes`."""
+    from support.loopback import data_plane
+
+    with data_plane(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left() -> Iterator[None]:
     """No thread of ours, no eventfd and no socket may outlive the tests of a module."""

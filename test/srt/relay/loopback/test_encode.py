@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.plane import private_memory
 from embedding_relay.observer import Summary
 from embedding_relay.protocol.effects import (
     ChunkDestination,
@@ -38,7 +39,8 @@ GONE = Failure(502, "gone")
 class NoPlane:
     """Nobody writes over it."""
 
-    renewals = 0
+    renewals = mapped = 0
+    allocate = staticmethod(private_memory)
 
     def start(self, regions: Any) -> None: ...
 
@@ -62,7 +64,7 @@ class Notes:
 @pytest.fixture
 def manager() -> Iterator[Any]:
     opened = open_rank(LAYOUT, RelayConfig(), HOST, NoPlane())  # type: ignore[arg-type]
-    manager: Any = EncodeManager(opened, Address(HOST, 1), 0, 1, Watches())
+    manager: Any = EncodeManager(opened, "a1", Address(HOST, 1), 0, 1, Watches())
     manager._core, manager._workers, manager._prover = Notes([]), Notes(), Notes()
     yield manager
     manager.close()
@@ -132,13 +134,14 @@ def chunk_for(*sessions: str) -> TransferEmbeddingChunk:
 def test_a_chunk_goes_to_the_workers_of_its_destinations(
     manager: Any, sender: MooncakeEmbeddingSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sessions = {"here": SimpleNamespace(buffer_pointers=(1, 2, 3, 4, 5))}
+    sessions = {"here": SimpleNamespace(buffer_pointers=(1, 2, 3, 4, 5), handshake=SimpleNamespace(memory="f1"))}
     monkeypatch.setattr(manager._core, "session", sessions.get)
     manager._submit(1, rows(), 5.0)
     manager._core.told.clear()
     manager._run([chunk_for("gone", "here")], 6.0)
-    [(_, session_id, now, _, done)] = manager._workers.told
-    assert (session_id, now) == ("here", 6.0)
+    [(_, session_id, now, _, done, memory)] = manager._workers.told
+    assert (session_id, now, memory) == ("here", 6.0, "f1")
+    assert manager.transfer_worker("here").serves("f1")
     done("")
     manager._loop._run_calls()
     [(_, room, transfer_id, errors, _)] = manager._core.told

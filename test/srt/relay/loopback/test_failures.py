@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.protocol.counts import Event
 from embedding_relay.protocol.errors import Failure, SettingError
@@ -34,6 +34,7 @@ from support.loopback import (
     small_layout,
     wait_until,
 )
+from support.planes import both_planes, only
 from support.rows import LIMITS, Spec
 
 LAYOUT = small_layout()
@@ -104,6 +105,7 @@ def test_an_abort_is_acknowledged_and_then_the_blocks_are_free(
     assert_all_given_back(encode, language)
 
 
+@both_planes
 def test_an_abort_in_the_middle_of_a_transfer(encode: EncodeInstance, room: int) -> None:
     with language_rank(small_layout(blocks=1), QUICK) as tight:
         receivers = tight.start(encode.peer, room)
@@ -200,6 +202,7 @@ def test_registries_that_cannot_be_reached(language: LanguageRank) -> None:
     assert_all_given_back(language)
 
 
+@both_planes
 def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeInstance, room: int) -> None:
     survivor = next(_rooms)
     with language_rank(small_layout(blocks=2), QUICK) as language:
@@ -221,11 +224,12 @@ def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeIn
         doomed_instance.stop()
 
 
+@only(MOONCAKE)
 def test_blocks_of_a_dead_encode_instance_wait_for_what_it_had_sent(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its control port refuses, and that alone says nothing about bytes in this machine's kernel."""
     has_read, looks = threading.Event(), []
 
-    def has_read_everything(_: MooncakeDataPlane) -> bool:
+    def has_read_everything(_: MooncakeDataPlane, __: str) -> bool:
         looks.append(has_read.is_set())
         return has_read.is_set()
 
@@ -244,6 +248,7 @@ def test_blocks_of_a_dead_encode_instance_wait_for_what_it_had_sent(room: int, m
         doomed_instance.stop()
 
 
+@only(MOONCAKE)
 def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +272,7 @@ def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
             assert_all_given_back(encode, dead)
 
 
+@both_planes
 def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: EncodeInstance, room: int) -> None:
     dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, room)
     encode.expect(Spec(room, 500_000))
@@ -312,6 +318,7 @@ def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(ro
         assert_all_given_back(encode, tight)
 
 
+@only(MOONCAKE)
 def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_over(room: int) -> None:
     """S3 from end to end: it is stopped before a write of 32 MiB, and goes on when the sender has given up."""
     wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
@@ -332,9 +339,49 @@ def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_ove
         stopped.kill()
 
 
+@only(SHARED_MEMORY)
+def test_a_stopped_language_rank_is_written_to_and_has_its_rows_when_it_goes_on(room: int) -> None:
+    """A copy into its memory needs nothing of it, and is over when it is made: nobody waits for proof."""
+    wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
+    with encode_instance(wide, QUICK) as encode:
+        stopped = LanguageProcess(wide, QUICK, encode.peer, warm, room, rows=2048)
+        encode.expect(Spec(warm, 100))
+        assert encode.end_of(warm)[0] is Status.SUCCESS
+        settle(encode.metrics, lambda m: m.sizes["rooms"] == 1)
+        stopped.signal(signal.SIGSTOP)
+        encode.expect(Spec(room, 2048))
+        assert encode.end_of(room)[0] is Status.SUCCESS
+        assert encode.metrics().sizes["unquiet"] == 0
+        stopped.signal(signal.SIGCONT)
+        settle(stopped.metrics, lambda m: m.sizes["rooms"] == 0 and m.sizes["blocks_free"] == 32)
+        assert stopped.metrics().totals["rows"] == 2148
+        assert_all_given_back(encode)
+        stopped.kill()
+
+
+@only(SHARED_MEMORY)
+def test_a_language_rank_that_is_stopped_before_the_first_write_fails_its_room_within_seconds(room: int) -> None:
+    patient = dataclasses.replace(QUICK, heartbeat_interval=5.0, bootstrap_timeout=20)
+    with encode_instance(LAYOUT, patient) as encode:
+        stopped = LanguageProcess(LAYOUT, patient, encode.peer, room)
+        settle(encode.metrics, lambda m: m.sizes["rooms"] == 1)
+        stopped.signal(signal.SIGSTOP)
+        encode.expect(Spec(room, 2000))
+        status, failure = encode.end_of(room)
+        assert status is Status.FAILED
+        assert failure is not None
+        assert (failure.code, "the process whose memory this is does not answer" in failure.text) == (502, True)
+        stopped.signal(signal.SIGCONT)
+        settle(stopped.metrics, lambda m: m.sizes["rooms"] == m.sizes["quarantined_rooms"] == 0)
+        assert_all_given_back(encode)
+        stopped.kill()
+
+
+@only(MOONCAKE)
 def test_an_engine_that_rejects_everything_is_renewed_and_the_chunk_goes_through(room: int) -> None:
     """A full queue poisons an engine: it refuses later writes, and what it has queued would land after the retry."""
-    with encode_instance(LAYOUT, QUICK) as encode, language_rank(LAYOUT, QUICK) as language:
+    config = dataclasses.replace(QUICK, data_plane=MOONCAKE)
+    with encode_instance(LAYOUT, config) as encode, language_rank(LAYOUT, config) as language:
         language.receive(encode, Spec(room, 300))
         encode.ask("poison")
         language.receive(encode, Spec(next(_rooms), 5000), hint_rows=1024)

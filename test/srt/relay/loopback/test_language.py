@@ -14,6 +14,7 @@ import pytest
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import AUX
+from embedding_relay.memory.plane import private_memory
 from embedding_relay.observer import Summary
 from embedding_relay.protocol.effects import CopyOut, Deliver, Send, StatusChanged
 from embedding_relay.protocol.errors import Failure, LocalError
@@ -31,13 +32,14 @@ GONE = Failure(502, "gone")
 class NoPlane:
     """Nobody writes to it."""
 
-    session_id, renewals = "127.0.0.1:1", 0
+    session_id, renewals, memory_name, mapped = "127.0.0.1:1", 0, "", 0
+    allocate = staticmethod(private_memory)
 
     def start(self, regions: Any) -> None: ...
 
     def close(self) -> None: ...
 
-    def has_read_everything(self) -> bool:
+    def has_read_everything(self, writer: str) -> bool:
         return True
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,19 +19,26 @@ from embedding_relay.protocol.status import Status
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
-from support.loopback import ENDED, HOST, small_layout
+from support.loopback import ENDED, HOST, PLANES, small_layout
 from support.repo import REPO, SOURCE
 from support.rows import LIMITS, Spec, make_rows
 
 PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
 LAYOUT = small_layout()
-# Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's, and
-# transport/ranks.py that of an instance with several.
-BESIDE = {"config.py", "protocol/errors.py", "protocol/counts.py", "pairing.py", "pulse.py", "transport/ranks.py"}
+# Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's,
+# transport/ranks.py that of an instance with several, and doors.py is asked whenever Python imports something.
+BESIDE = {
+    "config.py",
+    "doors.py",
+    "protocol/errors.py",
+    "protocol/counts.py",
+    "pairing.py",
+    "pulse.py",
+    "transport/ranks.py",
+}
 # It says what a data plane promises, and has no code of its own to be called.
 INTERFACE = {"memory/plane.py"}
-SPEC = Spec(room=1, total=3000)
 
 
 @contextmanager
@@ -61,6 +69,20 @@ def until(condition: Callable[[], bool], *managers: EncodeManager | LanguageMana
             manager.drain_events()
 
 
+def request_rows(encode: EncodeManager, peer: str, spec: Spec, config: RelayConfig) -> None:
+    with closing(LanguageManager.open(LAYOUT, config, host=HOST, ranks=1, max_rows=10_000, limits=LIMITS)) as language:
+        language.start()
+        sender = MooncakeEmbeddingSender(encode, spec.room)
+        receiver = MooncakeEmbeddingReceiver(language, peer, spec.room)
+        sender.init()
+        receiver.start()
+        until(lambda: sender.poll() is Status.WAITING_FOR_INPUT, encode, language)
+        sender.send_embedding(make_rows(LAYOUT, spec))
+        until(lambda: sender.poll() in ENDED and receiver.poll() in ENDED, encode, language)
+        assert receiver.poll() is Status.SUCCESS
+        assert receiver.rounds > 1, "the way of a resume is part of the page"
+
+
 def test_the_page_names_the_files_of_the_way() -> None:
     config = RelayConfig(default_allocate_tokens=1024)
     with ExitStack() as opened, noting_files() as seen:
@@ -70,21 +92,9 @@ def test_the_page_names_the_files_of_the_way() -> None:
         where = Address(HOST, registry.port)
         encode = EncodeManager.open(LAYOUT, config, host=HOST, bootstrap=where)
         opened.callback(encode.close)
-        language = LanguageManager.open(LAYOUT, config, host=HOST, ranks=1, max_rows=10_000, limits=LIMITS)
-        opened.callback(language.close)
         encode.start()
-        language.start()
-        sender, receiver = (
-            MooncakeEmbeddingSender(encode, SPEC.room),
-            MooncakeEmbeddingReceiver(language, str(where), SPEC.room),
-        )
-        sender.init()
-        receiver.start()
-        until(lambda: sender.poll() is Status.WAITING_FOR_INPUT, encode, language)
-        sender.send_embedding(make_rows(LAYOUT, SPEC))
-        until(lambda: sender.poll() in ENDED and receiver.poll() in ENDED, encode, language)
-        assert receiver.poll() is Status.SUCCESS
-        assert receiver.rounds > 1, "the way of a resume is part of the page"
+        for room, plane in enumerate(PLANES):
+            request_rows(encode, str(where), Spec(room, total=3000), dataclasses.replace(config, data_plane=plane))
     named = {name for name in re.findall(r"`([a-z_/]+\.py)`", PAGE.read_text()) if (PACKAGE / name).exists()}
     assert seen - BESIDE - named == set(), "used, and not on the page"
     assert named - BESIDE - INTERFACE - seen == set(), "on the page, and not used"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.plane import private_memory
 from embedding_relay.observer import Nobody, Numbers
 from embedding_relay.protocol.counts import Counts, Event
 from embedding_relay.protocol.errors import Failure, LocalError, SettingError
@@ -25,7 +26,8 @@ LAYOUT = small_layout(blocks=4)
 
 
 class Plane:
-    renewals = 3
+    renewals, mapped = 3, 2
+    allocate = staticmethod(private_memory)
 
     def __init__(self, problem: Exception | None = None) -> None:
         self.problem, self.regions, self.closed = problem, list[Any](), 0
@@ -156,7 +158,7 @@ def test_what_is_counted(manager: Any) -> None:
     manager._count()
     numbers = manager.metrics()
     assert manager.observer.numbers == [numbers]
-    assert numbers.sizes == {"blocks": 4, "followed": 1, "connections": 0, "rooms": 5, "senders": 6}
+    assert numbers.sizes == {"blocks": 4, "followed": 1, "connections": 0, "mapped": 2, "rooms": 5, "senders": 6}
     assert numbers.totals == {"rows": 7}
     assert numbers.failures == {502: 1}
     assert +numbers.events == {Event.UNDECODABLE: 2, Event.ENGINES_RENEWED: 3}

@@ -26,6 +26,7 @@ from support.loopback import (
     settle,
     small_layout,
 )
+from support.planes import both_planes
 from support.rows import Spec
 
 # Two seconds of silence: a process that is not stopped gets a word in, however busy the machine is.
@@ -113,6 +114,11 @@ class Rounds:
         self.seen[f"reader killed: {self.witness.end_of(room)[0].name}"] += 1
 
 
+@pytest.fixture(autouse=True)
+def on_a_plane(plane: str) -> None:
+    """Before anything else of a test begins."""
+
+
 @pytest.fixture(params=[ONE_BLOCK, WIDE], ids=["one block at a time", "28 MiB at a time"])
 def layout(request: pytest.FixtureRequest) -> BufferLayout:
     return request.param  # type: ignore[no-any-return]
@@ -138,6 +144,7 @@ def rounds(layout: BufferLayout, writer: EncodeInstance) -> Iterator[Rounds]:
         assert_all_given_back(language, witness, writer)
 
 
+@both_planes
 @unhurried
 def test_random_faults(rounds: Rounds, writer: EncodeInstance) -> None:
     for _ in range(ROUNDS):
@@ -151,6 +158,7 @@ def test_random_faults(rounds: Rounds, writer: EncodeInstance) -> None:
         assert not rounds.offers.violations, rounds.offers.violations
 
 
+@both_planes
 @pytest.mark.parametrize("layout", [WIDE], ids=["28 MiB at a time"], indirect=True)
 def test_a_writer_that_is_stopped_in_the_middle_of_a_write_finishes_it_in_quarantine(
     rounds: Rounds, writer: EncodeInstance

@@ -15,7 +15,15 @@ from embedding_relay.pairing import AllowedHosts
 from embedding_relay.protocol.errors import BAD_GATEWAY, SettingError
 from embedding_relay.protocol.messages import Address
 from embedding_relay.registry import client
-from embedding_relay.registry.client import InstanceSizes, RegistryError, announce, look_up, parse_address, parse_peer
+from embedding_relay.registry.client import (
+    InstanceSizes,
+    PeerLookup,
+    RegistryError,
+    announce,
+    look_up,
+    parse_address,
+    parse_peer,
+)
 from embedding_relay.registry.entry import EncodeRank, name_of_rank
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from support.loopback import HOST, language_rank, small_layout
@@ -253,3 +261,40 @@ def test_a_registry_cannot_name_a_host_that_may_not_be_asked(
     failure = receivers[1].failure()
     assert failure is not None
     assert failure.text.endswith(f"cannot be found: {foreign.address} names a host that may not be asked")
+
+
+class Answers:
+    """Notes what a lookup finds out."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *what: self.heard.append((name, *what[:-1]))
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_process_is_gone_when_the_data_plane_agrees_about_that_very_one(
+    registry: Address, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its address refuses, or a successor has another one. It may still be there, stopped in the middle of a write."""
+    monkeypatch.setattr(client, "_LOOKUP_PATIENCE", 0.1)
+    answers, may_write = Answers(), {"a1"}
+    lookup = PeerLookup(answers, lambda call: call(0.0), has_read_everything=lambda writer: writer not in may_write)
+    peer = str(registry)
+    with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
+        where = Address(HOST, first.getsockname()[1])
+        announce(registry, EncodeRank(0, HOST, where.port, "a1", RANK.handshake))
+        lookup._find(peer)
+        assert answers.heard.pop() == ("peer_resolved", peer, where, "a1")
+        first.close()
+        successor = Address(HOST, second.getsockname()[1])
+        if moves:
+            announce(registry, EncodeRank(0, HOST, successor.port, "a2", RANK.handshake))
+        lookup._find(peer)
+        assert [name for name, *_ in answers.heard] == ["peer_unreachable"]
+        may_write.clear()
+        lookup._find(peer)
+        assert answers.heard[1] == ("peer_dead", peer)
+        assert (("peer_resolved", peer, successor, "a2") in answers.heard) is moves
+    lookup.close()

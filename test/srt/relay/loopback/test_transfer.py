@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import MOONCAKE, RelayConfig
 from embedding_relay.memory.layout import Aux
 from support.loopback import (
     EncodeInstance,
@@ -15,6 +15,7 @@ from support.loopback import (
     language_rank,
     small_layout,
 )
+from support.planes import both_planes, only
 from support.rows import DAMAGE, Spec, difference, make_rows
 
 DEFAULT_1024 = RelayConfig(default_allocate_tokens=1024)
@@ -42,6 +43,7 @@ ROUNDS = [
 ]
 
 
+@both_planes
 @pytest.mark.parametrize(("block_size", "deepstack", "dtype"), [(16, 0, "float16"), (128, 2, "float32")])
 def test_the_scenarios_of_the_specification(block_size: int, deepstack: int, dtype: str) -> None:
     layout = small_layout(block_size=block_size, blocks=8192 // block_size, deepstack_rows=deepstack, dtype=dtype)
@@ -61,6 +63,7 @@ def test_ten_thousand_rows_take_ten_rounds_or_fewer(encode: EncodeInstance) -> N
         assert_all_given_back(encode, language)
 
 
+@only(MOONCAKE)
 def test_a_hundred_thousand_rows_through_one_block_of_sixteen() -> None:
     layout = small_layout(hidden_size=16, block_size=16, blocks=1)
     with encode_instance(layout) as encode, language_rank(layout) as language:
@@ -70,18 +73,21 @@ def test_a_hundred_thousand_rows_through_one_block_of_sixteen() -> None:
         assert_all_given_back(encode, language)
 
 
+@both_planes
 def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
     with language_rank(small_layout(blocks=8), DEFAULT_1024) as language:
         language.receive(encode, *requests(64, 2000))
         assert_all_given_back(encode, language)
 
 
+@both_planes
 def test_an_encode_pool_smaller_than_one_request() -> None:
     with encode_instance(small_layout(blocks=3)) as encode, language_rank(LAYOUT, DEFAULT_1024) as language:
         language.receive(encode, *requests(8, 2000))
         assert_all_given_back(encode, language)
 
 
+@both_planes
 def test_two_language_ranks_receive_the_same_rows(encode: EncodeInstance) -> None:
     """TP 1 to TP 2: both ranks register, and each gets every row, though one of them has little room."""
     specs = requests(3, 2000)
@@ -97,6 +103,7 @@ def test_two_language_ranks_receive_the_same_rows(encode: EncodeInstance) -> Non
         assert_all_given_back(encode, roomy, tight)
 
 
+@both_planes
 def test_a_language_rank_with_two_encode_instances(encode: EncodeInstance) -> None:
     with encode_instance(LAYOUT) as other, language_rank(LAYOUT) as language:
         for instance in (encode, other, encode):
@@ -104,6 +111,7 @@ def test_a_language_rank_with_two_encode_instances(encode: EncodeInstance) -> No
         assert_all_given_back(other, language)
 
 
+@both_planes
 def test_a_planted_swap_does_not_pass(encode: EncodeInstance) -> None:
     """The comparison of all these tests is one that can fail."""
     [good] = requests(1, 2000)

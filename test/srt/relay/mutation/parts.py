@@ -95,6 +95,7 @@ _MEMORY: Final = {
     "buffers.py": ("loopback/transfer", "loopback/device"),
     "handshake.py": ("unit/engine", "unit/quiet"),
     "layout.py": ("loopback/buffers", "loopback/transfer"),
+    "plane.py": ("loopback/buffers",),
     "quiet.py": ("unit/engine", "loopback/engine"),
 }
 _TRANSPORT: Final = {

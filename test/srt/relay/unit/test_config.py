@@ -37,6 +37,7 @@ BAD_COUNTS = [
 
 
 def test_an_empty_environment_gives_the_documented_defaults() -> None:
+    assert RelayConfig.from_environment({}).data_plane == "auto"
     assert RelayConfig.from_environment({}) == RelayConfig(
         cache_blocks=512,
         block_size=128,
@@ -66,6 +67,7 @@ def test_every_setting_is_read() -> None:
             config.HEARTBEAT_INTERVAL: "0.5",
             config.HEARTBEAT_MAX_FAILURES: "3",
             config.MOONCAKE_PROTOCOL: "RDMA",
+            config.DATA_PLANE: "Shared_Memory",
         }
     )
     assert read == RelayConfig(
@@ -78,6 +80,7 @@ def test_every_setting_is_read() -> None:
         heartbeat_interval=0.5,
         heartbeat_max_failures=3,
         transport="rdma",
+        data_plane="shared_memory",
     )
     timing = read.timing
     assert (timing.bootstrap, timing.first_word, timing.waiting, timing.silence) == (30, 2.5, 60, 2.0)
@@ -127,6 +130,13 @@ def test_mooncakes_own_settings_choose_the_transport() -> None:
     assert RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "tcp"}).transport == "tcp"
     with pytest.raises(SettingError, match=config.MOONCAKE_PROTOCOL):
         RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "no-such-transport"})
+
+
+def test_the_data_plane_is_one_of_three() -> None:
+    assert RelayConfig.from_environment({config.DATA_PLANE: "mooncake"}).data_plane == "mooncake"
+    one_of = f"{config.DATA_PLANE} must be one of auto, mooncake, shared_memory, not 'tcp'"
+    with pytest.raises(SettingError, match=one_of):
+        RelayConfig.from_environment({config.DATA_PLANE: "tcp"})
 
 
 def test_hosts_may_be_named_that_requests_may_have_asked() -> None:

@@ -210,7 +210,7 @@ def test_a_peer_over_tcp_is_not_written_to_over_rdma(
 
 
 def test_nothing_of_a_gone_writer_waits_here_over_rdma(plane: MooncakeDataPlane) -> None:
-    assert plane.has_read_everything()
+    assert plane.has_read_everything("a1")
 
 
 @pytest.fixture
@@ -489,7 +489,7 @@ def test_over_tcp_it_is_looked_whether_our_engine_has_read_everything(
     _, link = over_tcp
     asked: list[int] = []
     monkeypatch.setattr(engine, "has_read_everything", lambda port: bool(asked.append(port)))
-    assert not link._plane.has_read_everything()
+    assert not link._plane.has_read_everything("a1")
     assert asked == [ours.says["tcp_data_port"]]
 
 

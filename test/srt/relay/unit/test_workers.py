@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.memory.layout import BufferLayout
-from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable
+from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable, private_memory
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
 from embedding_relay.transport import workers
 from embedding_relay.transport.workers import IDLE_SECONDS, ChunkJob, TransferWorker, TransferWorkers
@@ -30,16 +30,20 @@ class ScriptedPlane:
         self.broken: BaseException | None = None
         self.quiet = True
         self.calls: list[str] = []
+        self.linked: list[str] = []
         self.gate: threading.Event | None = None
 
     def start(self, regions: Sequence[Region]) -> None: ...
 
     def close(self) -> None: ...
 
-    def has_read_everything(self) -> bool:
+    memory_name, mapped, renewals, allocate = "", 0, 0, staticmethod(private_memory)
+
+    def has_read_everything(self, writer: str) -> bool:
         return True
 
-    def link(self, session_id: str) -> Link:
+    def link(self, session_id: str, memory_name: str = "") -> Link:
+        self.linked.append(memory_name)
         return ScriptedLink(self, session_id)
 
 
@@ -76,8 +80,9 @@ class Desk:
         self.answers: queue.Queue[str] = queue.Queue()
         self.quiet: queue.Queue[str] = queue.Queue()
         self.deaths: queue.Queue[str] = queue.Queue()
+        self.memory = ""
         self.workers = TransferWorkers(
-            lambda session_id: TransferWorker(session_id, self.plane, self.quiet.put, self.deaths.put)
+            lambda session_id: TransferWorker(session_id, self.plane, self.quiet.put, self.deaths.put, self.memory)
         )
 
     def write(self, session_id: str = "peer", write: Callable[[Link], None] | None = None, now: float = 0.0) -> None:
@@ -402,6 +407,38 @@ def test_the_worker_of_a_session_that_is_gone_ends(desk: Desk) -> None:
         if thread.name == "relay-transfer-gone":
             thread.join(10)
     assert desk.plane.calls.count("close") == 1
+
+
+def test_another_process_of_a_session_gets_a_worker_of_its_own_and_no_job_of_the_first(desk: Desk) -> None:
+    """What the first process had offered is an address in memory of the second by now."""
+    desk.plane.gate, desk.memory, wrote, has_begun = threading.Event(), "first", list[str](), threading.Event()
+    for name in ("under way", "queued"):
+
+        def write(link: Link, name: str = name) -> None:
+            has_begun.set()
+            link.write(ENTRIES)
+            wrote.append(name)
+
+        desk.workers.submit("stuck", 0.0, write, desk.answers.put, "first")
+    assert has_begun.wait(10)
+    desk.memory = "second"
+    desk.workers.submit("stuck", 0.0, lambda link: wrote.append("of the second"), desk.answers.put, "second")
+    assert desk.answer() == "", "the second does not wait for the first"
+    desk.plane.gate.set()
+    assert {desk.answer(), desk.answer()} == {"", "session stuck is gone"}
+    assert wrote == ["of the second", "under way"]
+    assert desk.plane.linked == ["first", "second"]
+
+
+def test_a_worker_that_owes_proof_is_kept_whatever_memory_its_session_has(desk: Desk) -> None:
+    desk.plane.failures, desk.plane.quiet = 1, False
+    desk.write()
+    desk.answer()
+    desk.workers.submit("peer", 0.0, lambda link: link.write(ENTRIES), desk.answers.put, "another")
+    assert desk.answer() == ""
+    desk.workers.report_when_quiet("peer")
+    desk.plane.quiet = True
+    assert desk.quiet.get(timeout=10) == "peer"
 
 
 def test_jobs_behind_the_end_are_answered_too(desk: Desk) -> None:

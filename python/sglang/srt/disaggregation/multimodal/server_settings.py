@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from embedding_relay import cores
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.protocol.errors import SettingError
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
@@ -92,9 +92,9 @@ def check_ports(server_args: Any) -> None:
 
 def check_transport(server_args: Any) -> None:
     """RDMA that does not come up is one line now, and a traceback of a scheduler later. TCP always does."""
-    transport, device = RelayConfig.from_environment().transport, resolving_view(server_args).disaggregation_ib_device
-    plane = MooncakeDataPlane("127.0.0.1", transport, device or "")
-    if not plane.is_tcp:
+    config, device = RelayConfig.from_environment(), resolving_view(server_args).disaggregation_ib_device
+    plane = MooncakeDataPlane("127.0.0.1", config.transport, device or "")
+    if config.data_plane != SHARED_MEMORY and not plane.is_tcp:
         with closing(plane):
             plane.start([])
 

@@ -1,0 +1,75 @@
+"""Processes that share memory with a test: one that writes to it for ever, one that owns some, one of another user."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from embedding_relay.memory import shared_segment
+from embedding_relay.memory.plane import Entry
+from embedding_relay.memory.shared_segment import NotShared, Segment, attach
+
+SIZE = 1 << 20
+NOBODY_WE_KNOW = 12345
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+@contextmanager
+def process(main: Callable[..., None], *arguments: object) -> Iterator[tuple[BaseProcess, Any]]:
+    """The process, and the first thing that it has to say."""
+    ours, theirs = _spawn.Pipe()
+    started = _spawn.Process(target=main, args=(theirs, *arguments), daemon=True)
+    started.start()
+    theirs.close()
+    try:
+        assert ours.poll(30)
+        yield started, ours.recv()
+    finally:
+        started.kill()
+        started.join()
+        started.close()
+        ours.close()
+
+
+def ask_as_another_user(pipe: Connection, name: str) -> None:
+    """Without looking at whose memory it is."""
+    os.setuid(NOBODY_WE_KNOW)
+    shared_segment._is_our_user = lambda _: True
+    try:
+        attach(name, "a1")
+    except NotShared as reason:
+        pipe.send(str(reason))
+    else:
+        pipe.send("mapped")
+
+
+def write_for_ever(pipe: Connection, name: str, base: int) -> None:
+    """Another number each time, over the first half of the memory."""
+    source = mmap.mmap(-1, SIZE)
+    here, mapped, number = address_of(source), attach(name, "a1"), 0
+    pipe.send("writing")
+    while True:
+        number += 1
+        source[:] = struct.pack("<Q", number) * (SIZE // 8)
+        mapped.write([Entry(here, base, SIZE // 2)])
+
+
+def own(pipe: Connection) -> None:
+    segment = Segment()
+    memory = segment.allocate(SIZE)
+    segment.open()
+    pipe.send((segment.name, address_of(memory)))
+    pipe.recv()
