@@ -1,4 +1,4 @@
-"""Processes that share memory with a test: one that writes to it for ever, one that owns some, one of another user."""
+"""Processes that share memory with a test: one that writes to it for ever, one that owns some, two that ask in vain."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from embedding_relay.memory.shared_segment import NotShared, Segment, attach
 SIZE = 1 << 20
 NOBODY_WE_KNOW = 12345
 
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -48,6 +49,15 @@ def ask_as_another_user(pipe: Connection, name: str) -> None:
     """Without looking at whose memory it is."""
     os.setuid(NOBODY_WE_KNOW)
     shared_segment._is_our_user = lambda _: True
+    _ask(pipe, name)
+
+
+def ask_from_another_network(pipe: Connection, name: str) -> None:
+    assert ctypes.CDLL(None).unshare(_NEW_NETWORK) == 0
+    _ask(pipe, name)
+
+
+def _ask(pipe: Connection, name: str) -> None:
     try:
         attach(name, "a1")
     except NotShared as reason:

@@ -1,11 +1,14 @@
 """Whole requests from one process to another: every bit, and as many rounds as the specification says."""
 
+import dataclasses
 import itertools
+import logging
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from embedding_relay.config import MOONCAKE, RelayConfig
+from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.layout import Aux
 from support.loopback import (
     EncodeInstance,
@@ -84,6 +87,37 @@ def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
 def test_an_encode_pool_smaller_than_one_request() -> None:
     with encode_instance(small_layout(blocks=3)) as encode, language_rank(LAYOUT, DEFAULT_1024) as language:
         language.receive(encode, *requests(8, 2000))
+        assert_all_given_back(encode, language)
+
+
+def test_a_pair_that_may_only_share_memory_opens_no_engine(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sharing = dataclasses.replace(DEFAULT_1024, data_plane=SHARED_MEMORY)
+    with encode_instance(LAYOUT, sharing) as encode, language_rank(LAYOUT, sharing) as language:
+        language.receive(encode, *requests(4, 3000))
+        assert language.manager.metrics().sizes["mapped"] == encode.metrics().sizes["mapped"] == 1
+        assert_all_given_back(encode, language)
+    assert not [record for record in caplog.records if "Mooncake" in record.message]
+
+
+@pytest.mark.parametrize(
+    ("writes", "reads", "reason"),
+    [
+        (MOONCAKE, SHARED_MEMORY, "'shared-memory-[0-9a-f]{32}' is not the name of a Mooncake session"),
+        (SHARED_MEMORY, MOONCAKE, "cannot be written: it shares no memory; .*=shared_memory allows nothing else"),
+    ],
+)
+def test_a_pair_without_a_common_plane_fails_its_requests_and_says_why(writes: str, reads: str, reason: str) -> None:
+    one, other = (dataclasses.replace(DEFAULT_1024, data_plane=plane) for plane in (writes, reads))
+    with encode_instance(LAYOUT, one) as encode, language_rank(LAYOUT, other) as language:
+        [spec] = requests(1, 500)
+        receivers = language.start(encode.peer, spec.room)
+        encode.expect(spec)
+        language.wait(receivers.values())
+        failure = receivers[spec.room].failure()
+        assert failure is not None
+        assert failure.code == 502
+        assert re.search(reason, failure.text)
         assert_all_given_back(encode, language)
 
 

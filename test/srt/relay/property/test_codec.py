@@ -46,7 +46,8 @@ def registers(draw: st.DrawFn) -> Register:
     pointers = tuple(draw(st.integers(1, 2**64 - blocks * item_len)) for item_len in lens)
     dtype = draw(short_words)
     facts = tuple(draw(st.lists(st.tuples(short_words, short_words), max_size=5)))
-    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, dtype, draw(st.integers(0, 9)), blocks, facts)
+    memory = draw(st.sampled_from(["", "0f" * 16]))
+    handshake = Handshake(1, draw(st.integers(1, 4096)), lens, dtype, draw(st.integers(0, 9)), blocks, facts, memory)
     return Register(draw(addresses), draw(words), pointers, handshake)
 
 

@@ -1,5 +1,6 @@
 """Frames that are given in the specification, and frames that must be refused."""
 
+import msgspec
 import pytest
 
 from embedding_relay.protocol import codec
@@ -47,6 +48,27 @@ def test_our_own_frames() -> None:
     assert codec.encode(Ping(HERE, SESSION, "b7c1")) == [b"PING", *SENDER, b"b7c1"]
     assert codec.encode(Pong("b7c1", "a001")) == [b"PONG", b"b7c1", b"a001"]
     assert codec.encode(AbortAck(7)) == [b"7", b"ABORTED"]
+
+
+def test_the_name_of_shared_memory_is_added_to_a_registration_and_passed_over_by_who_does_not_know_it() -> None:
+    plain = Register(HERE, SESSION, (1,), Handshake(1, 128, (9,), "bfloat16", 0, 8))
+    assert b"memory" not in codec.encode(plain)[5]
+    named = msgspec.structs.replace(plain, handshake=msgspec.structs.replace(plain.handshake, memory="0f" * 16))
+    frames = codec.encode(named)
+    assert frames[:5] == codec.encode(plain)[:5]
+    assert msgspec.json.decode(frames[5])["memory"] == "0f" * 16
+    assert codec.decode_to_encode(frames) == named
+    newer = frames[5].replace(b"memory", b"something_of_a_later_version")
+    assert codec.decode_to_encode([*frames[:5], newer]) == plain
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../../shm", "0f" * 15, "0F" * 16, "0f" * 16 + "\n", "0f" * 17, 7, None]
+)
+def test_a_name_that_no_rank_gives_its_memory_is_not_a_registration(name: object) -> None:
+    said = HANDSHAKE[:-1] + b',"memory":' + msgspec.json.encode(name) + b"}"
+    with pytest.raises(UndecodableFrames, match="cannot be read"):
+        codec.decode_to_encode([b"None", *SENDER, ONE, said])
 
 
 @pytest.mark.parametrize("room", [-1, 1 << 63, (1 << 64) - 1])

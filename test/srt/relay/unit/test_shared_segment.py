@@ -25,7 +25,15 @@ from embedding_relay.memory import shared_segment
 from embedding_relay.memory.plane import Entry, Unreachable
 from embedding_relay.memory.shared_segment import NotShared, Segment, attach, check_user
 from embedding_relay.protocol.errors import LocalError
-from support.segment_processes import SIZE, address_of, ask_as_another_user, own, process, write_for_ever
+from support.segment_processes import (
+    SIZE,
+    address_of,
+    ask_as_another_user,
+    ask_from_another_network,
+    own,
+    process,
+    write_for_ever,
+)
 
 Owned = tuple[Segment, mmap.mmap]
 
@@ -181,6 +189,13 @@ def test_where_foreign_users_have_our_number_nothing_is_shared(
 def test_a_name_that_nobody_has_is_of_another_host() -> None:
     with pytest.raises(NotShared, match="on another host, or in another network namespace"):
         attach("0" * 32, "a1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a network namespace")
+def test_two_network_namespaces_are_two_hosts(owned: Owned) -> None:
+    """As containers of one host are that share no network: whoever has the name does not find the memory."""
+    with process(ask_from_another_network, owned[0].name) as (_, answer):
+        assert answer == "it is on another host, or in another network namespace of this one"
 
 
 @pytest.mark.parametrize("said", [b"", b"no name\n", b"\xff" * 8])
