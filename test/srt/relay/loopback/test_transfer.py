@@ -16,6 +16,7 @@ from support.loopback import (
     assert_all_given_back,
     encode_instance,
     language_rank,
+    settle,
     small_layout,
 )
 from support.planes import both_planes, only
@@ -95,7 +96,8 @@ def test_a_pair_that_may_only_share_memory_opens_no_engine(caplog: pytest.LogCap
     sharing = dataclasses.replace(DEFAULT_1024, data_plane=SHARED_MEMORY)
     with encode_instance(LAYOUT, sharing) as encode, language_rank(LAYOUT, sharing) as language:
         language.receive(encode, *requests(4, 3000))
-        assert language.manager.metrics().sizes["mapped"] == encode.metrics().sizes["mapped"] == 1
+        for side in (language.manager, encode):
+            settle(side.metrics, lambda m: m.sizes["mapped"] == 1)
         assert_all_given_back(encode, language)
     assert not [record for record in caplog.records if "Mooncake" in record.message]
 
