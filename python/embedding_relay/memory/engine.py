@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from embedding_relay.memory.handshake import EngineFacts, address_of, ask, find_data_port
@@ -58,6 +58,7 @@ class MooncakeDataPlane:
         RDMA."""
         self._links: list[MooncakeLink] = []
         self.renewals = 0
+        self.on_death: Callable[[str], None] = logger.error
         self._lock = threading.Lock()
 
     memory_name = ""

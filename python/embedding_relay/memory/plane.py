@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from embedding_relay.protocol.errors import RelayError
@@ -58,6 +58,9 @@ class Link(Protocol):
 
 class DataPlane(Protocol):
     """One per process side. `start` and `close` open and close everything; links outlive neither."""
+
+    on_death: Callable[[str], None]
+    """Called with what has ended a thread of the plane, in that thread. Whoever starts the plane may set it."""
 
     @property
     def renewals(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from embedding_relay.memory.plane import DataPlane, Entry, Link, Region, Unreachable, private_memory
@@ -34,6 +34,7 @@ class SharedMemoryDataPlane:
         """
         self._other = other
         self._writer = writer
+        self.on_death: Callable[[str], None] = logger.error
         self._segment = None if writer else Segment()
         self._mapped: set[SharedMemoryLink] = set()
         self._said: set[str] = set()
@@ -53,7 +54,7 @@ class SharedMemoryDataPlane:
             self._other.start(regions)
         if self._segment is not None:
             try:
-                self._segment.open()
+                self._segment.open(lambda reason: self.on_death(reason))
             except OSError as error:
                 self._do_without(f"our memory cannot be handed to encode ranks of this host: {error}")
 

@@ -23,7 +23,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from embedding_relay.memory.plane import Entry, Unreachable
@@ -119,7 +119,7 @@ class Segment:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         return memory
 
-    def open(self) -> None:
+    def open(self, on_death: Callable[[str], None]) -> None:
         """From here on others may have it; raises OSError."""
         if self._fd < 0:
             raise LocalError("a segment is allocated before it is handed out")
@@ -132,7 +132,7 @@ class Segment:
             listener.close()
             raise
         self._listener = listener
-        self._thread = WatchedThread("relay-shared-memory", self._hand_out, logger.error)
+        self._thread = WatchedThread("relay-shared-memory", self._hand_out, on_death)
         self._thread.start()
 
     def close(self) -> None:

@@ -111,6 +111,7 @@ class MemoryDataPlane:
     def __init__(self, fabric: MemoryFabric, session_id: str) -> None:
         self.fabric = fabric
         self.renewals = 0
+        self.on_death: Callable[[str], None] = print
         self._session_id = session_id
         self._regions: tuple[Region, ...] = ()
 

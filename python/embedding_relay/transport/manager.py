@@ -205,6 +205,7 @@ class MooncakeEmbeddingManager(abc.ABC):
         self.layout = rank.layout
         self.address = rank.address
         self.plane = rank.plane
+        self.plane.on_death = self.report_unhealthy
         self.pool = BlockPool(rank.layout.blocks)
         self.instance = uuid.uuid4().hex
         self.unhealthy_reason: str | None = None

@@ -80,6 +80,6 @@ def write_for_ever(pipe: Connection, name: str, base: int) -> None:
 def own(pipe: Connection) -> None:
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open()
+    segment.open(print)
     pipe.send((segment.name, address_of(memory)))
     pipe.recv()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,10 @@ from typing import NoReturn
 
 import pytest
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
+from embedding_relay.memory import shared_segment
+from embedding_relay.memory.plane import Unreachable
+from embedding_relay.memory.shared_segment import Segment, attach
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.registry import client
@@ -32,7 +36,7 @@ from support.rows import LIMITS, Spec, make_rows
 
 LAYOUT = small_layout()
 # Longer than the tests: an answer that comes is not a deadline's.
-PATIENT = RelayConfig(bootstrap_timeout=100, waiting_timeout=100, heartbeat_interval=100)
+PATIENT = RelayConfig(bootstrap_timeout=100, waiting_timeout=100, heartbeat_interval=100, data_plane=MOONCAKE)
 DEATHS = [ZeroDivisionError("a bug"), SystemExit("leave"), KeyboardInterrupt("stop")]
 _rooms = itertools.count(1)
 
@@ -99,6 +103,26 @@ def test_control(encode: EncodeInstance, room: int, death: BaseException) -> Non
             assert (failure.code, failure.text) == (503, manager.unhealthy_reason)
     finally:
         manager.close()
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_shared_memory(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gets the memory any more, so no new encode instance could write to this one."""
+    monkeypatch.setattr(Segment, "_hear", dies(death))
+    monkeypatch.setattr(shared_segment, "_ANSWER_TIMEOUT", 0.2)
+    manager = LanguageManager.open(
+        LAYOUT,
+        dataclasses.replace(PATIENT, data_plane=SHARED_MEMORY),
+        host=HOST,
+        ranks=1,
+        max_rows=1000,
+        limits=LIMITS,
+    )
+    manager.start()
+    with pytest.raises(Unreachable, match="does not answer"):
+        attach(manager.plane.memory_name, "a1")
+    assert becomes_unhealthy(manager) == f"relay-shared-memory died: {death!r}"
+    manager.close()
 
 
 @pytest.mark.parametrize("death", DEATHS)

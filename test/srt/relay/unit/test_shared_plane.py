@@ -28,6 +28,7 @@ class Other:
     session_id, renewals, memory_name, mapped = "127.0.0.1:1", 5, "", 0
 
     def __init__(self) -> None:
+        self.on_death = print
         self.told: list[Any] = []
         self.has_read, self.quiet = True, True
         self.problem: Exception | None = None

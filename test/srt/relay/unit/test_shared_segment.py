@@ -42,7 +42,7 @@ Owned = tuple[Segment, mmap.mmap]
 def owned() -> Iterator[Owned]:
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open()
+    segment.open(print)
     yield segment, memory
     segment.close()
 
@@ -111,7 +111,7 @@ def test_memory_that_is_lacking_is_an_error_and_leaves_nothing(monkeypatch: pyte
 
 def test_memory_is_handed_out_when_there_is_some() -> None:
     with pytest.raises(LocalError, match="allocated before"):
-        Segment().open()
+        Segment().open(print)
 
 
 def test_a_name_that_is_taken_leaves_nothing_open(owned: Owned) -> None:
@@ -120,7 +120,7 @@ def test_a_name_that_is_taken_leaves_nothing_open(owned: Owned) -> None:
     other.name = owned[0].name
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="in use"):
-        other.open()
+        other.open(print)
     assert len(os.listdir("/proc/self/fd")) == before
     other.close()
 
@@ -135,7 +135,7 @@ def test_closing_gives_everything_back() -> None:
     before = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open()
+    segment.open(print)
     mapped = attach(segment.name, "a1")
     segment.close()
     segment.close()
