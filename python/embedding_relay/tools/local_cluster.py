@@ -60,7 +60,7 @@ class Options:
     arguments: Sequence[str] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
     process: type[LocalProcess] = LocalProcess
-    """How a SGLang server is started."""
+    """How servers and the router are started."""
 
     def on_cpu(self) -> bool:
         return self.device == "cpu" or (self.device == "auto" and find_accelerator() is None)
@@ -99,7 +99,8 @@ def router(
     command += [*ROUTER_ARGUMENTS, *arguments]
     # Its /health answers 200 before it knows a single server.
     ready_path = "/readiness"
-    return LocalProcess("router", command, f"http://{HOST}:{port}", options.logs / "router.log", ready_path=ready_path)
+    log = options.logs / "router.log"
+    return options.process("router", command, f"http://{HOST}:{port}", log, ready_path=ready_path)
 
 
 class LocalCluster:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,6 +37,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the servers' logs go: pytest keeps the folders of the last three runs."""
-    return tmp_path_factory.mktemp("logs")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the servers' logs go: pytest keeps the folders of the last three runs.
+
+    Whoever starts servers names it, so it is the last to go, when all of them must have ended.
+    """
+    from support.servers import finish_stopping
+
+    yield tmp_path_factory.mktemp("logs")
+    finish_stopping()

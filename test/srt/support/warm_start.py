@@ -1,7 +1,7 @@
 """SGLang servers start in a third of the time: forked from a process that has imported SGLang, and started nothing.
 
-Most of a start are imports, in each of a server's three processes or more. Here one process imports, once for a whole
-lane, and a server is a fork of it in which SGLang's own command runs, with the server's environment and a log of its
+Most of a start are imports, in each of a server's three processes or more, and in the router. Here one process imports,
+once for a whole lane, and a server is a fork of it in which its own command runs, with its environment and a log of its
 own. Where that server starts a child with Python's `spawn`, it gets a fork too, of a twin that it left behind before
 it ran anything: the child runs what `spawn` would have run, and has the same parent.
 
@@ -47,6 +47,9 @@ PRELOADED: Final = (
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.managers.scheduler",
     "sglang.srt.models.registry",
+    # All that a router imports but its own module, which is run.
+    "sglang_router.mini_lb",
+    "sglang_router.router",
 )
 PR_SET_CHILD_SUBREAPER: Final = 36
 CLONE_NEWNET: Final = 0x40000000
@@ -56,8 +59,8 @@ LOW_NUMBERS: Final = range(3, 500)
 
 
 class WarmProcess(LocalProcess):
-    """A server of this machine that is a fork. Its command is a Python script's, or `python -c CODE ARGUMENT...`, and
-    `ip netns exec NAME` may precede it.
+    """A server of this machine that is a fork. Its command is a Python script's, or `python -c CODE ARGUMENT...`, or
+    `python -m MODULE ARGUMENT...`, and `ip netns exec NAME` may precede it.
     """
 
     def _launch(self, log: BinaryIO, environ: Mapping[str, str]) -> Fork:
@@ -179,10 +182,6 @@ def preload() -> None:
     for module in pkgutil.iter_modules(processors.__path__, f"{processors.__name__}."):
         with contextlib.suppress(ImportError):
             importlib.import_module(module.name)
-    # For each hook SGLang looks through all that all modules hold, a second in all. Only its class holds a method.
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
-    search = registry._propagate_patch
-    registry._propagate_patch = lambda old, new, holder: 0 if isinstance(holder, type) else search(old, new, holder)
 
 
 def status(request: dict[str, int]) -> int | None:
@@ -204,6 +203,9 @@ def run_server(request: dict[str, Any], log: int) -> NoReturn:
     if arguments[:1] == ["-c"]:
         become(request["environ"], ["-c", *arguments[2:]])
         exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[:1] == ["-m"]:
+        become(request["environ"], arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         become(request["environ"], [program, *arguments])
         runpy.run_path(program, run_name="__main__")

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 SECONDS = 600
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What servers are forked from imports while the tests are collected."""
+    if not session.config.option.collectonly:
+        from support.warm_start import fork_server
+
+        fork_server()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     other_day = [item for item in items if not _is_for_today(item)]
     config.hook.pytest_deselected(items=other_day)

@@ -45,6 +45,7 @@ def cluster(logs: Path) -> Iterator[LocalCluster]:
         router = local_cluster.router(options, router_port, [(encode.url, bootstrap_port)], [language.url])
         with servers.running(LocalCluster(router.url, [[encode, language], [router]])) as cluster:
             yield cluster
+        servers.finish_stopping()  # while there is a network between them
 
 
 def test_a_long_picture_crosses_from_one_host_to_the_other(
