@@ -4,7 +4,8 @@
     .venv/bin/python -m pytest -s test/srt/stress/test_soak.py      mixed traffic, after which nothing may have grown
 
     RELAY_STRESS_SEED=N      the same random moments and choices again; printed by every run
-    RELAY_STRIKES=5          that many strikes of every fault; without it, one of each of the four that differ most
+    RELAY_STRIKES=5          that many strikes of every fault; without it, one of each of the four that differ most,
+                             or of every one with RELAY_EVERYTHING=1
     RELAY_SOAK_MINUTES=30    minutes of traffic after the warm-up, instead of one
     RELAY_SOAK_CLIENTS=4     how many ask at the same time
     RELAY_SOAK_FAMILY=...    the tiny model: qwen2_5_vl or qwen3_vl

@@ -35,10 +35,11 @@ from embedding_relay.tools.local_process import LocalProcess, ProcessFailed, fre
 from support import servers
 from support.questions import TOLERANCE, Question, difference, squares
 from support.server_numbers import not_at_rest, numbers_of, scheduler_of
+from support.today import EVERYTHING
 
 SEED: Final = int(os.environ.get("RELAY_STRESS_SEED", random.SystemRandom().randrange(10**6)))
 STRIKES: Final = int(os.environ.get("RELAY_STRIKES", 0))
-# Without RELAY_STRIKES: one strike of each kind; the others differ in who is struck.
+# Without RELAY_STRIKES or RELAY_EVERYTHING: one strike of each kind; the others differ in who is struck.
 DAILY: Final = ("encode killed", "encode scheduler frozen", "language scheduler killed", "clients gone")
 
 FAMILY: Final = "qwen2_5_vl"
@@ -367,7 +368,7 @@ def trial(logs: Path) -> Iterator[Trial]:
     print_table(trial.reports)
 
 
-STRUCK: Final = [fault for fault in FAULTS if STRIKES or fault.name in DAILY]
+STRUCK: Final = [fault for fault in FAULTS if STRIKES or EVERYTHING or fault.name in DAILY]
 
 
 @pytest.mark.parametrize("fault", STRUCK, ids=[fault.name.replace(" ", "-") for fault in STRUCK])

@@ -7,7 +7,6 @@ will be asked, from an empty prefix cache.
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,11 @@ from support import pairs, servers
 from support.pairs import LARGE, SMALL, Pair
 from support.questions import TOLERANCE, Question, Story, difference, filler_for, squares, stories
 from support.sglang_ci import register_cpu_ci, run_tests
+from support.today import EVERYTHING
 
 register_cpu_ci(est_time=600, suite="base-c-test-cpu")
 
-PAIRS = [SMALL, LARGE, *(pairs.OTHERS if os.environ.get("RELAY_EVERY_PAIR") else ())]
+PAIRS = [SMALL, LARGE, *(pairs.OTHERS if EVERYTHING else ())]
 DEFAULT = LARGE.default  # a multiple of both block sizes
 SPLIT_FAMILY = "qwen2_5_vl"  # the family of SGLang's own split
 

@@ -1,13 +1,12 @@
 """Instances of several ranks say what an undivided server of several ranks says, and resume on every one of them.
 
-A day has one of two parts, since starting servers is what takes time: `RELAY_EVERY_RANK=1` has both. Numbers are of
-32 bits here, so that ranks which round otherwise than one, and towers otherwise than the model, differ by next to
-nothing and another picture by a thousand times as much.
+A day has one of two parts, since starting servers is what takes time (support/today.py). Numbers are of 32 bits here,
+so that ranks which round otherwise than one, and towers otherwise than the model, differ by next to nothing and another
+picture by a thousand times as much.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import random
@@ -32,6 +31,7 @@ from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares
 from support.server_numbers import not_at_rest, numbers_of
 from support.sglang_ci import register_cpu_ci, run_tests
+from support.today import todays
 
 register_cpu_ci(est_time=900, suite="base-c-test-cpu")
 
@@ -45,7 +45,7 @@ BLOCK_SIZE: Final = 16
 DEADLINE: Final = 20
 
 PARTS: Final = ("tensor", "data-and-pipeline")
-TODAY: Final = PARTS if os.environ.get("RELAY_EVERY_RANK") else (PARTS[datetime.date.today().toordinal() % 2],)
+TODAY: Final = todays(PARTS, 1)
 
 rooms = itertools.count(random.randrange(1 << 40))
 
