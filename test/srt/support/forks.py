@@ -7,7 +7,7 @@ from multiprocessing import forkserver, resource_tracker
 
 from support.repo import REPO
 
-LOG = REPO / "test-output" / "loopback-processes.log"
+LOG = REPO / "test-output" / f"loopback-processes-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}.log"
 fork = multiprocessing.get_context("forkserver")
 
 
