@@ -16,7 +16,15 @@ from embedding_relay.memory import layout as columns
 from embedding_relay.memory.device import HOST, Synchronizes
 from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region, private_memory
+from embedding_relay.memory.reuse import ReusedMemory
 from embedding_relay.protocol.errors import LocalError
+from embedding_relay.protocol.plan import Segment
+
+# No model makes such embeddings, and sums of larger ones end up as infinite: in a model as something that is no number,
+# on which its sampler raises.
+_LARGEST_VALUE: Final = 1e30
+# Of embeddings, what is looked at while it is still in a processor's cache.
+_PIECE_BYTES: Final = 1 << 20
 
 _PAGE: Final = 4096
 
@@ -89,6 +97,8 @@ class ReceivedRows:
     mrope_delta: int = 0
     has_mrope: bool = False
     media_items: int = 0
+    flaw: str | None = None
+    """What is wrong with the embeddings that are here, as a part of a sentence."""
 
     @property
     def aux(self) -> Aux:
@@ -108,6 +118,8 @@ class EmbeddingBuffers:
         self._memory: dict[str, torch.Tensor] = {}
         self._rows: dict[str, torch.Tensor] = {}
         self._pinned: list[torch.Tensor] = []
+        # As much as the pool has: no more than that is under way at a time.
+        self._targets = ReusedMemory(layout.blocks * sum(layout.item_lens))
 
     def allocate(self, take: Callable[[int], mmap.mmap] = private_memory) -> None:
         """Each column has pages of its own in what `take` gives."""
@@ -127,6 +139,7 @@ class EmbeddingBuffers:
             devices.unpin(self._pinned.pop())
         self._memory.clear()
         self._rows.clear()
+        self._targets.clear()
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -136,21 +149,38 @@ class EmbeddingBuffers:
     def pointers(self) -> tuple[int, ...]:
         return tuple(region.pointer for region in self.regions)
 
-    def stage(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
+    def segments(self, source: SourceRows) -> list[Segment] | None:
+        """Where the embeddings lie, if they can be sent from there: in host memory, each row as in the buffers."""
+        if self.layout.deepstack_rows or source.device.type != HOST.type:
+            return None
+        if not all(rows.is_contiguous() for _, rows in source.segments):
+            return None
+        return [Segment(rows.data_ptr(), first_row, rows.shape[0]) for first_row, rows in source.segments]
+
+    def stage(
+        self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int], *, with_media: bool = True
+    ) -> None:
         """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first."""
         if source.ready is not None:
             source.ready.synchronize()
         with devices.copies_from(source.device):
-            self._copy_in(source, first_row, rows, blocks)
+            self._copy_in(source, first_row, rows, blocks, source.segments if with_media else ())
 
-    def _copy_in(self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int]) -> None:
+    def _copy_in(
+        self,
+        source: SourceRows,
+        first_row: int,
+        rows: int,
+        blocks: Sequence[int],
+        segments: Sequence[tuple[int, torch.Tensor]],
+    ) -> None:
         self._rows[columns.AUX][blocks[0]].copy_(torch.tensor(source.aux.values(), dtype=torch.int32))
         for at, row, count in self._spans(blocks, first_row, rows):
             here, there = slice(at, at + count), slice(row, row + count)
             self._rows[columns.FILL_IDS][here, 0].copy_(source.fill_ids[there])
             self._rows[columns.MROPE][here].copy_(source.mrope[there])
             self._rows[columns.ITEMS][here].copy_(source.items[there])
-            for start, values in source.segments:
+            for start, values in segments:
                 low, high = max(row, start), min(row + count, start + values.shape[0])
                 if low < high:
                     self._write_media(at + low - row, values[low - start : high - start])
@@ -175,25 +205,50 @@ class EmbeddingBuffers:
             fill_ids=torch.empty(aux.total, dtype=torch.int32),
             mrope=torch.empty(aux.total, columns.MROPE_AXES, dtype=torch.int32),
             items=torch.empty(aux.total, columns.ITEM_VALUES, dtype=torch.int32),
-            embeddings=torch.empty(aux.total, self.layout.width, dtype=self._dtype, pin_memory=self._is_pinned),
+            embeddings=self._memory_for(aux.total),
             mrope_delta=aux.mrope_delta,
             has_mrope=aux.has_mrope,
             media_items=aux.media_items,
         )
 
-    def copy_out(self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int) -> int:
-        """Copy the rows in `blocks` to their place in the target; return how many bytes had to travel for them."""
-        media = 0
-        for at, row, count in self._spans(blocks, first_row, rows):
+    def _memory_for(self, rows: int) -> torch.Tensor:
+        shape = rows, self.layout.width
+        if self._is_pinned:
+            return torch.empty(shape, dtype=self._dtype, pin_memory=True)  # which torch itself uses again
+        return self._targets.take(rows * self.layout.width * self._dtype.itemsize).view(self._dtype).view(shape)
+
+    def copy_out(
+        self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0
+    ) -> int:
+        """Copy rows in `blocks` to their place in the target; return how many bytes had to travel for them.
+
+        Row `first_row` is at offset 0 of the first block. What is before `begin_row` has been copied already.
+        """
+        media, checked = 0, max(first_row, begin_row)
+        for at, row, count in self._spans(blocks, first_row, rows, begin_row):
             here, there = slice(at, at + count), slice(row, row + count)
             target.fill_ids[there].copy_(self._rows[columns.FILL_IDS][here, 0])
             target.mrope[there].copy_(self._rows[columns.MROPE][here])
             items = target.items[there]
             items.copy_(self._rows[columns.ITEMS][here])
-            for start, length, is_media in _runs(items[:, 0] >= 0):
+            for start, length, is_media in self._pieces(items[:, 0] >= 0):
                 self._read_media(target, row + start, at + start, length, is_media)
                 media += length if is_media else 0
-        return self._bytes(rows, media, with_aux=first_row == 0)
+                if row + start + length - checked >= self._piece_rows:
+                    _look_at(target, checked, row + start + length)
+                    checked = row + start + length
+        _look_at(target, checked, first_row + rows)
+        return self._bytes(first_row + rows - max(first_row, begin_row), media, with_aux=begin_row <= first_row == 0)
+
+    @property
+    def _piece_rows(self) -> int:
+        return max(1, _PIECE_BYTES // int(self.layout.width * self._dtype.itemsize))
+
+    def _pieces(self, flags: torch.Tensor) -> Iterator[tuple[int, int, bool]]:
+        """(start, length, value) of runs of equal flags, long ones cut."""
+        for start, length, value in _runs(flags):
+            for at in range(start, start + length, self._piece_rows):
+                yield at, min(self._piece_rows, start + length - at), value
 
     def _bytes(self, rows: int, media_rows: int, with_aux: bool) -> int:
         total = 0
@@ -213,8 +268,10 @@ class EmbeddingBuffers:
         if self.layout.deepstack_rows:
             values[:, hidden:].copy_(self._rows[columns.DEEPSTACK][at : at + count])
 
-    def _spans(self, blocks: Sequence[int], first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:
-        """(row of the buffer, row of the request, count) for each run of neighbouring blocks."""
+    def _spans(
+        self, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0
+    ) -> Iterator[tuple[int, int, int]]:
+        """(row of the buffer, row of the request, count) for each run of neighbouring blocks, from `begin_row` on."""
         size = self.layout.block_size
         index, row, stop = 0, first_row, first_row + rows
         while row < stop:
@@ -223,8 +280,18 @@ class EmbeddingBuffers:
                 index += 1
             index += 1
             count = min((index - begin) * size, stop - row)
-            yield blocks[begin] * size, row, count
+            skipped = min(max(0, begin_row - row), count)
+            if skipped < count:
+                yield blocks[begin] * size + skipped, row + skipped, count - skipped
             row += count
+
+
+def _look_at(target: ReceivedRows, start: int, stop: int) -> None:
+    if start == stop or target.flaw is not None:
+        return
+    low, high = torch.aminmax(target.embeddings[start:stop])
+    if not (low >= -_LARGEST_VALUE and high <= _LARGEST_VALUE):  # false for what is no number too
+        target.flaw = f"rows {start} to {stop - 1} have embeddings from {low} to {high}"
 
 
 def _runs(flags: torch.Tensor) -> Iterator[tuple[int, int, bool]]:

@@ -131,6 +131,11 @@ class MooncakeDataPlane:
             " To run over TCP, set MC_FORCE_TCP=1"
         )
 
+    @property
+    def reads_any_memory(self) -> bool:
+        """Over TCP the kernel reads what is sent; over RDMA the card does, which must know the memory."""
+        return self.is_tcp
+
     def has_read_everything(self, writer: str) -> bool:
         """Over RDMA nothing waits to be read; over TCP nobody knows which connection is the writer's."""
         return not self.is_tcp or has_read_everything(self._facts_of(self._engine).data_port)

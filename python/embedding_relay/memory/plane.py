@@ -48,7 +48,10 @@ class Link(Protocol):
         """
 
     def renew(self) -> None:
-        """After a failed write: stop sending what is left of it, and make the link usable again."""
+        """After a failed write: stop sending what is left of it, and make the link usable again.
+
+        Its sources are not read any more.
+        """
 
     def is_quiet(self) -> bool:
         """Whether it is proven that nothing written before the last `renew` can still land at the peer."""
@@ -65,6 +68,10 @@ class DataPlane(Protocol):
     @property
     def renewals(self) -> int:
         """How often a link was renewed."""
+
+    @property
+    def reads_any_memory(self) -> bool:
+        """Whether its links write from memory that is not registered, too."""
 
     @property
     def session_id(self) -> str:

@@ -85,6 +85,10 @@ class SharedMemoryDataPlane:
     def renewals(self) -> int:
         return self._other.renewals if self._other else 0
 
+    @property
+    def reads_any_memory(self) -> bool:
+        return self._other is None or self._other.reads_any_memory
+
     def has_read_everything(self, writer: str) -> bool:
         if self._segment is not None and self._segment.may_be_written_by(writer):
             return False

@@ -1,7 +1,7 @@
 """Frames <-> messages, and the only place that tells messages apart by their frames.
 
 To the encode side:   register 6, queued 5, init 7, resume 8 frames; abort 5 or 6; ping 5.
-To the language side: status 2 or 3, acknowledged abort 2, pong 3 frames.
+To the language side: status 2 or 3, progress 3, acknowledged abort 2, pong 3 frames.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from embedding_relay.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Progress,
     Queued,
     Register,
     StatusReport,
@@ -48,6 +49,7 @@ _REGISTER: Final = b"None"
 _QUEUED: Final = b"QUEUED"
 _ABORT: Final = b"ABORT"
 _ABORTED: Final = b"ABORTED"
+_PROGRESS: Final = b"PROGRESS"
 _PING: Final = b"PING"
 _PONG: Final = b"PONG"
 
@@ -66,6 +68,8 @@ def encode(message: ToEncode | ToLanguage) -> list[bytes]:
         return _encode_info(message)
     if isinstance(message, StatusReport):
         return _encode_report(message)
+    if isinstance(message, Progress):
+        return [_integer(message.room), _PROGRESS, _integer(message.rows)]
     if isinstance(message, Register):
         pointers = message.buffer_pointers
         packed = struct.pack(f"<{len(pointers)}Q", *pointers)
@@ -143,6 +147,8 @@ def decode_to_language(frames: Sequence[bytes]) -> ToLanguage:
     _check_sizes(frames)
     if len(frames) == 3 and frames[0] == _PONG:
         return Pong(_decode_word(frames[1]), _decode_word(frames[2]))
+    if len(frames) == 3 and frames[1] == _PROGRESS:
+        return Progress(_decode_integer(frames[0], 0, MAX_ROOM), _decode_integer(frames[2], 1, MAX_ROWS))
     if len(frames) == 2 and frames[1] == _ABORTED:
         return AbortAck(_decode_integer(frames[0], 0, MAX_ROOM))
     if len(frames) in (2, 3):

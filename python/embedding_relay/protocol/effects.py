@@ -115,6 +115,20 @@ class CopyOut(msgspec.Struct, frozen=True):
     max_rows: int
 
 
+class CopyAhead(msgspec.Struct, frozen=True):
+    """Rows before `stop_row` of an offer that is still out have landed: copy them out already, if that is possible now.
+
+    The `CopyOut` that follows names them again, and need not copy them twice. No answer: what goes wrong with them goes
+    wrong then. `first_row` is the row of the room at offset 0 of `blocks`; `max_rows` is as for `CopyOut`.
+    """
+
+    room: int
+    blocks: tuple[int, ...]
+    first_row: int
+    stop_row: int
+    max_rows: int
+
+
 class Deliver(msgspec.Struct, frozen=True):
     """Every row of the room is in its tensor."""
 
@@ -123,4 +137,4 @@ class Deliver(msgspec.Struct, frozen=True):
     rounds: int
 
 
-LanguageEffect = Send | StatusChanged | Note | Resolve | ClearAux | CopyOut | Deliver
+LanguageEffect = Send | StatusChanged | Note | Resolve | ClearAux | CopyAhead | CopyOut | Deliver

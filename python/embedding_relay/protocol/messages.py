@@ -66,6 +66,8 @@ class Handshake(msgspec.Struct, frozen=True, omit_defaults=True):
     blocks: _Blocks
     model: _Facts = ()
     memory: _MemoryName = ""
+    takes_progress: bool = False
+    """A language rank of another version does not know `Progress`."""
 
 
 class Register(msgspec.Struct, frozen=True):
@@ -147,6 +149,16 @@ class StatusReport(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """Encode rank -> language rank: of the offer that is out, rows before `rows` of the room are in your memory.
+
+    It changes nothing but when they may be copied out, so it may be lost. Only for who `takes_progress`.
+    """
+
+    room: int
+    rows: int
+
+
 class AbortAck(msgspec.Struct, frozen=True):
     """Encode rank -> language rank: no write for this room is under way, and none will start."""
 
@@ -161,4 +173,4 @@ class Pong(msgspec.Struct, frozen=True):
 
 
 ToEncode = Register | Queued | TransferEmbeddingInfo | Abort | Ping
-ToLanguage = StatusReport | AbortAck | Pong
+ToLanguage = StatusReport | Progress | AbortAck | Pong

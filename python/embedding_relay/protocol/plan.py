@@ -34,6 +34,14 @@ class Extent(msgspec.Struct, frozen=True):
     first_row: int
 
 
+class Segment(NamedTuple):
+    """Media rows of a room that lie in one piece of memory, at `pointer`, row `first_row` at offset 0."""
+
+    pointer: int
+    first_row: int
+    rows: int
+
+
 class Range(NamedTuple):
     """`length` bytes of one column, contiguous on both sides."""
 
@@ -94,6 +102,42 @@ def plan_chunk(
         media_runs,
         destination.with_aux,
     )
+
+
+def plan_media(
+    column: int,
+    bytes_per_row: int,
+    block_size: int,
+    segments: Iterable[Segment],
+    destination: ChunkDestination,
+    start: int,
+    stop: int,
+) -> list[Range]:
+    """The ranges that bring media rows of `[start, stop)` over from where they are, and not from blocks: their sources
+    are addresses.
+    """
+    extent = Extent(destination.blocks, destination.first_row)
+    ranges: list[Range] = []
+    for segment in segments:
+        row, end = max(start, segment.first_row), min(stop, segment.first_row + segment.rows)
+        while row < end:
+            place, left = _place(block_size, extent, row)
+            rows = min(end - row, left)
+            source = segment.pointer + (row - segment.first_row) * bytes_per_row
+            ranges.append(Range(column, source, place * bytes_per_row, rows * bytes_per_row))
+            row += rows
+    return _joined(ranges)
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for one in ranges:
+        last = joined[-1] if joined else None
+        if last and (last.source + last.length, last.destination + last.length) == (one.source, one.destination):
+            joined[-1] = last._replace(length=last.length + one.length)
+        else:
+            joined.append(one)
+    return joined
 
 
 def batches(ranges: Sequence[T], limit: int = BATCH_LIMIT) -> Iterator[Sequence[T]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
 
 from embedding_relay.memory.plane import Entry, TransferError
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.effects import (
     ChunkDestination,
     ClearAux,
+    CopyAhead,
     CopyOut,
     Deliver,
     DropRows,
@@ -62,6 +65,12 @@ class WorldOfNode(Protocol):
     def make_language_side(self, **arguments: Any) -> LanguageSide: ...
 
 
+class Job(NamedTuple):
+    chunk: TransferEmbeddingChunk
+    registers: dict[str, Register | None]
+    errors: dict[str, str]
+
+
 class EncodeNode:
     """An encode instance: its core, its memory, and the work that waits for a test to let it happen."""
 
@@ -79,7 +88,7 @@ class EncodeNode:
         )
         self.journal = Journal(instance)
         self.towers: list[int] = []
-        self.jobs: list[tuple[TransferEmbeddingChunk, dict[str, Register | None]]] = []
+        self.jobs: list[Job] = []
         self.sources: dict[int, Truth] = {}
         self.failed_sessions: set[str] = set()
         self.proofs: list[ProveGone] = []
@@ -100,17 +109,17 @@ class EncodeNode:
                 self.proofs.append(effect)
             elif isinstance(effect, DropRows):
                 self.sources.pop(effect.room, None)
-                if any(chunk.room == effect.room for chunk, _ in self.jobs):
+                if any(chunk.room == effect.room for chunk, _, _ in self.jobs):
                     raise Violation(f"rows of room {effect.room} are dropped while they are being written")
 
     def _take_job(self, chunk: TransferEmbeddingChunk) -> None:
         registers = {d.session_id: self.core.session(d.session_id) for d in chunk.destinations}
-        for other, known in self.jobs:
+        for other, known, _ in self.jobs:
             for ours, theirs in itertools.product(chunk.destinations, other.destinations):
                 is_same = ours.session_id == theirs.session_id and known[ours.session_id] == registers[ours.session_id]
                 if is_same and not set(ours.blocks).isdisjoint(theirs.blocks):
                     raise Violation(f"S2: rooms {chunk.room} and {other.room} write to one block of {ours.session_id}")
-        self.jobs.append((chunk, registers))
+        self.jobs.append(Job(chunk, registers, {}))
 
     def expect(self, room: int) -> None:
         self.journal.begin(room)
@@ -125,13 +134,33 @@ class EncodeNode:
         self.sources.setdefault(room, truth)
         self.run(self.core.submit(room, truth.total, self.world.clock.now))
 
-    def write(self, index: int = 0) -> None:
-        """Do one chunk, to all of its destinations, and report."""
-        chunk, registers = self.jobs.pop(index)
+    def write_half(self, index: int = 0) -> None:
+        """Do the first half of one chunk, and say so. `write` then does all of it, but where this has failed."""
+        chunk, registers, errors = self.jobs[index]
+        if self.is_cut_off:
+            return
         if chunk.window.stage:
             self._stage(chunk)
-        errors: dict[str, str] = {}
         for destination in chunk.destinations:
+            register, middle = registers[destination.session_id], (destination.start_row + destination.stop_row) // 2
+            if register is None or middle == destination.start_row or self.world.is_refused(register.address):
+                continue
+            try:
+                self._write(chunk, msgspec.structs.replace(destination, stop_row=middle), register)
+            except TransferError as error:
+                errors[destination.session_id] = str(error)
+                continue
+            session = destination.session_id, middle
+            self.run(self.core.progressed(chunk.room, chunk.transfer_id, *session))
+
+    def write(self, index: int = 0) -> None:
+        """Do one chunk, to all of its destinations, and report."""
+        chunk, registers, errors = self.jobs.pop(index)
+        if chunk.window.stage:
+            self._stage(chunk)
+        for destination in chunk.destinations:
+            if destination.session_id in errors:
+                continue
             register = registers[destination.session_id]
             try:
                 if register is None:
@@ -199,7 +228,8 @@ class LanguageNode:
         self.memory = Memory(world.block_size, blocks)
         self.plane = MemoryDataPlane(world.fabric, session_id)
         self.plane.start(self.memory.regions())
-        register = Register(address, session_id, self.memory.pointers, world.handshake(blocks))
+        handshake = msgspec.structs.replace(world.handshake(blocks), takes_progress=True)
+        register = Register(address, session_id, self.memory.pointers, handshake)
         self.core = world.make_language_side(
             register=register,
             pool=self.pool,
@@ -212,6 +242,8 @@ class LanguageNode:
         self.copies: list[CopyOut] = []
         self.lookups: list[str] = []
         self.targets: dict[int, list[bytearray]] = {}
+        self.copied: dict[int, int] = {}
+        """Rows of the targets that are there."""
         self.delivered: dict[int, Deliver] = {}
         self.trusts_rows = True
         """Off: somebody forges the messages of its peers, so that what it delivers may be anything."""
@@ -228,6 +260,8 @@ class LanguageNode:
                 self.journal.note(effect)
             elif isinstance(effect, ClearAux):
                 self._clear_aux(effect.block)
+            elif isinstance(effect, CopyAhead):
+                self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
             elif isinstance(effect, CopyOut):
                 self.copies.append(effect)
             elif isinstance(effect, Resolve):
@@ -262,6 +296,8 @@ class LanguageNode:
 
     def request(self, room: int, peer: str, hint_rows: int | None = None) -> None:
         self.journal.begin(room)
+        self.targets.pop(room, None)
+        self.copied.pop(room, None)
         self.run(self.core.request(room, peer, self.world.clock.now, hint_rows=hint_rows))
 
     def cancel(self, room: int) -> None:
@@ -269,25 +305,33 @@ class LanguageNode:
 
     def copy(self, index: int = 0) -> None:
         effect = self.copies.pop(index)
-        if any(self.pool.owner_of(block) != effect.room for block in effect.blocks):
-            raise Violation(f"S2: room {effect.room} reads blocks that are not its own")
-        now = self.world.clock.now
+        stop = effect.first_row + effect.capacity
+        total = self._copy(effect.room, effect.blocks, effect.first_row, stop, effect.max_rows)
+        rows = min(effect.capacity, total - effect.first_row) if effect.room in self.targets else 0
+        self.run(self.core.copied(effect.room, rows, total, self.world.clock.now))
+
+    def _copy(self, room: int, blocks: Sequence[int], first_row: int, stop_row: int, max_rows: int) -> int:
+        """Rows that were copied before are not copied again. Return what is said to be the true length."""
+        if any(self.pool.owner_of(block) != room for block in blocks):
+            raise Violation(f"S2: room {room} reads blocks that are not its own")
         aux = COLUMNS[AUX].bytes_per_row
-        if effect.first_row == 0:
-            at = effect.blocks[0] * aux
+        if room not in self.targets:
+            at = blocks[0] * aux
             (total,) = struct.unpack("<q", self.memory.columns[AUX][at : at + aux])
-            if not 1 <= total <= effect.max_rows:
-                self.run(self.core.copied(effect.room, 0, total, now))
-                return
-            self.targets[effect.room] = [bytearray(total * column.bytes_per_row) for column in COLUMNS]
-        total = len(self.targets[effect.room][AUX]) // aux
-        rows = min(effect.capacity, total - effect.first_row)
+            if not 1 <= total <= max_rows:
+                return int(total)
+            self.targets[room] = [bytearray(total * column.bytes_per_row) for column in COLUMNS]
+        total = len(self.targets[room][AUX]) // aux
+        stop, copied = min(stop_row, total), self.copied.get(room, 0)
         for index, column in enumerate(COLUMNS):
-            if not column.per_block:
-                for here, there, length in self.memory.slices(column, effect.blocks, effect.first_row, rows):
-                    part = self.memory.columns[index][here : here + length]
-                    self.targets[effect.room][index][there : there + length] = part
-        self.run(self.core.copied(effect.room, rows, total, now))
+            if column.per_block:
+                continue
+            for here, there, length in self.memory.slices(column, blocks, first_row, stop - first_row):
+                skipped = min(length, max(0, copied * column.bytes_per_row - there))
+                part = self.memory.columns[index][here + skipped : here + length]
+                self.targets[room][index][there + skipped : there + length] = part
+        self.copied[room] = max(stop, copied)
+        return total
 
     def look_up(self, index: int = 0) -> None:
         peer = self.lookups.pop(index)

@@ -112,6 +112,7 @@ class MemoryDataPlane:
         self.fabric = fabric
         self.renewals = 0
         self.on_death: Callable[[str], None] = print
+        self.reads_any_memory = False
         self._session_id = session_id
         self._regions: tuple[Region, ...] = ()
 

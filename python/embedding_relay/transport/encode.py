@@ -237,7 +237,14 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
-        job = ChunkJob(chunk, self._sources[chunk.room], self._buffers, self._report_transferred)
+        job = ChunkJob(
+            chunk,
+            self._sources[chunk.room],
+            self._buffers,
+            self._report_transferred,
+            functools.partial(self._report_progress, chunk),
+            from_where_they_are=self.plane.reads_any_memory,
+        )
         for destination in chunk.destinations:
             session = self._core.session(destination.session_id)
             if session is None:
@@ -260,6 +267,11 @@ class EncodeManager(MooncakeEmbeddingManager):
     def _report_transferred(self, job: ChunkJob) -> None:
         """The thread of the last worker to finish."""
         self._loop.post(functools.partial(self._transferred, job))
+
+    def _report_progress(self, chunk: TransferEmbeddingChunk, session_id: str, rows: int) -> None:
+        """The thread of a worker."""
+        progressed = functools.partial(self._core.progressed, chunk.room, chunk.transfer_id, session_id, rows)
+        self._loop.post(lambda now: self._run(progressed(), now))
 
     def _changed(self, effect: StatusChanged, now: float) -> None:
         if is_final(effect.status):

@@ -8,10 +8,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 import msgspec
-import torch
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
@@ -21,6 +19,7 @@ from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (
     ClearAux,
+    CopyAhead,
     CopyOut,
     Deliver,
     LanguageEffect,
@@ -38,10 +37,6 @@ from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank
 
 logger = logging.getLogger(__name__)
 
-# No model makes such embeddings, and sums of larger ones end up as infinite: in a model as something that is no number,
-# on which its sampler raises.
-_LARGEST_VALUE: Final = 1e30
-
 
 class MooncakeEmbeddingReceiver(RoomEnd):
     """The language scheduler's end of one room."""
@@ -57,6 +52,8 @@ class MooncakeEmbeddingReceiver(RoomEnd):
         self.requested_at = 0.0
         self.offered_at: float | None = None
         self.resumed_at = self.resumes = self.rounds = self.bytes = 0
+        self.copied = 0
+        """Rows that are in the target."""
 
     def start(self, hint_rows: int | None = None) -> None:
         """Ask for the rows of this room; `hint_rows` is a guess at how many there are."""
@@ -120,7 +117,7 @@ class LanguageManager(MooncakeEmbeddingManager):
                 self.address,
                 self.plane.session_id,
                 self._buffers.pointers,
-                msgspec.structs.replace(self.layout.handshake(), memory=self.plane.memory_name),
+                msgspec.structs.replace(self.layout.handshake(), memory=self.plane.memory_name, takes_progress=True),
             ),
             pool=self.pool,
             default_tokens=self.config.default_allocate_tokens,
@@ -192,6 +189,8 @@ class LanguageManager(MooncakeEmbeddingManager):
                     self._lookup.resolve(effect.peer)
                 case ClearAux():
                     self._buffers.clear_aux(effect.block)
+                case CopyAhead():
+                    self._copy_ahead(effect)
                 case CopyOut():
                     waiting.extend(self._copy_out(effect, now))
                 case Deliver():
@@ -222,23 +221,43 @@ class LanguageManager(MooncakeEmbeddingManager):
                     return self._core.copied(effect.room, 0, aux.total, now)
                 receiver.target = self._buffers.make_target(aux)
             rows = min(effect.capacity, receiver.target.total - effect.first_row)
-            copied = self._buffers.copy_out(receiver.target, effect.blocks, effect.first_row, rows)
-        except RuntimeError as error:  # torch has no memory left for a prompt of this length
+            self._copy(receiver, receiver.target, effect.blocks, effect.first_row, effect.first_row + rows)
+        except (RuntimeError, MemoryError) as error:  # no memory is left for a prompt of this length
             return self._core.copy_failed(effect.room, str(error), now)
-        if flaw := self._flaw(receiver.target, effect.first_row, rows):
+        if flaw := receiver.target.flaw or self._flaw(receiver.target, effect.first_row + rows):
             return self._core.refuse_rows(effect.room, flaw, now)
-        receiver.bytes += copied
         self._chunks += 1
         self._rows += rows
-        self._bytes += copied
         return self._core.copied(effect.room, rows, receiver.target.total, now)
 
-    def _flaw(self, target: ReceivedRows, first_row: int, rows: int) -> str | None:
-        """What is wrong with the rows that have just been copied, or with all of them if they were the last."""
-        low, high = torch.aminmax(target.embeddings[first_row : first_row + rows])
-        if not (low >= -_LARGEST_VALUE and high <= _LARGEST_VALUE):  # false for what is no number too
-            return f"rows {first_row} to {first_row + rows - 1} have embeddings from {low} to {high}"
-        if first_row + rows < target.total:
+    def _copy_ahead(self, effect: CopyAhead) -> None:
+        """What stands against it stands against the `CopyOut` that follows, and is said then."""
+        if (receiver := self._receivers.get(effect.room)) is None:
+            return
+        try:
+            if receiver.target is None:
+                aux = self._buffers.read_aux(effect.blocks[0])
+                if not 1 <= aux.total <= effect.max_rows:
+                    return
+                receiver.target = self._buffers.make_target(aux)
+            stop = min(effect.stop_row, receiver.target.total)
+            self._copy(receiver, receiver.target, effect.blocks, effect.first_row, stop)
+        except (RuntimeError, MemoryError):
+            return
+
+    def _copy(
+        self, receiver: MooncakeEmbeddingReceiver, target: ReceivedRows, blocks: Sequence[int], first: int, stop: int
+    ) -> None:
+        """Rows `[first, stop)` but for those that were copied before."""
+        copied = self._buffers.copy_out(target, blocks, first, stop - first, receiver.copied)
+        receiver.copied = max(receiver.copied, stop)
+        if target.flaw is None:
+            receiver.bytes += copied
+            self._bytes += copied
+
+    def _flaw(self, target: ReceivedRows, end: int) -> str | None:
+        """What is wrong with all rows together, once the last of them is here."""
+        if end < target.total:
             return None
         columns = SmallColumns(target.aux, target.fill_ids.numpy(), target.mrope.numpy(), target.items.numpy())
         return columns.flaw(self.limits)

@@ -9,13 +9,15 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from embedding_relay.memory.plane import DataPlane, Entry, Link, TransferError, Unreachable
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk
-from embedding_relay.protocol.plan import batches, plan_chunk
+from embedding_relay.protocol.plan import Range, batches, plan_chunk, plan_media
 from embedding_relay.threads import WatchedThread
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ _PROOF_EXPIRES: Final = 3600.0
 # How often to look for that proof: at first, and when it has been missing for long.
 _LOOK_EVERY: Final = 0.1
 _LOOK_SELDOM: Final = 5.0
+# A chunk is written in about so many pieces, of which each costs a round trip of its own.
+_PIECES: Final = 8
+_SMALLEST_PIECE: Final = 2 << 20
+_LARGEST_PIECE: Final = 16 << 20
 # Longer than a write can take, so that an unused worker is rarely a busy one.
 IDLE_SECONDS: Final = 90.0
 
@@ -55,13 +61,22 @@ class ChunkJob:
         source: SourceRows,
         buffers: EmbeddingBuffers,
         finished: Callable[[ChunkJob], None],
+        progressed: Callable[[str, int], None],
+        *,
+        from_where_they_are: bool,
     ) -> None:
+        """`progressed` hears of a session that every row before some row is there, as long as more are to come.
+
+        `from_where_they_are`: the data plane can read memory that is not registered.
+        """
         self.chunk = chunk
         self.errors: dict[str, str] = {}
         self.bytes = 0
         self._source = source
         self._buffers = buffers
         self._finished = finished
+        self._progressed = progressed
+        self._segments = buffers.segments(source) if from_where_they_are else None
         self._pending = len(chunk.destinations)
         self._staged = not chunk.window.stage
         self._staging = threading.Lock()
@@ -76,13 +91,57 @@ class ChunkJob:
         """Raise TransferError if some of it may be missing at the peer; may then be called again."""
         with self._staging:
             self._stage()
-        layout = self._buffers.layout
-        ranges = plan_chunk(layout.columns, layout.block_size, self.chunk.window, destination, self._source.media_runs)
-        here = self._buffers.pointers
-        for batch in batches(ranges):
-            link.write([Entry(here[r.column] + r.source, pointers[r.column] + r.destination, r.length) for r in batch])
+        written = 0
+        entries = self._small_entries(destination, pointers)
+        for start, stop in self._pieces(destination):
+            entries += self._media_entries(destination, pointers, start, stop)
+            for batch in batches(entries):
+                link.write(batch)
+            written += sum(entry.length for entry in entries)
+            entries = []
+            if stop < destination.stop_row:
+                self._progressed(destination.session_id, stop)
         with self._counting:
-            self.bytes += sum(part.length for part in ranges)
+            self.bytes += written
+
+    def _pieces(self, destination: ChunkDestination) -> Iterator[tuple[int, int]]:
+        """A large chunk goes in pieces, so that the peer copies out what is there while more is on its way."""
+        layout = self._buffers.layout
+        first, stop = destination.start_row, destination.stop_row
+        row_bytes = layout.columns[0].bytes_per_row * (1 + layout.deepstack_rows)
+        size = min(max((stop - first) * row_bytes // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
+        rows = max(1, size // (row_bytes * layout.block_size)) * layout.block_size
+        while stop - first >= 2 * rows:
+            # To the end of a block, so that none takes two entries.
+            end = first + rows - (first - destination.first_row) % layout.block_size
+            yield first, end
+            first = end
+        yield first, stop
+
+    def _small_entries(self, destination: ChunkDestination, pointers: Sequence[int]) -> list[Entry]:
+        """All but the media rows."""
+        layout = self._buffers.layout
+        return self._entries(
+            plan_chunk(layout.columns, layout.block_size, self.chunk.window, destination, media_runs=()), pointers
+        )
+
+    def _media_entries(
+        self, destination: ChunkDestination, pointers: Sequence[int], start: int, stop: int
+    ) -> list[Entry]:
+        layout = self._buffers.layout
+        if self._segments is not None:
+            size = layout.columns[0].bytes_per_row
+            ranges = plan_media(0, size, layout.block_size, self._segments, destination, start, stop)
+            return [Entry(r.source, pointers[0] + r.destination, r.length) for r in ranges]
+        part = msgspec.structs.replace(destination, start_row=start, stop_row=stop, with_aux=False)
+        media = [column for column in layout.columns if column.media_only]
+        runs = self._source.media_runs
+        ranges = plan_chunk(layout.columns, layout.block_size, self.chunk.window, part, runs)
+        return self._entries([r for r in ranges if layout.columns[r.column] in media], pointers)
+
+    def _entries(self, ranges: Iterable[Range], pointers: Sequence[int]) -> list[Entry]:
+        here = self._buffers.pointers
+        return [Entry(here[r.column] + r.source, pointers[r.column] + r.destination, r.length) for r in ranges]
 
     def done(self, session_id: str, problem: str) -> None:
         with self._counting:
@@ -97,7 +156,8 @@ class ChunkJob:
         if self._staged:
             return
         window = self.chunk.window
-        self._buffers.stage(self._source, window.first_row, window.rows, window.blocks)
+        with_media = self._segments is None
+        self._buffers.stage(self._source, window.first_row, window.rows, window.blocks, with_media=with_media)
         self._staged = True
 
 

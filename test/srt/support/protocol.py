@@ -106,9 +106,12 @@ def encode_side_with(*ranks: int, blocks: int = 8) -> EncodeSide:
     return side
 
 
-def encode_side_that_writes(total: int = 20, allocated: int = 8) -> tuple[EncodeSide, TransferEmbeddingChunk]:
-    """The first write of its room is under way."""
-    side = encode_side_with()
+def encode_side_that_writes(
+    total: int = 20, allocated: int = 8, **changes: object
+) -> tuple[EncodeSide, TransferEmbeddingChunk]:
+    """The first write of its room is under way; `changes` are of the language rank's handshake."""
+    side = encode_side()
+    side.receive(register(**changes), 0.0)
     side.expect(ROOM, 0.0)
     side.receive(offer(allocated, 0, 1), 0.0)
     (chunk,) = only(side.submit(ROOM, total, 0.0), TransferEmbeddingChunk)

@@ -135,6 +135,7 @@ class Schedule:
         for encode in self.world.encodes.values():
             moves += [lambda e=encode, i=i: e.run_tower(i) for i in range(len(encode.towers))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.write(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
+            moves += [lambda e=encode, i=i: e.write_half(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.prove(i) for i in range(len(encode.proofs))]  # type: ignore[misc]
         for rank in self.world.languages:
             moves += [lambda r=rank, i=i: r.copy(i) for i in range(len(rank.copies))]  # type: ignore[misc]

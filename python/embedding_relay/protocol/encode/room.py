@@ -19,7 +19,7 @@ from embedding_relay.protocol.effects import (
 from embedding_relay.protocol.encode.sessions import Session, Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, UNAVAILABLE, Failure, LocalError
-from embedding_relay.protocol.messages import AbortAck, Address, Queued, StatusReport, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import AbortAck, Address, Progress, Queued, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
 
@@ -324,6 +324,15 @@ class EncodeRoom:
             self.destinations[part.session_id].written = part.stop_row
         self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
         return self.begin_step() or self._report_chunk(now)
+
+    def progressed(self, transfer_id: int, session_id: str, rows: int) -> list[EncodeEffect]:
+        """Part of the step is over there: the language rank may begin to copy."""
+        session = self._shared.sessions.get(session_id)
+        if self.is_over or self.under_way is None or self.under_way.transfer_id != transfer_id:
+            return []
+        if session is None or not session.register.handshake.takes_progress:
+            return []
+        return [Send(self.destinations[session_id].address, Progress(self.room, rows))]
 
     def _end_step(self, transfer_id: int) -> TransferEmbeddingChunk:
         step = self.under_way

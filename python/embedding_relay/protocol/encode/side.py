@@ -118,6 +118,11 @@ class EncodeSide:
             raise LocalError(f"room {room} has no transfer {transfer_id} under way")
         return [*known.transferred(transfer_id, errors, now), *self._serve_queue()]
 
+    def progressed(self, room: int, transfer_id: int, session_id: str, rows: int) -> list[EncodeEffect]:
+        """Of a `TransferEmbeddingChunk` that is under way, every row before `rows` is in the memory of the session."""
+        known = self._rooms.get(room)
+        return known.progressed(transfer_id, session_id, rows) if known else []
+
     def session_quiet(self, session_id: str, now: float) -> list[EncodeEffect]:
         """It is proven that no write reported as failed before this call can still land at the session."""
         return [Send(address, AbortAck(room)) for address, room in self._sessions.quiet(session_id)]

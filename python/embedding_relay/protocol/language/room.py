@@ -7,7 +7,16 @@ import math
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
-from embedding_relay.protocol.effects import ClearAux, CopyOut, Deliver, LanguageEffect, Note, Send, StatusChanged
+from embedding_relay.protocol.effects import (
+    ClearAux,
+    CopyAhead,
+    CopyOut,
+    Deliver,
+    LanguageEffect,
+    Note,
+    Send,
+    StatusChanged,
+)
 from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     BAD_REQUEST,
@@ -20,7 +29,15 @@ from embedding_relay.protocol.errors import (
 )
 from embedding_relay.protocol.language.peers import Peer, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
-from embedding_relay.protocol.messages import Abort, Address, Queued, Register, StatusReport, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import (
+    Abort,
+    Address,
+    Progress,
+    Queued,
+    Register,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
 from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
 
@@ -80,6 +97,8 @@ class LanguageRoom:
         self.blocks: tuple[int, ...] = ()
         self.allocated = 0
         self.received = 0
+        self.ahead = 0
+        """Rows of the room that may have been copied before their report came."""
         self.total: int | None = None
         self.rounds = 0
         self.introductions = 0
@@ -235,6 +254,15 @@ class LanguageRoom:
         self.rounds += 1
         return [*effects, CopyOut(self.room, self.blocks, self.received, self.allocated, self._shared.max_rows)]
 
+    def take_progress(self, progress: Progress) -> list[LanguageEffect]:
+        """Only a hint: what does not fit the offer that is out is ignored, and the report says what counts."""
+        rows, end = progress.rows, self.received + self.allocated
+        if self.is_queued or self.copying is not None or not max(self.received, self.ahead) < rows < end:
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            return []
+        self.ahead = rows
+        return [CopyAhead(self.room, self.blocks, self.received, rows, self._shared.max_rows)]
+
     def _is_stale(self, report: StatusReport) -> bool:
         """A repetition, or of no consequence here: no rows have landed that are not known."""
         if self.is_queued or report.status not in (Status.TRANSFERRING, Status.SUCCESS):
@@ -268,7 +296,7 @@ class LanguageRoom:
             self._shared.counts.events[Event.STATUS_STALE] += 1
             return []
         self.misdirected += 1
-        if self.received or self.copying is not None or self.misdirected > self.introductions:
+        if self.received or self.ahead or self.copying is not None or self.misdirected > self.introductions:
             return self.fail(Failure(BAD_GATEWAY, failure.text), now)
         return self._ask_again()
 

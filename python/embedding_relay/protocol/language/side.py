@@ -9,7 +9,16 @@ from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, 
 from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
 from embedding_relay.protocol.language.room import LanguageRoom, Shared
-from embedding_relay.protocol.messages import AbortAck, Address, Ping, Pong, Register, ToLanguage, flaw_of_room
+from embedding_relay.protocol.messages import (
+    AbortAck,
+    Address,
+    Ping,
+    Pong,
+    Progress,
+    Register,
+    ToLanguage,
+    flaw_of_room,
+)
 from embedding_relay.protocol.status import EndedRooms, Status
 from embedding_relay.protocol.timing import Alarms, Timing
 
@@ -205,6 +214,8 @@ class LanguageSide:
         elif room.is_over:
             self._shared.counts.events[Event.STATUS_STALE] += 1
             effects = []
+        elif isinstance(message, Progress):
+            effects = room.take_progress(message)
         else:
             effects = room.take_report(message, now)
         return [*effects, *self._serve_queue(now)]

@@ -165,3 +165,35 @@ def test_untouched_blocks_take_no_memory() -> None:
 def _resident() -> int:
     with open("/proc/self/statm") as numbers:
         return int(numbers.read().split()[1]) * 4096
+
+
+# ---- memory that is used again
+
+
+def test_memory_of_a_request_that_is_over_is_used_for_the_next() -> None:
+    buffers = EmbeddingBuffers(small_layout(hidden_size=4096, blocks=4))
+    buffers.allocate()
+    aux = make_rows(small_layout(), Spec(room=1, total=400)).aux
+    first = buffers.make_target(aux)
+    pointer, view = first.embeddings.data_ptr(), first.embeddings[7:9]
+    assert buffers.make_target(aux).embeddings.data_ptr() != pointer
+    del first
+    assert buffers.make_target(aux).embeddings.data_ptr() != pointer, "somebody still has a part of it"
+    del view
+    assert buffers.make_target(aux).embeddings.data_ptr() == pointer
+
+
+def test_what_is_copied_in_pieces_is_looked_at_in_pieces() -> None:
+    layout = small_layout(hidden_size=4096, blocks=4)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    source = make_rows(layout, Spec(room=1, total=512))
+    source.segments[-1][1][-1, -1] = float("inf")
+    buffers.stage(source, 0, 512, [0, 1, 2, 3])
+    target = buffers.make_target(source.aux)
+    buffers.copy_out(target, [0, 1, 2, 3], 0, 200)
+    assert target.flaw is None
+    buffers.copy_out(target, [0, 1, 2, 3], 0, 512, begin_row=200)
+    assert target.flaw is not None
+    assert target.flaw.endswith("to inf")
+    assert difference(layout, source, target) is None

@@ -41,6 +41,7 @@ class NoPlane:
 
     renewals = mapped = 0
     allocate = staticmethod(private_memory)
+    reads_any_memory = False
 
     def start(self, regions: Any) -> None: ...
 

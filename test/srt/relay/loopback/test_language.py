@@ -11,12 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import AUX
 from embedding_relay.memory.plane import private_memory
 from embedding_relay.observer import Summary
-from embedding_relay.protocol.effects import CopyOut, Deliver, Send, StatusChanged
+from embedding_relay.protocol.effects import CopyAhead, CopyOut, Deliver, Send, StatusChanged
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
@@ -229,6 +230,58 @@ def test_what_is_wrong_with_all_rows_is_said_when_the_last_are_here(
     assert copy_out(manager, capacity=4)[0] == "copied"
     manager._buffers.stage(source, 4, 1, (0,))
     assert copy_out(manager, capacity=4, first_row=4)[0] == "refuse_rows"
+
+
+# ---- rows that are copied before their report
+
+
+def test_rows_are_not_copied_twice(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    source = lands(manager, 5)
+    ahead = CopyAhead(1, (0,), first_row=0, stop_row=3, max_rows=100)
+    manager._copy_ahead(ahead)
+    assert receiver.target is not None
+    assert torch.equal(receiver.target.fill_ids[:3], source.fill_ids[:3])
+    lands_again = make_rows(LAYOUT, Spec(room=2, total=5, seed=9))
+    manager._buffers.stage(lands_again, 0, 5, (0,))
+    manager._copy_ahead(ahead)
+    assert copy_out(manager) == ("copied", 1, 5, 5, 1.0)
+    assert torch.equal(receiver.target.fill_ids[:3], source.fill_ids[:3])
+    assert torch.equal(receiver.target.fill_ids[3:], lands_again.fill_ids[3:])
+    assert manager._totals()["rows"] == 5
+    assert manager._totals()["chunks"] == 1
+
+
+def test_what_is_wrong_with_rows_that_were_copied_early_is_said_with_their_report(
+    manager: Any, receiver: MooncakeEmbeddingReceiver
+) -> None:
+    source = make_rows(LAYOUT, Spec(room=1, total=5))
+    source.segments[0][1][0, 0] = float("nan")
+    manager._buffers.stage(source, 0, 5, (0,))
+    manager._copy_ahead(CopyAhead(1, (0,), 0, 4, 100))
+    assert manager._core.told == []
+    assert copy_out(manager)[0] == "refuse_rows"
+
+
+@pytest.mark.parametrize("total", [-1, 0, 101])
+def test_early_rows_of_a_length_that_cannot_be_take_no_memory(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, total: int
+) -> None:
+    manager._buffers._rows[AUX][0, 0] = total
+    manager._copy_ahead(CopyAhead(1, (0,), 0, 4, 100))
+    manager._copy_ahead(CopyAhead(9, (0,), 0, 4, 100))
+    assert receiver.target is None
+
+
+def test_no_memory_for_early_rows_is_said_with_their_report(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_target(aux: object) -> None:
+        raise MemoryError("not enough memory")
+
+    lands(manager, 5)
+    monkeypatch.setattr(manager._buffers, "make_target", make_target)
+    manager._copy_ahead(CopyAhead(1, (0,), 0, 4, 100))
+    assert copy_out(manager) == ("copy_failed", 1, "not enough memory", 1.0)
 
 
 # ---- the end

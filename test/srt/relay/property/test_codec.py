@@ -15,6 +15,7 @@ from embedding_relay.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Progress,
     Queued,
     Register,
     StatusReport,
@@ -74,7 +75,9 @@ reports = st.one_of(
     st.builds(StatusReport, rooms, st.sampled_from([Status.TRANSFERRING, Status.SUCCESS]), rows),
     st.builds(StatusReport, rooms, st.just(Status.FAILED), st.none(), failures),
 )
-to_language = st.one_of(reports, st.builds(AbortAck, rooms), st.builds(Pong, words, words))
+to_language = st.one_of(
+    reports, st.builds(Progress, rooms, rows), st.builds(AbortAck, rooms), st.builds(Pong, words, words)
+)
 
 # Bytes that come near to being something.
 near_frames = st.one_of(

@@ -10,7 +10,14 @@ import msgspec
 import pytest
 
 from embedding_relay.protocol import codec
-from embedding_relay.protocol.effects import EncodeEffect, LanguageEffect, Send, StatusChanged, TransferEmbeddingChunk
+from embedding_relay.protocol.effects import (
+    CopyAhead,
+    EncodeEffect,
+    LanguageEffect,
+    Send,
+    StatusChanged,
+    TransferEmbeddingChunk,
+)
 from embedding_relay.protocol.encode.admission import Admission
 from embedding_relay.protocol.encode.room import Destination, EncodeRoom
 from embedding_relay.protocol.encode.room import Shared as EncodeShared
@@ -26,6 +33,7 @@ from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
+    Progress,
     Queued,
     Register,
     TransferEmbeddingInfo,
@@ -221,6 +229,28 @@ def window_not_staged_again(patch: Patch) -> None:
         return _replaced(step, window=_replaced(step.window, stage=False)) if step.window.first_row > 0 else step
 
     _change_steps(patch, change)
+
+
+def progress_reported_before_it_is_made(patch: Patch) -> None:
+    """The row after those that are there is said to be there too."""
+    original = EncodeRoom.progressed
+
+    def progressed(self: EncodeRoom, transfer_id: int, session_id: str, rows: int) -> list[EncodeEffect]:
+        return original(self, transfer_id, session_id, rows + 1)
+
+    patch.setattr(EncodeRoom, "progressed", progressed)
+
+
+def progress_of_a_used_up_offer_believed(patch: Patch) -> None:
+    """A late one is taken for one about the offer that is out, counted from its beginning."""
+
+    def take_progress(self: LanguageRoom, progress: Progress) -> list[LanguageEffect]:
+        stop = self.received + progress.rows % max(1, self.allocated)
+        if self.is_queued or self.copying is not None or stop <= self.received:
+            return []
+        return [CopyAhead(self.room, self.blocks, self.received, stop, self._shared.max_rows)]
+
+    patch.setattr(LanguageRoom, "take_progress", take_progress)
 
 
 def used_up_offers_kept(patch: Patch) -> None:
@@ -555,6 +585,8 @@ FAULTS = [
     Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
+    Planted(progress_reported_before_it_is_made, run_orderly, ("S1",)),
+    Planted(progress_of_a_used_up_offer_believed, run_chaos, ("S1",)),
     Planted(blocks_freed_when_a_write_failed, run_chaos, ("S2", "S3")),
     Planted(abort_acknowledged_after_a_failed_write, run_chaos, ("S3",)),
     Planted(abort_acknowledged_during_a_write, run_chaos, ("S3",)),
@@ -597,7 +629,7 @@ FAULTS = [
     Planted(acknowledgement_sent_to_an_address_that_a_stranger_chose, attack_with_faults, ("S3",)),
     Planted(invented_rooms_without_bound, attack_with_faults, ("bounds",)),
     Planted(sessions_without_bound, attack_with_faults, ("bounds",)),
-    Planted(block_indices_not_checked, attack_with_faults, ("bounds", "refused")),
+    Planted(block_indices_not_checked, attack_with_faults, ("S3", "bounds", "refused")),
 ]
 
 ENOUGH = 3000

@@ -13,6 +13,7 @@ from embedding_relay.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Progress,
     Queued,
     Register,
     StatusReport,
@@ -48,6 +49,8 @@ def test_our_own_frames() -> None:
     assert codec.encode(Ping(HERE, SESSION, "b7c1")) == [b"PING", *SENDER, b"b7c1"]
     assert codec.encode(Pong("b7c1", "a001")) == [b"PONG", b"b7c1", b"a001"]
     assert codec.encode(AbortAck(7)) == [b"7", b"ABORTED"]
+    assert codec.encode(Progress(7, 300)) == [b"7", b"PROGRESS", b"300"]
+    assert codec.decode_to_language([b"7", b"PROGRESS", b"300"]) == Progress(7, 300)
 
 
 def test_the_name_of_shared_memory_is_added_to_a_registration_and_passed_over_by_who_does_not_know_it() -> None:
@@ -79,7 +82,12 @@ def test_no_message_is_about_a_room_outside_63_bits(room: int) -> None:
     for message in (*to_encode, *offers):
         with pytest.raises(UndecodableFrames):
             codec.decode_to_encode(codec.encode(message))
-    for answer in (StatusReport(room, Status.SUCCESS, 8), StatusReport(room, Status.SUCCESS), AbortAck(room)):
+    for answer in (
+        StatusReport(room, Status.SUCCESS, 8),
+        StatusReport(room, Status.SUCCESS),
+        AbortAck(room),
+        Progress(room, 1),
+    ):
         with pytest.raises(UndecodableFrames):
             codec.decode_to_language(codec.encode(answer))
 

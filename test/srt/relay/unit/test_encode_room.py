@@ -15,6 +15,7 @@ from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
     Ping,
+    Progress,
     StatusReport,
     TransferEmbeddingInfo,
 )
@@ -145,6 +146,29 @@ def test_first_and_later_chunks_follow_the_same_rule() -> None:
         DropRows(ROOM),
     ]
     assert side.is_empty()
+
+
+def test_progress_is_told_to_the_rank_that_it_is_about_while_its_write_is_under_way() -> None:
+    side, chunk = encode_side_that_writes(takes_progress=True)
+    session = chunk.destinations[0].session_id
+    told = side.progressed(ROOM, chunk.transfer_id, session, 4)
+    assert told == [Send(Address("language", 100), Progress(ROOM, 4))]
+    assert side.progressed(ROOM, chunk.transfer_id + 1, session, 4) == []
+    assert side.progressed(ROOM, chunk.transfer_id, "language-7:1", 4) == []
+    assert side.progressed(ROOM + 1, chunk.transfer_id, session, 4) == []
+    side.transferred(ROOM, chunk.transfer_id, {}, 1.0)
+    assert side.progressed(ROOM, chunk.transfer_id, session, 4) == [], "it has been reported"
+
+
+def test_no_progress_is_told_to_a_rank_that_would_not_understand_it() -> None:
+    side, chunk = encode_side_that_writes()
+    assert side.progressed(ROOM, chunk.transfer_id, chunk.destinations[0].session_id, 4) == []
+
+
+def test_no_progress_is_told_of_a_room_that_has_failed() -> None:
+    side, chunk = encode_side_that_writes(takes_progress=True)
+    side.refuse(ROOM, Failure(500, "the tower is gone"), 0.5)
+    assert side.progressed(ROOM, chunk.transfer_id, chunk.destinations[0].session_id, 4) == []
 
 
 @pytest.mark.parametrize("total", [7, 8, 9])

@@ -4,6 +4,7 @@ import pytest
 
 from embedding_relay.protocol.effects import (
     ClearAux,
+    CopyAhead,
     CopyOut,
     Deliver,
     LanguageEffect,
@@ -20,6 +21,7 @@ from embedding_relay.protocol.messages import (
     Address,
     Ping,
     Pong,
+    Progress,
     StatusReport,
     TransferEmbeddingInfo,
 )
@@ -75,6 +77,46 @@ def test_what_cannot_be_meant_for_a_queued_room_is_ignored() -> None:
     failed = StatusReport(9, Status.FAILED, failure=Failure(400, "an old one"))
     assert side.receive(failed, 1.0) == [], "nobody has been asked for room 9"
     assert counted(side) == {"status_stale": 2, "ack_ignored": 1, "message_for_unknown_room": 1}
+
+
+# ---- progress
+
+
+def test_rows_that_are_here_before_their_report_may_be_copied() -> None:
+    side = language_side(default=8)
+    blocks = offer_in(request_and_resolve(side)).dst_embedding_indices
+    assert side.receive(Progress(ROOM, 3), 1.0) == [CopyAhead(ROOM, blocks, 0, 3, 1000)]
+    assert side.receive(Progress(ROOM, 5), 1.0) == [CopyAhead(ROOM, blocks, 0, 5, 1000)]
+    resume = offer_in(receive_chunk(side, 8, 20))
+    assert resume.sent_tokens == 8, "only a report says what has been received"
+    assert side.receive(Progress(ROOM, 10), 2.0) == [CopyAhead(ROOM, resume.dst_embedding_indices, 8, 10, 1000)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 1 << 40])
+def test_progress_that_is_late_or_does_not_fit_the_offer_is_ignored(rows: int) -> None:
+    """What is all of the offer, or more, is for a report to say."""
+    side = language_side(default=8)
+    request_and_resolve(side)
+    side.receive(Progress(ROOM, 3), 1.0)
+    assert side.receive(Progress(ROOM, rows), 1.0) == []
+    assert counted(side) == {"status_stale": 1}
+
+
+def test_no_progress_is_taken_while_a_report_is_copied_out_nor_before_an_offer() -> None:
+    side = language_side(default=8)
+    request_and_resolve(side)
+    side.receive(report(Status.TRANSFERRING, 8), 1.0)
+    assert side.receive(Progress(ROOM, 4), 1.0) == []
+    waiting = waiting_room()
+    assert waiting.receive(Progress(8, 1), 1.0) == []
+
+
+def test_a_room_with_rows_of_an_instance_that_has_forgotten_it_does_not_go_on_with_those_of_another() -> None:
+    side = language_side(default=8)
+    request_and_resolve(side)
+    side.receive(Progress(ROOM, 3), 1.0)
+    failed = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
+    assert failure_of(side.receive(failed, 2.0)) == Failure(502, not_registered(SESSION).text)
 
 
 ABORTED_IN_QUEUE = Abort(2, Address("language", 100), "language-0:1", Failure(503, "busy"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable, private_memory
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
+from embedding_relay.protocol.plan import Segment
 from embedding_relay.transport import workers
 from embedding_relay.transport.workers import IDLE_SECONDS, ChunkJob, TransferWorker, TransferWorkers
 
@@ -121,8 +123,21 @@ class Buffers:
     def __init__(self) -> None:
         self.staged: list[tuple[object, ...]] = []
 
-    def stage(self, *what: object) -> None:
-        self.staged.append(what)
+    def stage(self, *what: object, with_media: bool) -> None:
+        self.staged.append((*what, with_media))
+
+    def segments(self, source: object) -> list[Segment]:
+        """All three media rows, in two pieces of memory."""
+        return [Segment(70_000, 0, 1), Segment(80_000, 1, 2)]
+
+
+class LargeBuffers:
+    layout = BufferLayout(hidden_size=4096, dtype="bfloat16", deepstack_rows=0, block_size=100, blocks=20)
+    pointers = (0, 0, 0, 0, 0)
+    media_runs = ((0, 1600),)
+
+    def segments(self, source: object) -> list[Segment]:
+        return [Segment(1 << 45, 0, 1600)]
 
 
 class Records:
@@ -133,14 +148,20 @@ class Records:
         self.entries += entries
 
 
-def job_of(buffers: Any, finished: Callable[[ChunkJob], None] = lambda _: None, *, stage: bool = True) -> ChunkJob:
+def job_of(
+    buffers: Any,
+    finished: Callable[[ChunkJob], None] = lambda _: None,
+    *,
+    stage: bool = True,
+    from_where_they_are: bool = False,
+) -> ChunkJob:
     """Three rows in blocks 2 and 3: all for one destination, the last for another, which has the rest."""
     destinations = (
         ChunkDestination("one", (5, 6), first_row=0, start_row=0, stop_row=3, with_aux=True),
         ChunkDestination("other", (7,), first_row=2, start_row=2, stop_row=3, with_aux=False),
     )
     chunk = TransferEmbeddingChunk(9, 1, Window(first_row=0, rows=3, blocks=(2, 3), stage=stage), destinations)
-    return ChunkJob(chunk, buffers, buffers, finished)
+    return ChunkJob(chunk, buffers, buffers, finished, lambda *_: None, from_where_they_are=from_where_they_are)
 
 
 def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
@@ -149,7 +170,7 @@ def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
     there = (10_000, 20_000, 30_000, 40_000, 50_000)
     for destination, link in zip(job.chunk.destinations, links, strict=True):
         job.write(destination, there, link)  # type: ignore[arg-type]
-    assert buffers.staged == [(buffers, 0, 3, (2, 3))]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3), True)]
     one, other = (sorted(link.entries) for link in links)
     assert one == [
         Entry(1000 + 4 * 16, 10_000 + 10 * 16, 3 * 16),
@@ -165,6 +186,47 @@ def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
         Entry(5000 + 6 * 16, 50_000 + 14 * 16, 16),
     ]
     assert job.bytes == sum(entry.length for entry in one + other)
+
+
+def test_embeddings_are_sent_from_where_they_are_if_the_data_plane_can() -> None:
+    buffers, link = Buffers(), Records()
+    job = job_of(buffers, from_where_they_are=True)
+    there = (10_000, 20_000, 30_000, 40_000, 50_000)
+    job.write(job.chunk.destinations[0], there, link)  # type: ignore[arg-type]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3), False)]
+    assert [entry for entry in link.entries if entry.destination < 20_000] == [
+        Entry(70_000, 10_000 + 10 * 16, 16),
+        Entry(80_000, 10_000 + 11 * 16, 2 * 16),
+    ]
+    assert job.bytes == 3 * (4 + 12 + 16 + 16) + 64
+
+
+@pytest.mark.parametrize("from_where_they_are", [False, True])
+def test_a_large_chunk_goes_in_pieces_that_are_told_of(from_where_they_are: bool) -> None:
+    """Every byte once, all of the small columns with the first piece, and no word about the last."""
+    buffers, link = LargeBuffers(), Records()
+    blocks = tuple(range(16))
+    destination = ChunkDestination(
+        "one", (3, *range(5, 20)), first_row=100, start_row=130, stop_row=1600, with_aux=False
+    )
+    chunk = TransferEmbeddingChunk(9, 1, Window(0, 1600, blocks, stage=False), (destination,))
+    told: list[tuple[str, int, int]] = []
+    job = ChunkJob(
+        chunk,
+        buffers,  # type: ignore[arg-type]
+        buffers,  # type: ignore[arg-type]
+        lambda _: None,
+        lambda session, row: told.append((session, row, sum(entry.length for entry in link.entries))),
+        from_where_they_are=from_where_they_are,
+    )
+    job.write(destination, (1 << 40,) * 5, link)  # type: ignore[arg-type]
+    small, large = 4 + 12 + 16, 8192
+    assert len(told) >= 4
+    assert [bytes_then for _, _, bytes_then in told] == [(row - 130) * large + 1470 * small for _, row, _ in told]
+    assert all((row - 100) % 100 == 0 and 130 < row < 1600 for _, row, _ in told)
+    assert job.bytes == 1470 * (small + large)
+    landed = sorted((e.destination, e.destination + e.length) for e in link.entries if e.length > 10 * large)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(landed)), "nothing twice"
 
 
 def test_rows_that_are_staged_already_are_not_staged_again() -> None:
