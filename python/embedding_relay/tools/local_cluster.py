@@ -72,8 +72,8 @@ def sglang_server(
     """A SGLang server in any mode; later arguments, and `environ`, win over the recipe's."""
     cpu = options.on_cpu()
     recipe = COMMON_ENVIRON | (CPU_ENVIRON if cpu else {})
-    if cpu and "--disaggregation-mode" not in arguments:
-        # Our two modes share the cores by themselves; a server in another mode may run beside them here.
+    if cpu and not {"encode", "language", "prefill"} & set(arguments):
+        # Our modes share the cores by themselves; a server in another mode may run beside them here.
         recipe |= cores.share(os.environ, len(os.sched_getaffinity(0)), cores.usable_cores()).environ
     # The command that SGLang recommends; the one beside our interpreter, whatever the PATH says.
     command = [str(Path(sys.executable).with_name("sglang")), "serve"]
@@ -170,3 +170,32 @@ def relay(
     )
     front = router(options, router_port, [(encode.url, bootstrap_port)], [language.url], *router_arguments)
     return LocalCluster(front.url, [[encode, language], [front]], progress)
+
+
+def three_stages(
+    options: Options,
+    *,
+    encode_instances: int = 1,
+    prefill_arguments: Sequence[str] = (),
+    router_arguments: Sequence[str] = (),
+    progress: Progress = silent,
+) -> LocalCluster:
+    """Encode instances, a prefill instance that knows them, SGLang's own decode instance, and the router for the latter
+    two.
+    """
+    prefill_port, decode_port, router_port, kv_port, *ports = free_ports(4 + 2 * encode_instances)
+    encode = [
+        sglang_server(
+            f"encode-{number}" if number else "encode",
+            options,
+            port,
+            *("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port)),
+        )
+        for number, (port, bootstrap_port) in enumerate(zip(ports[::2], ports[1::2], strict=True))
+    ]
+    prefill_mode = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(kv_port))
+    knows = ("--encoder-urls", *(one.url for one in encode))
+    prefill = sglang_server("prefill", options, prefill_port, *prefill_mode, *knows, *prefill_arguments)
+    decode = sglang_server("decode", options, decode_port, "--disaggregation-mode", "decode")
+    front = router(options, router_port, [(prefill.url, kv_port)], [decode.url], *router_arguments)
+    return LocalCluster(front.url, [[*encode, prefill, decode], [front]], progress)

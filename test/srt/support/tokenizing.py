@@ -8,6 +8,7 @@ loads pictures. There is no HTTP server, no scheduler and no detokenizer: what w
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
+from support.patience import wait_until
 
 T = TypeVar("T")
 
@@ -72,10 +74,13 @@ class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc] 
 
     def prepare(self, **request: Any) -> Any:
         """What the scheduler would be sent for this request; whatever is raised comes out."""
+        return run(self.tokenized(**request))
+
+    async def tokenized(self, **request: Any) -> Any:
         obj = GenerateReqInput(**{"sampling_params": {"max_new_tokens": 4}, **request})
         obj.normalize_batch_and_arguments()
         self._init_req_state(obj)
-        return run(self._tokenize_one_request(obj))
+        return await self._tokenize_one_request(obj if obj.is_single else obj[0])
 
 
 async def answers(manager: TokenizerManagerWithoutScheduler, obj: Any, *events: Callable[[str], Any]) -> list[Any]:
@@ -107,8 +112,8 @@ _loop = asyncio.new_event_loop()
 
 
 @contextmanager
-def serving(mode: str) -> Iterator[TokenizerManagerWithoutScheduler]:
-    """The manager of a server in that mode."""
+def serving(mode: str, **more: Any) -> Iterator[TokenizerManagerWithoutScheduler]:
+    """The manager of a server in that mode, with `more` of SGLang's arguments."""
     before = runtime_context.snapshot_context()
     load_plugins()
     port, bootstrap_port = free_ports(2)
@@ -121,9 +126,12 @@ def serving(mode: str) -> Iterator[TokenizerManagerWithoutScheduler]:
         disaggregation_mode=mode,
         disaggregation_transfer_backend="mooncake",
         disaggregation_bootstrap_port=bootstrap_port,
+        **more,
     )
     runtime_context.publish(arguments, role="tokenizer")
     manager = TokenizerManagerWithoutScheduler(arguments)
+    if mode == "prefill":  # SGLang's own registry starts in a thread, and cannot be closed before it listens
+        wait_until(lambda: _listens(bootstrap_port))
     try:
         yield manager
     finally:
@@ -132,3 +140,8 @@ def serving(mode: str) -> Iterator[TokenizerManagerWithoutScheduler]:
             manager.bootstrap_server.close()
         manager.send_to_scheduler.context.destroy(linger=0)
         runtime_context.restore_context(before)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

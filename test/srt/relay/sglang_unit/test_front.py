@@ -16,7 +16,7 @@ from fastapi import HTTPException
 
 from embedding_relay.protocol.errors import BAD_GATEWAY, BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.tools.chat_client import data_uri, picture
-from sglang.srt.disaggregation.multimodal import front
+from sglang.srt.disaggregation.multimodal import front, request_notes
 from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from support import tokenizing
@@ -248,7 +248,8 @@ def test_the_ids_of_the_prompt_are_those_that_the_scheduler_has(
     obj = asked(return_prompt_token_ids=True, stream=stream)
     found = run(answers(language, obj, expanded(1, 9, 9, 2), finished))
     assert found[-1]["prompt_token_ids"] == [1, 9, 9, 2]
-    assert front.wants_prompt_ids(next(one for one in language.sent if isinstance(one, TokenizedGenerateReqInput)))
+    sent = next(one for one in language.sent if isinstance(one, TokenizedGenerateReqInput))
+    assert request_notes.read(sent).wants_prompt_ids
 
 
 def test_without_them_there_are_none_rather_than_placeholders(language: TokenizerManagerWithoutScheduler) -> None:
@@ -259,9 +260,9 @@ def test_without_them_there_are_none_rather_than_placeholders(language: Tokenize
 
 def test_ids_that_nobody_asked_for_are_not_sent(language: TokenizerManagerWithoutScheduler) -> None:
     fresh(language)
-    (answer,) = run(answers(language, asked(encoder_urls=["relay:prompt_token_ids"]), finished))
+    (answer,) = run(answers(language, asked(encoder_urls=["relay", '{"wants_prompt_ids":true}']), finished))
     assert "prompt_token_ids" not in answer
-    assert not front.wants_prompt_ids(language.sent[0])
+    assert not request_notes.read(language.sent[0]).wants_prompt_ids
 
 
 def test_ids_of_a_request_that_is_over_are_dropped(language: TokenizerManagerWithoutScheduler) -> None:

@@ -123,7 +123,26 @@ def test_members_of_sglangs_enum_that_others_hold_already_know_ours() -> None:
 
 @pytest.mark.parametrize(("given", "ours"), [("encode", "encode"), ("language", "language"), ("prefill", None)])
 def test_other_modes_are_none_of_ours(given: str, ours: str | None) -> None:
-    assert modes.of(SimpleNamespace(disaggregation_mode=given)) == ours
+    assert modes.of(settings(given)) == ours
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "ours"),
+    [
+        ("prefill", {}, "language"),
+        ("prefill", {"language_only": True}, None),  # SGLang's own encoder split
+        ("decode", {}, None),
+        ("null", {}, None),
+    ],
+)
+def test_a_prefill_instance_that_knows_encode_instances_is_a_language_half(
+    given: str, more: dict[str, Any], ours: str | None
+) -> None:
+    assert modes.of(settings(given, encoder_urls=["http://a:1"], **more)) == ours
+
+
+def settings(mode: str, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"disaggregation_mode": mode, "encoder_urls": [], "language_only": False, **more})
 
 
 def test_plugins_are_loaded_by_whoever_unpickles_first(monkeypatch: pytest.MonkeyPatch) -> None:

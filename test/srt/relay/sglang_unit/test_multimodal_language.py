@@ -24,9 +24,10 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.registry.entry import name_of_rank
-from sglang.srt.disaggregation.multimodal import multimodal_language
-from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message, ask_for_prompt_ids
+from sglang.srt.disaggregation.multimodal import multimodal_language, request_notes
+from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message, lost_rows_message
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
+from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, Note, encode_half
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -118,7 +119,7 @@ def test_the_ids_of_the_expanded_prompt_are_sent_ahead_if_the_client_wants_them(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, wanted: bool
 ) -> None:
     recv_req = request("a", 7)
-    ask_for_prompt_ids(recv_req, SimpleNamespace(return_prompt_token_ids=wanted))
+    request_notes.write(recv_req, Note(wants_prompt_ids=wanted))
     scheduler.turn(recv_req)
     transfer.rows_arrive(7)
     scheduler.turn()
@@ -175,7 +176,8 @@ def test_one_room_cannot_be_used_by_two_transfers_at_once(
     transfer.rows_arrive(7)
     scheduler.turn(request("b", 8))
     transfer.stands(8, Status.WAITING_FOR_INPUT)
-    role.agreement.begin(role.prealloc_queue.add(request("c", 8)).number)
+    third = request("c", 8)
+    role.agreement.begin(role.prealloc_queue.add(third, encode_half(third)).number)
     scheduler.turn()
     answer = scheduler.answer_to("c")
     assert answer is not None
@@ -194,6 +196,64 @@ def test_rows_that_cannot_be_handed_over_fail_their_request_alone(
     assert answer is not None
     assert answer.code == INTERNAL
     assert queued(scheduler) == ["b"]
+
+
+# ---- rows that this instance has asked for itself
+
+
+def asked_here(rid: str, room: int, **options: Any) -> Any:
+    """The bootstrap fields are not about the encode half then."""
+    recv_req = request(rid, room, **options)
+    request_notes.write(recv_req, Note(EncodeHalf("10.0.0.9", 4321, room + 1000, 2)))
+    return recv_req
+
+
+def test_its_rows_are_those_of_the_room_that_was_chosen_here(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: LanguageRole
+) -> None:
+    scheduler.turn(asked_here("a", 7, bootstrap_host=None))
+    assert transfer.rooms("request") == [1007]
+    assert transfer.asked[0][2].bootstrap_addr == name_of_rank(Address("10.0.0.9", 4321), 2)
+    transfer.rows_arrive(1007)
+    scheduler.turn()
+    (req,) = scheduler.waiting_queue
+    assert req.bootstrap_room == 7  # SGLang's own business
+    assert role.tables() == {"parked": 0, "shared": 0}
+
+
+def test_rows_that_will_not_come_fail_their_request(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: LanguageRole
+) -> None:
+    scheduler.turn(asked_here("a", 7), request("b", 8))
+    scheduler.turn(lost_rows_message(1007, LOST))
+    assert scheduler.answer_to("a") == LOST
+    assert len(scheduler.answers) == 1
+    assert transfer.rooms("cancel") == [1007]
+    transfer.stands(1007, Status.FAILED, LOST)
+    scheduler.turn()
+    assert role.tables() == {"parked": 1, "shared": 0}
+
+
+def test_rows_that_are_here_already_are_not_lost(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.turn(asked_here("a", 7))
+    transfer.rows_arrive(1007)
+    scheduler.turn()
+    scheduler.turn(lost_rows_message(1007, LOST))
+    assert queued(scheduler) == ["a"]
+    assert scheduler.answers == []
+
+
+def test_the_news_that_rows_are_lost_may_be_faster_than_the_request(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: LanguageRole
+) -> None:
+    scheduler.turn(*(lost_rows_message(room, LOST) for room in range(1000, 1500)))
+    scheduler.turn(asked_here("a", 499))
+    assert scheduler.answer_to("a") == LOST
+    assert transfer.rooms("cancel") == [1499]
+    assert role.tables() == {"parked": 0, "shared": 0}
+    assert len(role.lost) == multimodal_language._MOST_LOST - 1
 
 
 # ---- what is refused

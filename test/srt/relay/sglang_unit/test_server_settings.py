@@ -63,7 +63,8 @@ def settled(monkeypatch: pytest.MonkeyPatch, mode: str, **sizes: Any) -> dict[st
     """What follows from these arguments; raises SettingError."""
     plain = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "attn_dp_size": 1}
     others = {"enable_dp_attention": False, "disaggregation_transfer_backend": "mooncake", "host": "127.0.0.1"}
-    arguments = SimpleNamespace(**{**plain, **others, "max_running_requests": None, **sizes})
+    more = {"max_running_requests": None, "encoder_urls": [], "disaggregation_mode": mode}
+    arguments = SimpleNamespace(**{**plain, **others, **more, **sizes})
     declared: dict[str, Any] = {}
     monkeypatch.setattr(server_settings, "resolving_view", lambda asked: asked)
     monkeypatch.setattr(server_settings, "declare_resolution", lambda _asked, _source, **what: declared.update(what))
@@ -108,3 +109,51 @@ def test_sglangs_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch, mode
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(SettingError, match="SGLANG_RUST_SERVER"):
         settled(monkeypatch, mode)
+
+
+# ---- an instance that knows its encode instances
+
+
+@pytest.mark.parametrize("url", ["http://encode-0:30000", "https://10.0.0.1", "http://[::1]:30000/"])
+def test_encode_instances_are_named_by_their_address(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    settled(monkeypatch, "language", encoder_urls=[url])
+    settled(monkeypatch, "language", encoder_urls=[url], disaggregation_mode="prefill")
+
+
+@pytest.mark.parametrize("url", ["encode-0:30000", "http://", "tcp://a:1", "http://a:1/generate"])
+def test_anything_else_is_refused_with_an_example(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(SettingError, match="is like http://host:30000"):
+        settled(monkeypatch, "language", encoder_urls=[url])
+
+
+def test_an_encode_instance_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match="this one encodes"):
+        settled(monkeypatch, "encode", encoder_urls=["http://a:1"])
+
+
+@pytest.mark.parametrize("size", ["dp_size", "pp_size"])
+def test_a_prefill_instance_has_one_data_parallel_rank_and_one_stage(
+    monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    one: dict[str, Any] = {"encoder_urls": ["http://a:1"], "disaggregation_mode": "prefill"}
+    settled(monkeypatch, "language", **one, tp_size=2)
+    with pytest.raises(SettingError, match=f"--{size.replace('_', '-')} 2: .* more instances"):
+        settled(monkeypatch, "language", **one, **{size: 2})
+
+
+def test_the_cache_of_a_prefill_instance_may_travel_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {"disaggregation_transfer_backend": "nixl", "encoder_urls": ["http://a:1"]}
+    settled(monkeypatch, "language", **other, disaggregation_mode="prefill")
+    with pytest.raises(SettingError, match="embeddings travel over mooncake only"):
+        settled(monkeypatch, "language", **other)
+
+
+@pytest.mark.parametrize(("said", "declared"), [(None, {"disaggregation_decode_retraction_backup": "none"}), ("x", {})])
+def test_a_decode_instance_on_cores_backs_nothing_up_unless_told_to(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, declared: dict[str, Any]
+) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(server_settings, "resolving_view", lambda asked: asked)
+    monkeypatch.setattr(server_settings, "declare_resolution", lambda _asked, _source, **what: found.update(what))
+    server_settings.settle_decode(SimpleNamespace(disaggregation_decode_retraction_backup=said))
+    assert found == declared

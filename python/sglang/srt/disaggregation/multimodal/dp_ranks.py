@@ -16,7 +16,7 @@ from typing import Any, Final
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.messages import Address, rank_of_room
 from embedding_relay.registry.client import InstanceSizes
-from sglang.srt.disaggregation.multimodal import modes
+from sglang.srt.disaggregation.multimodal import modes, request_notes
 from sglang.srt.runtime_context import get_disagg, get_parallel
 
 # Clients choose registries. Those that do not answer must keep no thread that others need.
@@ -31,13 +31,17 @@ async def route(tokenized: Any) -> Any:
     """
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
-    room, size = tokenized.bootstrap_room, get_parallel().num_dp_ranks
-    if room is None or tokenized.bootstrap_host == FAKE_BOOTSTRAP_HOST:
+    size = get_parallel().num_dp_ranks
+    if modes.is_prefill() or tokenized.bootstrap_host == FAKE_BOOTSTRAP_HOST:
         return tokenized  # health and warm-up requests name the rank that they mean, or are for each in turn
+    chosen_here = request_notes.read(tokenized).encode_half if tokenized.need_wait_for_mm_inputs else None
+    room = tokenized.bootstrap_room if chosen_here is None else chosen_here.room
+    if room is None:
+        return tokenized
     if size > 1 and (tokenized.routed_dp_rank is None or modes.current() == modes.ENCODE):
         tokenized.routed_dp_rank = rank_of_room(room, size)
     tokenized.disagg_prefill_dp_rank = 0
-    if tokenized.need_wait_for_mm_inputs and tokenized.bootstrap_host is not None:
+    if chosen_here is None and tokenized.need_wait_for_mm_inputs and tokenized.bootstrap_host is not None:
         host, port = tokenized.bootstrap_host, tokenized.bootstrap_port
         tokenized.disagg_prefill_dp_rank = await of_encode_instance(host, port, room)
     return tokenized

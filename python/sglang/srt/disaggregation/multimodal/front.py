@@ -57,7 +57,10 @@ def _name_status(answer: Any) -> None:
 
 
 class Refusal(NamedTuple):
-    """A room that will never be asked for here, because its request failed before the scheduler saw it."""
+    """A room that will never be asked for here, because its request failed before the scheduler saw it.
+
+    Of a prefill instance: the room that it shares with a decode instance.
+    """
 
     room: int
     host: str | None
@@ -84,17 +87,13 @@ async def _generate_or_tell(
             async for answer in answers:
                 yield answer
     except Exception as error:
-        error = _unforeseen(error) if _has_other_half(obj) else error
+        error = _unforeseen(error) if obj.contains_mm_input() else error
         for refusal in [await _with_encode_rank(one) for one in _refusals(obj, error)]:
             logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
             manager._dispatch_to_scheduler(_as_message(refusal))
         raise error
     finally:
         _with_scheduler.difference_update(_rooms(obj))
-
-
-def _has_other_half(obj: Any) -> bool:
-    return bool(_rooms(obj)) and bool(obj.contains_mm_input())
 
 
 def _unforeseen(error: Exception) -> Exception:
@@ -116,7 +115,7 @@ def _refusals(obj: Any, error: Exception) -> list[Refusal]:
 
 
 async def _with_encode_rank(refusal: Refusal) -> Refusal:
-    if refusal.host is None or modes.current() == modes.ENCODE:
+    if refusal.host is None or modes.current() == modes.ENCODE or modes.is_prefill():
         return refusal
     return refusal._replace(encode_rank=await dp_ranks.of_encode_instance(refusal.host, refusal.port, refusal.room))
 
@@ -150,6 +149,19 @@ def refusal_in(recv_req: Any) -> Refusal | None:
     return Refusal(reason["relay_room"], reason["relay_host"], reason["relay_port"], failure, reason["relay_rank"])
 
 
+def lost_rows_message(room: int, failure: Failure) -> Any:
+    """From the HTTP process that has asked for the rows of this room itself, and knows that they will not come."""
+    return abort_message(f"relay-lost-{room}", failure, relay_lost_room=room)
+
+
+def lost_rows_in(recv_req: Any) -> tuple[int, Failure] | None:
+    """In the scheduler: what `lost_rows_message` said."""
+    reason = recv_req.finished_reason
+    if not reason or "relay_lost_room" not in reason:
+        return None
+    return reason["relay_lost_room"], Failure(reason["status_code"], reason["message"])
+
+
 def reason_of(recv_req: Any) -> Failure | None:
     """In the scheduler: why a request was aborted, if we did it; a client's abort has no reason."""
     reason = recv_req.finished_reason
@@ -167,20 +179,7 @@ def abort_message(rid: str, failure: Failure, **more: Any) -> Any:
 # ---- the ids of an expanded prompt, which only the language half's scheduler has
 
 
-# A field of SGLang's own encoder split, which our modes exclude, and of a request only.
-_WANTED: Final = ["relay:prompt_token_ids"]
 _PROMPT_IDS: Final = "relay_prompt_token_ids"
-
-
-def ask_for_prompt_ids(tokenized: Any, obj: Any) -> None:
-    """In the HTTP process, where SGLang would answer with what it has: placeholders. A late answer has none instead."""
-    tokenized.encoder_urls = _WANTED if obj.return_prompt_token_ids else None
-    obj.return_prompt_token_ids = False
-
-
-def wants_prompt_ids(recv_req: Any) -> bool:
-    """In the scheduler."""
-    return bool(recv_req.encoder_urls == _WANTED)
 
 
 def prompt_ids_message(rid: str, ids: list[int]) -> Any:

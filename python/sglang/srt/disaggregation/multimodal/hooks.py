@@ -39,11 +39,15 @@ def offer_our_modes(_result: Any, parser: Any, *_: Any, **__: Any) -> None:
         if action.dest == "disaggregation_mode" and modes.ENCODE not in action.choices:
             action.choices = [*action.choices, modes.ENCODE, modes.LANGUAGE]
             action.help = (action.help or "") + modes.HELP
+        elif action.dest == "encoder_urls" and modes.ENCODER_URLS_HELP not in (action.help or ""):
+            action.help = (action.help or "") + modes.ENCODER_URLS_HELP
 
 
 def settle_settings(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution step `handle_pd_disaggregation`: the first one that runs with our mode known."""
     previous(server_args)
+    if server_args.disaggregation_mode == "decode":
+        settle_decode_on_cpu(server_args)
     if modes.of(server_args) is None:
         return
     from sglang.srt.disaggregation.multimodal import server_settings
@@ -53,9 +57,17 @@ def settle_settings(server_args: Any, previous: Callable[[Any], None]) -> None:
         server_settings.settle(server_args)
 
 
+def settle_decode_on_cpu(server_args: Any) -> None:
+    """SGLang's own decode mode, on the CPU platform that comes with this package."""
+    from sglang.srt.disaggregation.multimodal import cpu_platform, server_settings
+
+    if cpu_platform.serves():
+        server_settings.settle_decode(server_args)
+
+
 def settle_load_balancing(server_args: Any, previous: Callable[[Any], None]) -> None:
     """SGLang's own step refuses modes that it does not know."""
-    if modes.of(server_args) is None:
+    if modes.of(server_args) is None or modes.is_prefill(server_args):
         previous(server_args)
     else:
         from sglang.srt.disaggregation.multimodal import server_settings
@@ -199,13 +211,24 @@ def guard_media_session(session: Any) -> Any:
 
 def take_role(_result: Any, scheduler: Any) -> None:
     """SGLang's own prefill and decode branches must not see a mode that they do not know: to them we are plain."""
+    if modes.is_prefill():
+        prefill_on_cpu(scheduler)
     scheduler.embedding_relay = None
     mode = modes.current()
     if mode is not None:
         from sglang.srt.disaggregation.multimodal import instance
 
         scheduler.embedding_relay = instance.start_role(scheduler, mode)
-        scheduler.disaggregation_mode = type(scheduler.disaggregation_mode).NULL
+        if not modes.is_prefill():
+            scheduler.disaggregation_mode = type(scheduler.disaggregation_mode).NULL
+
+
+def prefill_on_cpu(scheduler: Any) -> None:
+    """SGLang's own prefill mode, with encode instances or without, on the CPU platform of this package."""
+    from sglang.srt.disaggregation.multimodal import cpu_platform, prefill_stage
+
+    if cpu_platform.serves():
+        prefill_stage.do_without_cuda(scheduler)
 
 
 def _role_of(scheduler: Any) -> Any:

@@ -19,6 +19,7 @@ from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, La
 from sglang.srt.disaggregation.multimodal import halves, modes, parts
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
+from sglang.srt.disaggregation.multimodal.prefill_stage import PrefillRole
 from sglang.srt.disaggregation.multimodal.roles import Role
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
@@ -76,7 +77,8 @@ def _language_role(scheduler: Any) -> LanguageRole:
     reports = Reports.open(reachable_host(), key) if group.world_size > 1 and group.rank_in_group == 0 else None
     meeting = group.broadcast_object(reports and reports.meeting)
     reporter = Reporter(meeting, group.rank_in_group, key) if group.rank_in_group > 0 else None
-    return LanguageRole(scheduler, manager, ranks=group.world_size, reports=reports, reporter=reporter)
+    role = PrefillRole if modes.is_prefill() else LanguageRole
+    return role(scheduler, manager, ranks=group.world_size, reports=reports, reporter=reporter)
 
 
 def open_encode_manager(scheduler: Any) -> EncodeManager:

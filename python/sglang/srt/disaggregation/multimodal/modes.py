@@ -1,4 +1,8 @@
-"""The two modes: their names, how SGLang learns them, and how a process finds out which one it serves."""
+"""The two modes: their names, how SGLang learns them, and how a process finds out which one it serves.
+
+With `--encoder-urls` SGLang's own prefill mode is the language mode to us, and to SGLang still what it was: the second
+of three stages, whose third is an ordinary decode instance.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,51 @@ if TYPE_CHECKING:
 
 ENCODE: Final = "encode"
 LANGUAGE: Final = "language"
+_PREFILL: Final = "prefill"
 
 HELP: Final = (
     ' With sglang-embedding-relay also "encode" (pixels to embeddings) and "language" (embeddings and text to tokens).'
+)
+ENCODER_URLS_HELP: Final = (
+    " With sglang-embedding-relay, in the modes language and prefill: the encode instances that this instance sends"
+    " the media of its requests to."
 )
 
 
 def of(server_args: Any) -> str | None:
     """The mode that these arguments ask for, if it is one of ours."""
-    mode = server_args.disaggregation_mode
-    return mode if mode in (ENCODE, LANGUAGE) else None
+    return _ours(server_args)
 
 
 def current() -> str | None:
     """The mode that this process serves, if it is one of ours; None also if it serves nothing at all."""
+    settings = _published()
+    return None if settings is None else _ours(settings)
+
+
+def is_prefill(settings: Any = None) -> bool:
+    """Whether the tokens come from a decode instance. Then the bootstrap fields of a request name its decode half."""
+    settings = settings or _published()
+    return settings is not None and settings.disaggregation_mode == _PREFILL
+
+
+def encode_urls() -> list[str]:
+    """The encode instances that this one sends the media of its requests to; none where the router does that."""
+    settings = _published()
+    return [] if settings is None else [url.rstrip("/") for url in settings.encoder_urls]
+
+
+def _published() -> Any:
+    """SGLang's settings of this process, if it serves anything."""
     from sglang.srt.runtime_context import get_context, get_disagg
 
-    if not get_context().is_config_namespace_published("disagg"):
-        return None
-    mode = get_disagg().disaggregation_mode
+    return get_disagg() if get_context().is_config_namespace_published("disagg") else None
+
+
+def _ours(settings: Any) -> str | None:
+    mode = settings.disaggregation_mode
+    if mode == _PREFILL and settings.encoder_urls and not settings.language_only:
+        return LANGUAGE
     return str(mode) if mode in (ENCODE, LANGUAGE) else None
 
 
@@ -58,8 +88,8 @@ def check_pairing(obj: Any) -> None:
 
     Before SGLang makes lists of it: that counts rooms up, and takes lists to be as long as the batch.
     """
-    if not hasattr(obj, "bootstrap_room"):
-        return  # a request for an embedding model, which SGLang refuses
+    if not hasattr(obj, "bootstrap_room") or is_prefill():
+        return  # a request for an embedding model, which SGLang refuses; or one whose pairing is SGLang's business
     from embedding_relay import pairing
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 

@@ -8,7 +8,9 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, Failure
@@ -17,11 +19,14 @@ from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.entry import name_of_rank
 from embedding_relay.transport.ranks import Agreement, Reporter, Reports, RoomEnded, Unhealthy
 from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
-from sglang.srt.disaggregation.multimodal import compatibility, media, modes
-from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of, wants_prompt_ids
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes
+from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of
+from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, encode_half
 from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
 
 logger = logging.getLogger(__name__)
+
+_MOST_LOST: Final = 256
 
 
 class MultimodalLanguageRequest:
@@ -58,9 +63,9 @@ class MultimodalLanguagePreallocQueue:
         """How many rows the manager reserves blocks for at first; None learns it from recent requests."""
         return self.manager.config.default_allocate_tokens
 
-    def add(self, recv_req: Any) -> MultimodalLanguageRequest:
-        room = recv_req.bootstrap_room
-        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(recv_req), room)
+    def add(self, recv_req: Any, half: EncodeHalf) -> MultimodalLanguageRequest:
+        room = half.room
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room)
         request = MultimodalLanguageRequest(receiver, next(self._numbers))
         if self._on_end is not None:
             receiver.on_end = functools.partial(self._on_end, request.number)
@@ -124,6 +129,8 @@ class LanguageRole(Role[LanguageManager]):
         self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, self._report if reporter else None)
         self.transfer_queue = MultimodalLanguageTransferQueue()
         self.shared: dict[int, MultimodalLanguageRequest] = {}
+        self.lost: dict[int, Failure] = {}
+        """Rooms whose rows will not come, and whose request has not come either: the news was faster."""
         self.keep_shared_s = manager.config.waiting_timeout
         self.agreement = Agreement(ranks, manager.config.waiting_timeout)
         self.reports = reports
@@ -153,26 +160,26 @@ class LanguageRole(Role[LanguageManager]):
     def take_over_remote(self, recv_req: Any) -> bool:
         if not recv_req.need_wait_for_mm_inputs:
             return False
-        if recv_req.bootstrap_host is None:
+        half = encode_half(recv_req)
+        if half.host is None:
             self.answer_with_failure(recv_req, Failure(BAD_REQUEST, "the request names no bootstrap_host"))
-            return True
-        self._park(recv_req)
+        else:
+            self._park(recv_req, msgspec.structs.replace(half, port=self._port(half.port)))
         return True
 
-    def _park(self, recv_req: Any) -> None:
-        room = recv_req.bootstrap_room
-        recv_req.bootstrap_port = self._port(recv_req.bootstrap_port)
+    def _park(self, recv_req: Any, half: EncodeHalf) -> None:
+        room = half.room
         if (over := self.shared.pop(room, None)) is not None:
             over.waiting.append(recv_req)
             self.transfer_queue.extend({room: over})
         elif (parked := self._parked(room)) is not None:
             parked.waiting.append(recv_req)
-        elif (failure := self.reason_to_turn_away()) is not None:
+        elif (failure := self.lost.pop(room, None) or self.reason_to_turn_away()) is not None:
             logger.warning("relay room=%d refused: %s", room, failure)
-            self.prealloc_queue.decline(peer_of(recv_req), room, failure)
+            self.prealloc_queue.decline(peer_of(half), room, failure)
             self.answer_with_failure(recv_req, failure)
         else:
-            self.agreement.begin(self.prealloc_queue.add(recv_req).number)
+            self.agreement.begin(self.prealloc_queue.add(recv_req, half).number)
 
     def _parked(self, room: int) -> MultimodalLanguageRequest | None:
         return self.transfer_queue.queue.get(room) or self.prealloc_queue.queue.get(room)
@@ -238,17 +245,18 @@ class LanguageRole(Role[LanguageManager]):
 
     def _use(self, request: MultimodalLanguageRequest, recv_req: Any) -> None:
         """From here on SGLang sees an ordinary request whose embeddings were computed beforehand."""
+        room = encode_half(recv_req).room
         request.uses_left -= 1
         if request.uses_left == 0:
-            self.shared.pop(recv_req.bootstrap_room, None)
+            self.shared.pop(room, None)
         if (failure := request.failure) is not None:
             self.answer_with_failure(recv_req, failure)
             return
         try:
             self._give_to_sglang(request.receiver.rows(), recv_req)
         except Exception as error:  # rows are checked when they come: a mistake of ours, for which one request pays
-            logger.exception("relay room=%d could not be handed over", recv_req.bootstrap_room)
-            text = f"the rows of room {recv_req.bootstrap_room} could not be handed over ({type(error).__name__})"
+            logger.exception("relay room=%d could not be handed over", room)
+            text = f"the rows of room {room} could not be handed over ({type(error).__name__})"
             self.answer_with_failure(recv_req, Failure(INTERNAL, text))
 
     def _give_to_sglang(self, rows: ReceivedRows, recv_req: Any) -> None:
@@ -257,7 +265,7 @@ class LanguageRole(Role[LanguageManager]):
         recv_req.input_ids, recv_req.mm_inputs = media.request_inputs(rows, self.manager.limits)
         media.limit_new_tokens(recv_req.sampling_params, rows, self.manager.limits)
         recv_req.need_wait_for_mm_inputs = False
-        if wants_prompt_ids(recv_req):
+        if request_notes.read(recv_req).wants_prompt_ids:
             message = prompt_ids_message(recv_req.rid, list(recv_req.input_ids))
             compatibility.send_abort(self.scheduler, message, recv_req)
         self.scheduler.handle_generate_request(recv_req)
@@ -276,6 +284,17 @@ class LanguageRole(Role[LanguageManager]):
             if not request.waiting:
                 request.receiver.abort(gone)
 
+    def lose(self, room: int, failure: Failure) -> None:
+        if (request := self._parked(room)) is not None:
+            request.receiver.abort(failure)
+            for waiting in request.waiting:
+                self.answer_with_failure(waiting, failure)
+            request.waiting.clear()
+        elif room not in self.shared:
+            self.lost[room] = failure
+            while len(self.lost) > _MOST_LOST:
+                del self.lost[next(iter(self.lost))]
+
     def refuse(self, refusal: Refusal) -> None:
         if refusal.host is not None and self._parked(refusal.room) is None:
             peer = name_of_rank(Address(refusal.host, self._port(refusal.port)), refusal.encode_rank)
@@ -289,10 +308,11 @@ class LanguageRole(Role[LanguageManager]):
         return not (self.prealloc_queue.queue or self.transfer_queue.queue)
 
 
-def peer_of(recv_req: Any) -> str:
-    """The encode rank that makes the rows of this request."""
-    registry = Address(recv_req.bootstrap_host, recv_req.bootstrap_port)
-    return name_of_rank(registry, recv_req.disagg_prefill_dp_rank or 0)
+def peer_of(half: EncodeHalf) -> str:
+    """The encode rank that makes the rows of a request."""
+    assert half.host is not None
+    assert half.port is not None
+    return name_of_rank(Address(half.host, half.port), half.rank)
 
 
 def uses_of_room(recv_req: Any) -> int:

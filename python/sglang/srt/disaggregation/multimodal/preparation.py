@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.media_sources import MediaSources
-from sglang.srt.disaggregation.multimodal import faults, front, modes, precomputed
+from sglang.srt.disaggregation.multimodal import faults, forwarding, modes, precomputed, request_notes
+from sglang.srt.disaggregation.multimodal.request_notes import Note
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
 
@@ -29,6 +30,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     try:
         for field in _MEDIA_FIELDS:
             if (media := getattr(obj, field)) is not None:
+                media = forwarding.rebuilt(media)
                 precomputed.check(media, getattr(manager.mm_processor, "FEATURE_NAMES", ()))
                 setattr(obj, field, await asyncio.to_thread(_sources().accepted, media))
         tokenized = await original(manager, obj)
@@ -84,10 +86,14 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
         if hasattr(tokenized, "need_wait_for_mm_inputs"):
             tokenized.need_wait_for_mm_inputs = False
         return tokenized
-    if getattr(obj, "bootstrap_room", None) is None:
+    we_choose = modes.is_prefill() or getattr(obj, "bootstrap_room", None) is None
+    if we_choose and not modes.encode_urls():
         raise ValueError(
-            "Disaggregated request received without bootstrap room id: requests with media need the router"
+            "Disaggregated request received without bootstrap room id: requests with media need the router,"
+            " or --encoder-urls at this instance"
         )
+    if modes.is_prefill() and obj.sampling_params.get("n", 1) > 1:
+        raise ValueError("several samples of one prompt are not answered by SGLang's prefill and decode instances")
     try:
         with _without_media(obj):
             tokenized = await original(manager, obj)
@@ -95,7 +101,10 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
         raise faults.explained(error, modes.LANGUAGE) from error
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
-    front.ask_for_prompt_ids(tokenized, obj)
+    encode_half = await forwarding.ask_for_rows(manager, obj) if we_choose else None
+    # SGLang would answer at once with the ids that it has: placeholders. A late answer has none instead.
+    request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids)))
+    obj.return_prompt_token_ids = False
     return tokenized
 
 

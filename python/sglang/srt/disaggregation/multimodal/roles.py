@@ -16,12 +16,11 @@ from embedding_relay.pulse import Pulse, socket_name
 from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
 from sglang.srt.disaggregation.multimodal import compatibility
-from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, refusal_in
+from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, lost_rows_in, refusal_in
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 M = TypeVar("M", bound=MooncakeEmbeddingManager | NoTransfer)
 
-_LONGEST_SLEEP_MS: Final = 1000
 _DECIDED: Final = "relay-decided"
 
 
@@ -164,6 +163,8 @@ class Role(abc.ABC, Generic[M]):
             self._hear(decisions)
         elif (refusal := refusal_in(recv_req)) is not None:
             self.refuse(refusal)
+        elif (lost := lost_rows_in(recv_req)) is not None:
+            self.lose(*lost)
         else:
             self.abort(recv_req)
 
@@ -175,6 +176,9 @@ class Role(abc.ABC, Generic[M]):
     def refuse(self, refusal: Refusal) -> None:
         """Tell the other half of a request that will never come here."""
 
+    def lose(self, room: int, failure: Failure) -> None:
+        """The other half of a request has failed before the transfer could say so."""
+
     @abc.abstractmethod
     def is_idle(self) -> bool:
         """No request is parked here."""
@@ -183,6 +187,11 @@ class Role(abc.ABC, Generic[M]):
         """There is something to do in the next turn even if no message comes."""
         return False
 
+    @property
+    def longest_sleep_ms(self) -> int:
+        """What no message announces is looked for so often."""
+        return 1000
+
     def sleep_until_something_happens(self) -> None:
         """Called when the scheduler has no batch: while nothing but parked requests keeps it awake, wait for a message.
 
@@ -190,7 +199,7 @@ class Role(abc.ABC, Generic[M]):
         Only the first rank sleeps here: the others wait for it when they are about to get their messages.
         """
         if self.is_first and self.scheduler_idle and not self.is_idle() and not self.has_work():
-            self._poller.poll(_LONGEST_SLEEP_MS)
+            self._poller.poll(self.longest_sleep_ms)
 
     def reason_to_turn_away(self) -> Failure | None:
         """Why no further request that waits for rows is admitted, if so."""

@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import closing
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import torch
 
@@ -49,7 +50,8 @@ def settle(server_args: Any) -> None:
     if cfg.enable_dp_attention or getattr(cfg, "attn_dp_size", 1) > 1:
         reason = "nobody has tried it with these modes, since SGLang's own DP attention does not run on a CPU"
         raise SettingError(f"--enable-dp-attention, --attn-dp-size: {reason}")
-    if cfg.disaggregation_transfer_backend != "mooncake":
+    _check_encoder_urls(mode, cfg)
+    if cfg.disaggregation_transfer_backend != "mooncake" and not modes.is_prefill(cfg):
         backend = cfg.disaggregation_transfer_backend
         raise SettingError(f"--disaggregation-transfer-backend {backend}: embeddings travel over mooncake only")
     if envs.SGLANG_RUST_SERVER.get():
@@ -69,6 +71,26 @@ def settle(server_args: Any) -> None:
             disable_decode_cuda_graph=True,
             sleep_on_idle=True,
         )
+
+
+def _check_encoder_urls(mode: str | None, cfg: Any) -> None:
+    if mode == modes.ENCODE and cfg.encoder_urls:
+        raise SettingError("--encoder-urls is for instances that generate, and this one encodes")
+    for url in cfg.encoder_urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise SettingError(f"--encoder-urls {url}: the address of an encode instance is like http://host:30000")
+    if modes.is_prefill(cfg):
+        for field, flag in {"dp_size": "--dp-size", "pp_size": "--pp-size"}.items():
+            if getattr(cfg, field) > 1:
+                text = f"{flag} {getattr(cfg, field)}: a prefill instance with --encoder-urls has one rank of these"
+                raise SettingError(f"{text}; start more instances instead")
+
+
+def settle_decode(server_args: Any) -> None:
+    """Of an instance that cannot pin memory."""
+    if resolving_view(server_args).disaggregation_decode_retraction_backup is None:
+        declare_resolution(server_args, _SOURCE, disaggregation_decode_retraction_backup="none")
 
 
 def settle_load_balancing(server_args: Any) -> None:
