@@ -43,7 +43,10 @@ STRIKES: Final = int(os.environ.get("RELAY_STRIKES", 0))
 DAILY: Final = ("encode killed", "encode scheduler frozen", "language scheduler killed", "clients gone")
 
 FAMILY: Final = "qwen2_5_vl"
+# The ways that rows can take from a writer that is struck, or to a reader: one of them in each run.
+PLANE: Final = random.Random(SEED).choice(("mooncake", "shared_memory"))
 SETTINGS: Final = {
+    "SGLANG_EMBEDDING_DATA_PLANE": PLANE,
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "6",
     "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "32",
@@ -362,7 +365,7 @@ def trial(logs: Path) -> Iterator[Trial]:
     cluster = Cluster(logs / "strikes")
     with servers.running(cluster.all):
         trial = Trial(cluster)
-        print(f"\nRELAY_STRESS_SEED={SEED}", flush=True)
+        print(f"\nRELAY_STRESS_SEED={SEED}, rows go by {PLANE}", flush=True)
         print(f"{AT_ONCE} requests at once take {trial.batch_seconds:.1f} s undisturbed", flush=True)
         yield trial
     print_table(trial.reports)
