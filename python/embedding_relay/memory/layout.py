@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Final
 
@@ -69,7 +70,7 @@ class BufferLayout:
         """Elements per row as the model hands them out: the embedding, then its deepstack rows."""
         return self.hidden_size * (1 + self.deepstack_rows)
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[Column, ...]:
         row = self.hidden_size * DTYPE_BYTES[self.dtype]
         columns = [
@@ -85,7 +86,7 @@ class BufferLayout:
         columns.append(Column(name=ITEMS, bytes_per_row=ITEM_VALUES * INT32, per_block=False, media_only=False))
         return tuple(columns)
 
-    @property
+    @functools.cached_property
     def item_lens(self) -> tuple[int, ...]:
         """Bytes per block of each buffer."""
         return tuple(c.bytes_per_row * (1 if c.per_block else self.block_size) for c in self.columns)

@@ -197,3 +197,17 @@ def test_what_is_copied_in_pieces_is_looked_at_in_pieces() -> None:
     assert target.flaw is not None
     assert target.flaw.endswith("to inf")
     assert difference(layout, source, target) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_is_seen_in_every_type(dtype: str, value: float) -> None:
+    layout = small_layout(dtype=dtype, blocks=1)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    source = make_rows(layout, Spec(room=1, total=20))
+    source.segments[0][1][0, 0] = value
+    buffers.stage(source, 0, 20, [0])
+    target = buffers.make_target(source.aux)
+    buffers.copy_out(target, [0], 0, 20)
+    assert target.flaw is not None

@@ -56,7 +56,8 @@ def test_a_chunk_is_staged_only_after_the_event_that_made_its_rows() -> None:
         def write(self, entries: Any) -> None:
             written.extend(entries)
 
-    ChunkJob(chunk, source, buffers, lambda _: None).write(chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]
+    job = ChunkJob(chunk, source, buffers, lambda _: None, lambda *_: None, from_where_they_are=False)
+    job.write(chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]
     assert written
     target = buffers.make_target(buffers.read_aux(3))
     buffers.copy_out(target, blocks, 0, 500)
