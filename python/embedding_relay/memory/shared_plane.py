@@ -54,7 +54,7 @@ class SharedMemoryDataPlane:
             self._other.start(regions)
         if self._segment is not None:
             try:
-                self._segment.open(lambda reason: self.on_death(reason))
+                self._segment.open(self.session_id, lambda reason: self.on_death(reason))
             except OSError as error:
                 self._do_without(f"our memory cannot be handed to encode ranks of this host: {error}")
 
@@ -112,7 +112,7 @@ class SharedMemoryDataPlane:
         try:
             if not memory_name:
                 raise NotShared("it shares no memory")
-            link = SharedMemoryLink(self, attach(memory_name, self._writer))
+            link = SharedMemoryLink(self, attach(memory_name, session_id, self._writer))
         except NotShared as reason:
             if self._other is None:
                 raise Unreachable(f"rows for {session_id} cannot be written: {reason}; {_ONLY}") from reason

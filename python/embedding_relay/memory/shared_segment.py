@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_TIMEOUT: Final = 2.0
 _AGAIN_AFTER: Final = 1.0
 _LONGEST_NAME: Final = 64
+_LONGEST_ANSWER: Final = 1024
 # Whoever is of our user may connect, and a connection costs a descriptor.
 _MOST_CONNECTIONS: Final = 1024
 _BASE: Final = struct.Struct("<Q")
@@ -96,6 +97,7 @@ class Segment:
         """By which it is asked for."""
         self._fd = -1
         self._base = 0
+        self._owner = b""
         self._listener: socket.socket | None = None
         self._thread: WatchedThread | None = None
         self._writers: dict[socket.socket, str] = {}
@@ -119,8 +121,8 @@ class Segment:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         return memory
 
-    def open(self, on_death: Callable[[str], None]) -> None:
-        """From here on others may have it; raises OSError."""
+    def open(self, owner: str, on_death: Callable[[str], None]) -> None:
+        """From here on others may have it, and hear whose it is; raises OSError."""
         if self._fd < 0:
             raise LocalError("a segment is allocated before it is handed out")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -131,6 +133,7 @@ class Segment:
         except BaseException:
             listener.close()
             raise
+        self._owner = owner.encode("ascii")
         self._listener = listener
         self._thread = WatchedThread("relay-shared-memory", self._hand_out, on_death)
         self._thread.start()
@@ -216,7 +219,7 @@ class Segment:
         writer = said.decode("ascii")
         with self._lock:  # before it can write
             self._writers[connection] = writer
-        socket.send_fds(connection, [_BASE.pack(self._base)], [self._fd])
+        socket.send_fds(connection, [_BASE.pack(self._base) + self._owner], [self._fd])
         logger.info("relay: encode rank %s writes to our memory directly", writer)
 
 
@@ -259,8 +262,8 @@ class MappedSegment:
             self._connection.close()
 
 
-def attach(name: str, writer: str) -> MappedSegment:
-    """Map the segment of this name, as `writer`.
+def attach(name: str, owner: str, writer: str) -> MappedSegment:
+    """Map the segment of this name, as `writer`, unless it is not `owner` who says that it has it.
 
     Raises NotShared if this process cannot have it, and Unreachable if its owner does not answer.
     """
@@ -268,7 +271,7 @@ def attach(name: str, writer: str) -> MappedSegment:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(_ANSWER_TIMEOUT)
     try:
-        segment = _attach(connection, _socket_name(name), writer)
+        segment = _attach(connection, _socket_name(name), owner, writer)
     except BaseException as error:
         connection.close()
         if isinstance(error, (BlockingIOError, TimeoutError)):
@@ -280,7 +283,7 @@ def attach(name: str, writer: str) -> MappedSegment:
     return segment
 
 
-def _attach(connection: socket.socket, address: str, writer: str) -> MappedSegment:
+def _attach(connection: socket.socket, address: str, owner: str, writer: str) -> MappedSegment:
     try:
         connection.connect(address)
     except ConnectionRefusedError:
@@ -289,16 +292,18 @@ def _attach(connection: socket.socket, address: str, writer: str) -> MappedSegme
         raise NotShared("another user has it")
     try:
         connection.send(writer.encode("ascii"))
-        said, descriptors, _, _ = socket.recv_fds(connection, _BASE.size, 1, socket.MSG_CMSG_CLOEXEC)
+        said, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_ANSWER, 1, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         said, descriptors = b"", []
     with contextlib.ExitStack() as closing:
         for descriptor in descriptors:
             closing.callback(os.close, descriptor)
-        if len(said) != _BASE.size or len(descriptors) != 1:
+        if len(said) < _BASE.size or len(descriptors) != 1:
             raise NotShared("its process does not hand it out to this one")
+        if said[_BASE.size :] != owner.encode("ascii"):  # whose blocks would then be written to in its name?
+            raise NotShared("it belongs to another rank")
         connection.setblocking(False)
-        return MappedSegment(connection, _map(descriptors[0]), *_BASE.unpack(said))
+        return MappedSegment(connection, _map(descriptors[0]), *_BASE.unpack_from(said))
 
 
 def _map(descriptor: int) -> mmap.mmap:

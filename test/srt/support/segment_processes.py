@@ -59,7 +59,7 @@ def ask_from_another_network(pipe: Connection, name: str) -> None:
 
 def _ask(pipe: Connection, name: str) -> None:
     try:
-        attach(name, "a1")
+        attach(name, "s1", "a1")
     except NotShared as reason:
         pipe.send(str(reason))
     else:
@@ -69,7 +69,7 @@ def _ask(pipe: Connection, name: str) -> None:
 def write_for_ever(pipe: Connection, name: str, base: int) -> None:
     """Another number each time, over the first half of the memory."""
     source = mmap.mmap(-1, SIZE)
-    here, mapped, number = address_of(source), attach(name, "a1"), 0
+    here, mapped, number = address_of(source), attach(name, "s1", "a1"), 0
     pipe.send("writing")
     while True:
         number += 1
@@ -80,6 +80,6 @@ def write_for_ever(pipe: Connection, name: str, base: int) -> None:
 def own(pipe: Connection) -> None:
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open(print)
+    segment.open("s1", print)
     pipe.send((segment.name, address_of(memory)))
     pipe.recv()

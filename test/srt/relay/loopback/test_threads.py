@@ -120,7 +120,7 @@ def test_shared_memory(death: BaseException, monkeypatch: pytest.MonkeyPatch) ->
     )
     manager.start()
     with pytest.raises(Unreachable, match="does not answer"):
-        attach(manager.plane.memory_name, "a1")
+        attach(manager.plane.memory_name, manager.plane.session_id, "a1")
     assert becomes_unhealthy(manager) == f"relay-shared-memory died: {death!r}"
     manager.close()
 

@@ -176,6 +176,17 @@ def test_rows_go_another_way_where_memory_cannot_be_shared(
         planes(None, "a2").link("x", name).write(pair.rows)
 
 
+def test_nobody_has_rows_written_to_another_rank(planes: Planes, caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger may register with any name and any addresses that it has heard of."""
+    caplog.set_level(logging.INFO)
+    pair = Pair(planes, Other(), other := Other())
+    with closing(pair.writer.link("10.0.0.9:1", pair.reader.memory_name)) as link:
+        link.write(pair.rows)
+    assert not any(pair.memory[:])
+    assert ("link", "10.0.0.9:1") in other.told
+    assert said(caplog) == ["relay: rows for 10.0.0.9:1 go over Mooncake: it belongs to another rank"]
+
+
 def test_what_is_said_has_an_end(planes: Planes, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(shared_plane, "_MOST_SAID", 3)

@@ -42,7 +42,7 @@ Owned = tuple[Segment, mmap.mmap]
 def owned() -> Iterator[Owned]:
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open(print)
+    segment.open("s1", print)
     yield segment, memory
     segment.close()
 
@@ -69,7 +69,7 @@ def ones() -> Iterator[int]:
 def test_what_is_written_is_there(owned: Owned, ones: int) -> None:
     segment, memory = owned
     base = address_of(memory)
-    mapped = attach(segment.name, "a1")
+    mapped = attach(segment.name, "s1", "a1")
     mapped.write([Entry(ones, base + 10, 5), Entry(ones, base + SIZE - 7, 7)])
     assert memory[:].count(1) == 12
     assert (memory[10:15], memory[-7:]) == (b"\1" * 5, b"\1" * 7)
@@ -83,7 +83,7 @@ def test_what_is_written_is_there(owned: Owned, ones: int) -> None:
 def test_nothing_is_written_outside_of_the_memory(owned: Owned, ones: int, where: int) -> None:
     """A registration names any addresses that it likes."""
     segment, memory = owned
-    mapped = attach(segment.name, "a1")
+    mapped = attach(segment.name, "s1", "a1")
     with pytest.raises(Unreachable, match=r"8 bytes at .* are not in the memory that the peer shares"):
         mapped.write([Entry(ones, address_of(memory), 8), Entry(ones, address_of(memory) + where, 8)])
     assert not any(memory[:]), "not even what comes before it"
@@ -111,7 +111,7 @@ def test_memory_that_is_lacking_is_an_error_and_leaves_nothing(monkeypatch: pyte
 
 def test_memory_is_handed_out_when_there_is_some() -> None:
     with pytest.raises(LocalError, match="allocated before"):
-        Segment().open(print)
+        Segment().open("s1", print)
 
 
 def test_a_name_that_is_taken_leaves_nothing_open(owned: Owned) -> None:
@@ -120,7 +120,7 @@ def test_a_name_that_is_taken_leaves_nothing_open(owned: Owned) -> None:
     other.name = owned[0].name
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="in use"):
-        other.open(print)
+        other.open("s1", print)
     assert len(os.listdir("/proc/self/fd")) == before
     other.close()
 
@@ -135,8 +135,8 @@ def test_closing_gives_everything_back() -> None:
     before = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
     segment = Segment()
     memory = segment.allocate(SIZE)
-    segment.open(print)
-    mapped = attach(segment.name, "a1")
+    segment.open("s1", print)
+    mapped = attach(segment.name, "s1", "a1")
     segment.close()
     segment.close()
     mapped.close()
@@ -151,7 +151,7 @@ def test_another_user_does_not_get_it(owned: Owned, monkeypatch: pytest.MonkeyPa
     segment, _ = owned
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(NotShared, match="another user has it"):
-        attach(segment.name, "a1")
+        attach(segment.name, "s1", "a1")
     until(lambda: not segment._writers)
     assert segment.writers == 0
 
@@ -188,7 +188,7 @@ def test_where_foreign_users_have_our_number_nothing_is_shared(
 
 def test_a_name_that_nobody_has_is_of_another_host() -> None:
     with pytest.raises(NotShared, match="on another host, or in another network namespace"):
-        attach("0" * 32, "a1")
+        attach("0" * 32, "s1", "a1")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a network namespace")
@@ -215,9 +215,9 @@ def test_who_does_not_say_its_name_gets_nothing(owned: Owned, said: bytes) -> No
 
 def test_there_is_a_limit_to_connections(owned: Owned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_segment, "_MOST_CONNECTIONS", 1)
-    mapped = attach(owned[0].name, "a1")
+    mapped = attach(owned[0].name, "s1", "a1")
     with pytest.raises(NotShared, match="does not hand it out"):
-        attach(owned[0].name, "a2")
+        attach(owned[0].name, "s1", "a2")
     mapped.close()
 
 
@@ -235,7 +235,7 @@ def test_it_goes_on_when_no_descriptor_is_left_for_a_connection(
 
     monkeypatch.setattr(socket.socket, "accept", accept_or_fail)
     with caplog.at_level(logging.WARNING):
-        attach(segment.name, "a1").close()
+        attach(segment.name, "s1", "a1").close()
     assert "Too many open files" in caplog.text
 
 
@@ -267,7 +267,7 @@ class Impostor:
         self._listener.close()
 
 
-BASE = struct.pack("<Q", 4096)
+BASE = struct.pack("<Q", 4096) + b"s1"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -297,6 +297,8 @@ def a_file() -> int:
     [
         (b"", memfd, "does not hand it out"),
         (b"short", memfd, "does not hand it out"),
+        (BASE + b"0", memfd, "it belongs to another rank"),
+        (BASE[:8], memfd, "it belongs to another rank"),
         (BASE, None, "does not hand it out"),
         (BASE, lambda: memfd(seals=fcntl.F_SEAL_GROW), "could be taken away under us"),
         (BASE, lambda: memfd(seals=fcntl.F_SEAL_SHRINK), "could be taken away under us"),
@@ -314,7 +316,7 @@ def test_what_would_end_us_or_is_no_memory_is_not_mapped(
     for descriptor in descriptors[1:]:
         os.close(descriptor)
     with pytest.raises(NotShared, match=reason):
-        attach(impostor.name, "a1")
+        attach(impostor.name, "s1", "a1")
     impostor.close()
     for descriptor in descriptors:
         os.close(descriptor)
@@ -325,7 +327,7 @@ def test_what_is_refused_leaves_nothing_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     impostor = Impostor(BASE, given, given)
     with pytest.raises(NotShared):
-        attach(impostor.name, "a1")
+        attach(impostor.name, "s1", "a1")
     impostor.close()
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(given)
@@ -340,7 +342,7 @@ def test_an_owner_that_does_not_answer_is_not_taken_for_one_that_refuses(monkeyp
         silent.listen(0)
         for _ in range(3):  # later ones find no place in the queue
             with pytest.raises(Unreachable, match="does not answer"):
-                attach(name, "a1")
+                attach(name, "s1", "a1")
 
 
 # ---- what the end of a connection proves
@@ -348,7 +350,7 @@ def test_an_owner_that_does_not_answer_is_not_taken_for_one_that_refuses(monkeyp
 
 def test_who_has_it_may_write_until_it_has_given_it_back(owned: Owned) -> None:
     segment, _ = owned
-    mapped = attach(segment.name, "a1")
+    mapped = attach(segment.name, "s1", "a1")
     assert segment.may_be_written_by("a1")
     assert not segment.may_be_written_by("a2")
     assert segment.writers == 1
@@ -359,7 +361,7 @@ def test_who_has_it_may_write_until_it_has_given_it_back(owned: Owned) -> None:
 
 def test_two_with_one_name_are_both_waited_for(owned: Owned) -> None:
     segment, _ = owned
-    first, second = attach(segment.name, "a1"), attach(segment.name, "a1")
+    first, second = attach(segment.name, "s1", "a1"), attach(segment.name, "s1", "a1")
     first.close()
     assert segment.may_be_written_by("a1")
     second.close()
@@ -368,7 +370,7 @@ def test_two_with_one_name_are_both_waited_for(owned: Owned) -> None:
 
 def test_whatever_a_writer_says_it_is_not_forgotten(owned: Owned) -> None:
     segment, _ = owned
-    mapped = attach(segment.name, "a1")
+    mapped = attach(segment.name, "s1", "a1")
     for _ in range(5):
         mapped._connection.send(b"another name")
     until(lambda: not _has_unread(segment))
@@ -388,7 +390,7 @@ def _has_unread(segment: Segment) -> bool:
 
 def test_a_writer_whose_owner_is_gone_writes_nothing(owned: Owned, ones: int) -> None:
     segment, memory = owned
-    mapped = attach(segment.name, "a1")
+    mapped = attach(segment.name, "s1", "a1")
     segment.close()
     with pytest.raises(Unreachable, match="has gone"):
         mapped.write([Entry(ones, address_of(memory), 8)])
@@ -423,7 +425,7 @@ def _is_stopped(pid: int | None) -> bool:
 def test_memory_outlives_its_owner_for_those_who_have_mapped_it(ones: int) -> None:
     """An encode rank in the middle of a copy is not ended by the end of the language rank."""
     with process(own) as (_, (name, base)):
-        mapped = attach(name, "a1")
+        mapped = attach(name, "s1", "a1")
         mapped.write([Entry(ones, base, SIZE)])
     ctypes.memset(mapped._here, 7, SIZE)
     assert ctypes.string_at(mapped._here, SIZE) == b"\7" * SIZE
