@@ -56,6 +56,35 @@ def told() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
+# ---- how rows get there
+
+
+@pytest.mark.parametrize(("plane", "starts"), [("auto", 1), ("mooncake", 1), ("shared_memory", 0)])
+def test_a_device_is_tried_where_an_engine_will_use_it(
+    plane: str, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    class Plane:
+        """Would be an engine over RDMA."""
+
+        is_tcp = False
+
+        def __init__(self, host: str, transport: str, device: str) -> None:
+            self.device = device
+
+        def start(self, regions: object) -> None:
+            started.append(self.device)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(server_settings, "MooncakeDataPlane", Plane)
+    monkeypatch.setattr(server_settings, "resolving_view", lambda _: SimpleNamespace(disaggregation_ib_device="mlx5_0"))
+    monkeypatch.setenv("SGLANG_EMBEDDING_DATA_PLANE", plane)
+    server_settings.check_transport(None)
+    assert started == ["mlx5_0"] * starts
+
+
 # ---- which ranks there may be
 
 
