@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import multiprocessing
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -16,12 +15,12 @@ from typing import Any
 from embedding_relay.memory import shared_segment
 from embedding_relay.memory.plane import Entry
 from embedding_relay.memory.shared_segment import NotShared, Segment, attach
+from support.forks import fork
 
 SIZE = 1 << 20
 NOBODY_WE_KNOW = 12345
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
-_spawn = multiprocessing.get_context("spawn")
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -31,8 +30,8 @@ def address_of(memory: mmap.mmap) -> int:
 @contextmanager
 def process(main: Callable[..., None], *arguments: object) -> Iterator[tuple[BaseProcess, Any]]:
     """The process, and the first thing that it has to say."""
-    ours, theirs = _spawn.Pipe()
-    started = _spawn.Process(target=main, args=(theirs, *arguments), daemon=True)
+    ours, theirs = fork.Pipe()
+    started = fork.Process(target=main, args=(theirs, *arguments), daemon=True)
     started.start()
     theirs.close()
     try:
