@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from embedding_relay.memory.buffers import ReceivedRows
 from sglang.srt.disaggregation.multimodal import media
 from sglang.srt.managers.mm_utils import embed_mm_inputs
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+    MultimodalProcessorOutput,
+)
 from support.columns import EDGES, LARGEST, LIMITS, SMALLEST, WHERE, changed, columns
 from support.received import TABLE, WIDTH, ModelWithoutLayers, received
 
@@ -52,6 +57,13 @@ def test_a_request_is_what_its_rows_say() -> None:
     expected = TABLE(torch.arange(8))
     expected[media_rows] = rows.embeddings[media_rows]
     assert torch.equal(embedded(ids, output), expected)
+
+
+def test_token_ids_are_padded_as_sglang_pads_them() -> None:
+    ids, output = media.request_inputs(received(columns(*ROWS)), LIMITS)
+    as_sglang = MultimodalProcessorOutput.build_padded_input_ids(list(ids), output.mm_items)
+    assert list(output.padded_input_ids) == as_sglang != list(ids)
+    assert (type(output.padded_input_ids), output.padded_input_ids.typecode) == (array, "q")
 
 
 def test_without_positions_sglang_is_given_none() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from array import array
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
 from embedding_relay.memory.checks import NO_ITEM, ModelLimits
@@ -61,15 +63,36 @@ def request_inputs(rows: ReceivedRows, limits: ModelLimits) -> tuple[array[int],
     """The expanded token ids and SGLang's own description of precomputed media, for one use of the rows."""
     from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 
-    input_ids = rows.fill_ids.tolist()
+    # The scheduler does nothing else meanwhile, so nothing goes over token ids one by one that need not.
+    input_ids = rows.fill_ids.numpy().astype(np.int64)
     items = _items(rows, limits)
-    # Padded here from the items' own offsets: models that pad by themselves need token ids that only a processor knows.
-    padded = MultimodalProcessorOutput.build_padded_input_ids(input_ids, items)
-    output = MultimodalProcessorOutput(mm_items=items, input_ids=input_ids, padded_input_ids=padded)
+    output = MultimodalProcessorOutput(
+        mm_items=items, input_ids=input_ids.tolist(), padded_input_ids=_array(_padded(input_ids, items))
+    )
     if rows.has_mrope:
         output.mrope_positions = rows.mrope.t().to(torch.int64)
         output.mrope_position_delta = torch.tensor([[rows.mrope_delta]])
-    return array("q", input_ids), output
+    return _array(input_ids), output
+
+
+def _array(ids: NDArray[np.int64]) -> array[int]:
+    """SGLang makes one of whatever it is given, and of an array quickest."""
+    made = array("q")
+    made.frombytes(ids.tobytes())
+    return made
+
+
+def _padded(input_ids: NDArray[np.int64], items: list[Any]) -> NDArray[np.int64]:
+    """As SGLang pads a list, from the items' own offsets.
+
+    Padded here: models that pad by themselves need token ids that only a processor knows.
+    """
+    padded = input_ids.copy()
+    for item in items:
+        values = np.array(getattr(item, "pad_values", None) or [item.pad_value], dtype=np.int64)
+        for start, end in item.offsets:
+            padded[start : end + 1] = values[np.arange(end - start + 1) % len(values)]
+    return padded
 
 
 def limit_new_tokens(sampling_params: Any, rows: ReceivedRows, limits: ModelLimits) -> None:
