@@ -139,6 +139,7 @@ def test_closing_gives_everything_back() -> None:
     mapped = attach(segment.name, "s1", "a1")
     segment.close()
     segment.close()
+    assert segment.writers == 0
     mapped.close()
     del memory
     assert (len(os.listdir("/proc/self/fd")), set(threading.enumerate())) == before
@@ -348,15 +349,37 @@ def test_an_owner_that_does_not_answer_is_not_taken_for_one_that_refuses(monkeyp
 # ---- what the end of a connection proves
 
 
-def test_who_has_it_may_write_until_it_has_given_it_back(owned: Owned) -> None:
+def test_who_has_it_may_write_until_it_has_given_it_back(owned: Owned, caplog: pytest.LogCaptureFixture) -> None:
     segment, _ = owned
-    mapped = attach(segment.name, "s1", "a1")
+    with caplog.at_level(logging.INFO):
+        mapped = attach(segment.name, "s1", "a1")
+        until(lambda: "encode rank a1 writes to our memory directly" in caplog.text)
     assert segment.may_be_written_by("a1")
     assert not segment.may_be_written_by("a2")
     assert segment.writers == 1
     mapped.close()
     assert not segment.may_be_written_by("a1"), "at once, whenever the thread gets to it"
     until(lambda: segment.writers == 0)
+
+
+def test_what_was_given_back_is_mapped_no_more_before_its_owner_hears_of_it(
+    owned: Owned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is the proof that nothing can be written there."""
+    mapped, seen, close = attach(owned[0].name, "s1", "a1"), [mappings()], socket.socket.close
+
+    def close_and_look(connection: socket.socket) -> None:
+        seen.append(mappings())
+        close(connection)
+
+    monkeypatch.setattr(socket.socket, "close", close_and_look)
+    mapped.close()
+    assert seen[0] == 2, "the owner's own, and that of the writer"
+    assert seen[1:2] == [1]
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("/memfd:sglang-embedding-relay")
 
 
 def test_two_with_one_name_are_both_waited_for(owned: Owned) -> None:
