@@ -11,9 +11,11 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -38,6 +40,10 @@ from embedding_relay.transport.loop import ControlLoop
 from embedding_relay.transport.sockets import ip_address
 
 logger = logging.getLogger(__name__)
+
+# How long the control thread waits at most for a scheduler that computes in Python to hand the interpreter over. A
+# resume needs it several times, and took two to three times as long with Python's own 5 ms (benchmark/resume.py).
+_SWITCH_INTERVAL: Final = 0.0005
 
 # ---- where rooms stand
 
@@ -221,6 +227,9 @@ class MooncakeEmbeddingManager(abc.ABC):
 
     def start(self) -> None:
         self._count()
+        before = sys.getswitchinterval()
+        self._closing.callback(sys.setswitchinterval, before)
+        sys.setswitchinterval(min(before, _SWITCH_INTERVAL))
         self._closing.callback(self._close_helpers)
         self._closing.callback(self._thread.join)
         self._closing.callback(self._loop.stop)

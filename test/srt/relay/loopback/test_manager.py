@@ -7,6 +7,7 @@ rooms is in test_status_board.py.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +142,14 @@ def test_the_first_thing_that_died_is_the_reason_and_each_is_heard(
     assert manager.unhealthy_reason == "one died"
     assert heard == ["another died"]
     assert caplog.messages == ["relay is unhealthy: one died", "relay is unhealthy: another died"]
+
+
+def test_the_control_thread_does_not_wait_long_for_the_interpreter(manager: Any) -> None:
+    before = sys.getswitchinterval()
+    manager.start()
+    assert sys.getswitchinterval() == pytest.approx(0.0005)
+    manager.close()
+    assert sys.getswitchinterval() == before
 
 
 def test_a_control_thread_that_ends_ends_every_room(manager: Any) -> None:
