@@ -29,6 +29,7 @@ class Other:
 
     def __init__(self) -> None:
         self.on_death = print
+        self.reads_any_memory = True
         self.told: list[Any] = []
         self.has_read, self.quiet = True, True
         self.problem: Exception | None = None
@@ -260,16 +261,30 @@ def test_without_such_memory_a_rank_starts_as_it_did_before_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(where, what, problem)
     plane = planes(other := Other())
+    segment = plane._segment
+    assert segment is not None
     memory = plane.allocate(SIZE)
     plane.start([Region(address_of(memory), SIZE)])
     assert (plane.memory_name, plane.mapped) == ("", 0)
+    assert segment._fd < 0, "it is closed"
     assert plane.session_id == "127.0.0.1:1"
     assert ("start", 1) in other.told
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     ctypes.memset(address_of(memory), 1, SIZE)
+    plane.close()
+    assert other.told[-1] == "close"
     with pytest.raises(SettingError, match=rf"{reason}.*SGLANG_EMBEDDING_DATA_PLANE=shared_memory allows nothing else"):
         Pair(planes)
+
+
+def test_memory_that_the_other_plane_cannot_read_is_not_read_in_place(planes: Planes) -> None:
+    """A chunk may go to several peers, in different ways, and its rows lie in one place."""
+    other = Other()
+    assert planes(None, "a1").reads_any_memory
+    assert planes(other, "a1").reads_any_memory
+    other.reads_any_memory = False
+    assert not planes(other, "a1").reads_any_memory
 
 
 # ---- is a writer gone?
