@@ -1,4 +1,4 @@
-"""Rows from a card to a card, between two processes, over the real engine: in one round, and resumed."""
+"""Rows from a card to a card, between two processes, by either data plane: in one round, and resumed."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
@@ -35,16 +35,16 @@ def encode(rows: int) -> Iterator[tuple[Connection, str]]:
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("plane", [MOONCAKE, SHARED_MEMORY])
 @pytest.mark.parametrize(("layout", "rounds"), [(LAYOUT, 1), (SMALL, 5)], ids=["in one round", "resumed"])
 def test_every_bit_arrives(
-    encode: tuple[Connection, str], rows: int, device: torch.device, layout: BufferLayout, rounds: int
+    encode: tuple[Connection, str], rows: int, device: torch.device, layout: BufferLayout, rounds: int, plane: str
 ) -> None:
     pipe, peer = encode
-    manager = LanguageManager.open(
-        layout, RelayConfig(), host=HOST, ranks=1, max_rows=rows, limits=LIMITS, device="cuda"
-    )
+    config = RelayConfig(data_plane=plane)
+    manager = LanguageManager.open(layout, config, host=HOST, ranks=1, max_rows=rows, limits=LIMITS, device="cuda")
     manager.start()
-    room = layout.blocks
+    room = layout.blocks + (plane == MOONCAKE)
     pipe.send(room)
     receiver = MooncakeEmbeddingReceiver(manager, peer, room)
     receiver.start()
