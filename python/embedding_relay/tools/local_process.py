@@ -36,9 +36,9 @@ class ProcessFailed(RuntimeError):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, drawn at random so that two clusters starting at once hardly ever meet.
+    """Ports that nothing listens on, drawn at random so that processes which look for some at once hardly ever meet.
 
-    A server binds its port seconds later, so no port is given twice by one process.
+    A server binds its port seconds later, so none is given twice while the process lives that got it.
     """
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
@@ -49,11 +49,25 @@ def free_ports(count: int) -> list[int]:
                 probe.bind(("", port))
             except OSError:
                 continue
+        if not _claim(port):
+            continue
         found.append(port)
         _given.add(port)
         if len(found) == count:
             return found
     raise RuntimeError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+
+
+def _claim(port: int) -> bool:
+    """Whether no process of this machine has been given it. The claim is a name that goes with this process."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0sglang-embedding-relay/port/{port}")
+    except OSError:
+        claim.close()
+        return False
+    claim.detach()  # open until the end
+    return True
 
 
 class Child(Protocol):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def server(tmp_path: Path) -> Iterator[Callable[..., LocalProcess]]:
 def test_ports_are_never_given_twice() -> None:
     ports = [*free_ports(20), *free_ports(20)]
     assert len(set(ports)) == 40
+
+
+def test_two_processes_are_not_given_the_same_ports() -> None:
+    """Which servers bind only seconds later. Of so few, two would get some of the same."""
+    few = "from embedding_relay.tools import local_process as it; it.PORTS = range(17200, 17250)"
+    command = [sys.executable, "-c", f"{few}; print(*it.free_ports(18), flush=True); input()"]
+    with ExitStack() as stack:
+        made = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(2)]
+        for process in made:
+            stack.enter_context(process)
+        one, other = (set((process.stdout or sys.stdin).readline().split()) for process in made)
+        for process in made:
+            process.communicate("\n")
+    assert len(one) == len(other) == 18
+    assert one.isdisjoint(other)
 
 
 def test_a_constructor_starts_nothing(server: Start) -> None:
