@@ -169,7 +169,8 @@ def relay(
         "language", options, language_port, *language_mode, *language_arguments, environ=language_environ
     )
     front = router(options, router_port, [(encode.url, bootstrap_port)], [language.url], *router_arguments)
-    return LocalCluster(front.url, [[encode, language], [front]], progress)
+    # All together: the router waits for its servers by itself, and is as slow to start as they are.
+    return LocalCluster(front.url, [[encode, language, front]], progress)
 
 
 def three_stages(
