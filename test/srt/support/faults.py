@@ -20,7 +20,7 @@ from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.loopback import ENDED, EncodeInstance, LanguageRank
 from support.rows import Spec
 
-DAILY = 4
+DAILY = 2  # over each data plane
 ROUNDS = int(os.environ.get("RELAY_FAULT_ROUNDS", DAILY))
 SEED = int(os.environ.get("RELAY_FAULT_SEED", random.SystemRandom().randrange(2**32)))
 
