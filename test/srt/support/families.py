@@ -23,12 +23,15 @@ from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import servers
 from support.questions import TOLERANCE, stories
 from support.questions import difference as chat_difference
+from support.today import todays
 
 # So small that every question resumes.
 POOL: Final = {
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "4",
     "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "16",
+    # Of the two ways that rows can take on one host, another one each day.
+    "SGLANG_EMBEDDING_DATA_PLANE": todays(("mooncake", "shared_memory"), 1)[0],
 }
 HALF: Final = re.compile(r"relay half=(\w+) class=(\w+) held=(\d+) of=(\d+)")
 

@@ -94,6 +94,7 @@ SMALL: Final = Settings(
     ),
     adapter=True,
     environ=(
+        ("SGLANG_EMBEDDING_DATA_PLANE", "mooncake"),  # on one host, where the large pair's rows take the shorter way
         ("SGLANG_EMBEDDING_MAX_WAITING_REQUESTS", str(MOST_WAITING)),
         # Longer: where both halves wait from the same moment on, the one whose answer is compared must give up first.
         ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(DEADLINE + 3)),

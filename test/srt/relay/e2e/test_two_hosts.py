@@ -5,6 +5,7 @@ Nothing is at 127.0.0.1 for anybody but a process itself, so whatever one half t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,15 @@ from support.sglang_ci import register_cpu_ci, run_tests
 
 register_cpu_ci(est_time=30, suite="base-c-test-cpu")
 
+# Which way rows take is left to the instances.
+HOSTS = dataclasses.replace(SMALL, environ=(*SMALL.environ, ("SGLANG_EMBEDDING_DATA_PLANE", "auto")))
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces, which need root, are the two hosts")
 
 
 def serve_on(host: Host, name: str, logs: Path, *arguments: str) -> LocalProcess:
     (port,) = free_ports(1)
-    server = local_cluster.sglang_server(name, SMALL.options(logs / "hosts"), port, *arguments, "--host", host.address)
+    server = local_cluster.sglang_server(name, HOSTS.options(logs / "hosts"), port, *arguments, "--host", host.address)
     server.command = tuple(host.command(server.command))
     server.url = f"http://{host.address}:{port}"
     return server
@@ -41,7 +45,7 @@ def cluster(logs: Path) -> Iterator[LocalCluster]:
         mode = ("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port))
         encode = serve_on(one, "encode", logs, *mode)
         language = serve_on(other, "language", logs, "--disaggregation-mode", "language", *SMALL.generating(logs))
-        options = SMALL.options(logs / "hosts")
+        options = HOSTS.options(logs / "hosts")
         router = local_cluster.router(options, router_port, [(encode.url, bootstrap_port)], [language.url])
         with servers.running(LocalCluster(router.url, [[encode, language], [router]])) as cluster:
             yield cluster
@@ -57,6 +61,7 @@ def test_a_long_picture_crosses_from_one_host_to_the_other(
     assert difference(answer, question.ask(undivided[SMALL.family].url)) < TOLERANCE
     (story,) = stories(cluster["language"].log_text())
     assert story.rounds == SMALL.rounds(story.rows) > 2
+    assert "go over Mooncake: it is on another host" in cluster["encode"].log_text()
     assert [not_at_rest(numbers_of(cluster[name])) for name in ("encode", "language")] == [[], []]
 
 

@@ -94,6 +94,19 @@ def test_only_hosts_that_the_operator_names_and_the_instance_itself(monkeypatch:
         asked("a", bootstrap_host="169.254.169.254", bootstrap_room=1)
 
 
+def test_who_knows_its_encode_instances_asks_no_others_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "encode_urls", lambda: ["http://10.0.0.1:30000", "http://[fd00::1]:1", "http://e-0"])
+    monkeypatch.delenv(ALLOWED_HOSTS, raising=False)
+    allowed = modes._allowed_hosts.__wrapped__()
+    assert all(host in allowed for host in ("10.0.0.1", "fd00::1", "e-0"))
+    assert "10.0.0.2" not in allowed
+    monkeypatch.setenv(ALLOWED_HOSTS, "10.0.0.2")
+    assert "10.0.0.1" not in modes._allowed_hosts.__wrapped__()
+    monkeypatch.setattr(modes, "encode_urls", list)
+    monkeypatch.delenv(ALLOWED_HOSTS)
+    assert modes._allowed_hosts.__wrapped__() is None
+
+
 def test_the_host_of_warm_up_requests_is_for_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the scheduler such a request is its own: it would be answered without its picture."""
     config = RelayConfig.from_environment({ALLOWED_HOSTS: "10.0.0.0/8"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from embedding_relay.pairing import AllowedHosts
@@ -107,9 +108,14 @@ def check_pairing(obj: Any) -> None:
 
 @functools.cache
 def _allowed_hosts() -> AllowedHosts | None:
+    """Those that the operator names; an instance that clients may reach without a router has named some by its URLs."""
     from embedding_relay.config import RelayConfig
+    from embedding_relay.pairing import AllowedHosts
 
-    return RelayConfig.from_environment().allowed_hosts
+    named = RelayConfig.from_environment().allowed_hosts
+    if named is None and (urls := encode_urls()):
+        return AllowedHosts.parse(",".join(urlsplit(url).hostname or "" for url in urls))
+    return named
 
 
 # What only the language half can serve. An encode instance without the flag for it must not refuse the request.
