@@ -113,7 +113,7 @@ class EncodeInstance:
 
     def end_of(self, room: int) -> tuple[Status, Failure | None]:
         """How the encode half of a request ended."""
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 20.0
         while room not in (ends := self.ask("ended")):
             assert time.monotonic() < deadline, f"room {room} has not ended at the encode side"
             time.sleep(0.02)
@@ -271,7 +271,7 @@ class LanguageRank:
             receiver.start(hint_rows)
         return receivers
 
-    def wait(self, receivers: Iterable[MooncakeEmbeddingReceiver], timeout: float = 30.0) -> None:
+    def wait(self, receivers: Iterable[MooncakeEmbeddingReceiver], timeout: float = 90.0) -> None:
         """Sleep on the manager's descriptor, as a scheduler does, until all of them have ended."""
         receivers = list(receivers)
         wait_until(lambda: all(receiver.poll() in ENDED for receiver in receivers), self.manager, timeout)
@@ -325,7 +325,7 @@ def wait_until(condition: Callable[[], bool], manager: MooncakeEmbeddingManager,
             manager.drain_events()
 
 
-def settle(metrics: Callable[[], T], want: Callable[[T], bool], patience: float = 5.0) -> None:
+def settle(metrics: Callable[[], T], want: Callable[[T], bool], patience: float = 20.0) -> None:
     """Wait for the other side's last messages."""
     deadline = time.monotonic() + patience
     while not want(now := metrics()) and time.monotonic() < deadline:
