@@ -9,7 +9,8 @@ it, aborting it, or registering its sessions anew, in their own name or with its
 
 Not promised without authentication (`docs/security.md`), because the frames of the owner look the same: somebody who
 - names the session of a rank in a message about one of its rooms, or about a room whose request was their own;
-- knows the number of a room and sends its language rank a report, or is the first to ask for it or to abort it;
+- knows the number of a room and sends its language rank a report or word of progress, or is the first to ask for it or
+  to abort it;
 - registers the session of a rank at an encode instance before that rank does;
 - knows the instance of an encode rank, which its registry tells, and sends pongs or has them sent;
 - sends more than the control thread can read.
@@ -32,6 +33,7 @@ from embedding_relay.protocol.messages import (
     Handshake,
     Ping,
     Pong,
+    Progress,
     Queued,
     Register,
     StatusReport,
@@ -55,7 +57,7 @@ NEAR = (
     b"", b"0", b"1", b"-1", b"+1", b" 1", b"007", b"1_0", b"1e3", b"9" * 19, b"9" * 30, b"%d" % (1 << 63),
     b"%d" % (1 << 64), b"None", b"ABORT", b"ABORTED", b"PING", b"PONG", b"\xff\xfe", "\u0663".encode(), b",", b"1,",
     b"1,1", b"0,1,2", b"1048576", b"{}", b"[" * 3000, b"x" * 5000, b"!", b"*", b"a;b", b"x" * 300, b"\0" * 8,
-    b"\xff" * 8, b"\1" * 264, b"400 no", b"499 \n gone",
+    b"\xff" * 8, b"\1" * 264, b"400 no", b"499 \n gone", b"PROGRESS",
 )  # fmt: skip
 
 
@@ -195,7 +197,9 @@ class Stranger:
 
     def to_language(self) -> ToLanguage:
         kind = self._choices.number(0, 9)
-        if kind <= 6:
+        if kind == 6:
+            return Progress(self._room(), self._number())
+        if kind <= 5:
             rows = self._number() if self.chance(2) else None
             status = self.pick(list(Status))
             failure = self._failure() if status is Status.FAILED else None
