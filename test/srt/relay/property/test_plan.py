@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_relay.protocol.blocks import BlockPool
+from embedding_relay.protocol.effects import ChunkDestination
 from embedding_relay.protocol.errors import LocalError
-from embedding_relay.protocol.plan import Column, Extent, Range, batches, plan_writes
+from embedding_relay.protocol.plan import Column, Extent, Range, Segment, batches, plan_media, plan_writes
 from support.effort import effort, unhurried
 
 pytestmark = unhurried
@@ -147,3 +148,38 @@ def test_batches_are_full_and_keep_the_order(entries: Sequence[int], limit: int)
     assert list(itertools.chain(*parts)) == entries
     assert all(len(part) == limit for part in parts[:-1])
     assert all(0 < len(part) <= limit for part in parts)
+
+
+@effort(200)
+@given(data=st.data(), block_size=st.integers(1, 9), bytes_per_row=st.integers(1, 4))
+def test_media_rows_go_from_where_they_are_to_their_place(
+    data: st.DataObject, block_size: int, bytes_per_row: int
+) -> None:
+    """Every byte of the media rows asked for once, in as few ranges as the two sides allow."""
+    blocks = tuple(data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True)))
+    offered = len(blocks) * block_size
+    first = data.draw(st.integers(0, 20))
+    start = data.draw(st.integers(first, first + offered - 1))
+    stop = data.draw(st.integers(start + 1, first + offered))
+    segments, row = list[Segment](), 0
+    for gap, rows, is_joined in data.draw(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.booleans()), max_size=6)
+    ):
+        end = segments[-1].pointer + segments[-1].rows * bytes_per_row if segments else 1_000_000
+        row += gap
+        segments.append(Segment(end if is_joined else end + 7, row, rows))
+        row += rows
+    destination = ChunkDestination("there", blocks, first, start, stop, with_aux=False)
+    ranges = plan_media(5, bytes_per_row, block_size, segments, destination, start, stop)
+    moved = [(r.source + at, r.destination + at) for r in ranges for at in range(r.length)]
+    wanted = []
+    for segment in segments:
+        for number in range(max(start, segment.first_row), min(stop, segment.first_row + segment.rows)):
+            block, offset = divmod(number - first, block_size)
+            source = segment.pointer + (number - segment.first_row) * bytes_per_row
+            place = (blocks[block] * block_size + offset) * bytes_per_row
+            wanted += [(source + at, place + at) for at in range(bytes_per_row)]
+    assert moved == wanted
+    assert {r.column for r in ranges} <= {5}
+    for one, other in itertools.pairwise(ranges):
+        assert (one.source + one.length, one.destination + one.length) != (other.source, other.destination)
