@@ -234,9 +234,11 @@ class _EncodeLoop:
 
         def write_after_rejection(entries: Sequence[Entry]) -> None:
             link.write = write
-            where = [entries[0].destination] * TOO_MANY_ENTRIES
-            sources, lengths = [pointer] * len(where), [64] * len(where)
-            assert link._engine.batch_transfer_sync_write(session_id, sources, where, lengths) == -1
+            where = [entries[0].destination]
+            # A rejection does not always make it refuse what comes next.
+            while not link._engine.batch_transfer_sync_write(session_id, [pointer], where, [64]):
+                what = [pointer] * TOO_MANY_ENTRIES, where * TOO_MANY_ENTRIES, [64] * TOO_MANY_ENTRIES
+                assert link._engine.batch_transfer_sync_write(session_id, *what) == -1
             write(entries)
 
         link.write = write_after_rejection
