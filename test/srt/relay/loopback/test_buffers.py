@@ -1,12 +1,15 @@
 """Rows go into blocks and come out of blocks unchanged, wherever the blocks lie."""
 
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedding_relay.memory import buffers as buffers_module
 from embedding_relay.memory.buffers import EmbeddingBuffers
 from embedding_relay.protocol.errors import LocalError
 from support.loopback import small_layout
@@ -149,6 +152,23 @@ def test_what_travels_once_arrives(has_mrope: bool) -> None:
     assert aux == source.aux == buffers.make_target(aux).aux
     assert (aux.total, aux.mrope_delta, aux.has_mrope, aux.media_items) == (9, -3, has_mrope, source.media_items)
     assert buffers.pointers == tuple(region.pointer for region in buffers.regions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_which_embeddings_no_model_may_have(dtype: torch.dtype) -> None:
+    """Wherever they are among others, and of either sign; it is found out from their bits."""
+    largest = min(1e30, torch.finfo(dtype).max)
+    fine = [0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).tiny, 0.99 * largest, -0.99 * largest]
+    bad = [math.inf, -math.inf, math.nan, -math.nan]
+    if dtype is not torch.float16:
+        bad += [1.1e30, -1.1e30, torch.finfo(dtype).max, torch.finfo(dtype).min]
+    for value, is_flaw in [*((one, False) for one in fine), *((one, True) for one in bad)]:
+        rows = torch.randn(9, 33).to(dtype)
+        rows[4, 7] = value
+        target = SimpleNamespace(embeddings=rows, flaw=None)
+        buffers_module._look_at(target, 0, 9)  # type: ignore[arg-type]
+        assert (target.flaw is not None) is is_flaw, (value, target.flaw)
+        assert buffers_module._are_small(rows) is not is_flaw, "no second look at what is fine"
 
 
 def test_untouched_blocks_take_no_memory() -> None:
