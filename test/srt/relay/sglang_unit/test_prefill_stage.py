@@ -63,6 +63,7 @@ def role(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch
 ) -> PrefillRole:
     Sender.made = []
+    monkeypatch.setattr(prefill_stage, "_LOOK_AGAIN_MS", 0)
     monkeypatch.setattr(prefill_stage, "get_kv_class", lambda _backend, _kind: Sender)
     queue = SimpleNamespace(transfer_backend="mooncake", bootstrap_port=8111, kv_manager=Told())
     scheduler.disagg_prefill_bootstrap_queue = queue
@@ -96,7 +97,7 @@ def test_the_decode_half_is_told_when_it_asks(scheduler: SchedulerWithoutModel, 
     assert told(scheduler) == [(7, LOST.text)]
     assert scheduler.disagg_prefill_bootstrap_queue.kv_manager.kv_status_msg_carries_reason
     assert sender.is_cleared
-    assert role.untold == []
+    assert not role.untold
     assert scheduler.is_fully_idle()
     assert role.longest_sleep_ms == 1000
     scheduler.turn()
@@ -112,7 +113,14 @@ def test_one_that_never_asks_is_given_up_by_sglangs_deadline(
     scheduler.turn()
     assert told(scheduler) == []
     assert Sender.made[0].is_cleared
-    assert role.untold == []
+    assert not role.untold
+
+
+def test_those_who_may_never_ask_are_bounded(scheduler: SchedulerWithoutModel, role: PrefillRole) -> None:
+    for room in range(prefill_stage._MOST_UNTOLD + 3):
+        role.refuse(Refusal(room, "127.0.0.1", 8998, LOST))
+    assert len(role.untold) == prefill_stage._MOST_UNTOLD
+    assert [sender.bootstrap_room for sender in Sender.made if sender.is_cleared] == [0, 1, 2]
 
 
 def test_a_room_that_fails_in_the_transfer_is_told_alike(

@@ -7,6 +7,8 @@ is added here: a request that fails before SGLang sees it has a decode half, whi
 from __future__ import annotations
 
 import contextlib
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,13 +21,18 @@ from sglang.srt.disaggregation.utils import KVClassType, get_kv_class
 from sglang.srt.environ import envs
 
 _LOOK_AGAIN_MS: Final = 20
+# Clients can have any number of requests fail, and each is looked at.
+_MOST_UNTOLD: Final = 1000
 
 
 class PrefillRole(LanguageRole):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.untold: list[tuple[Any, Failure]] = []
-        """Decode halves that have not asked for their request's cache yet, and why it will not come."""
+        self.untold: deque[tuple[Any, Failure]] = deque()
+        """Decode halves that have not asked for their request's cache yet, and why it will not come. One may never ask,
+        because it has refused the request itself: SGLang's deadline ends the wait for it.
+        """
+        self._look_again_at = 0.0
         # Every backend's decode instance reads a reason, and not every backend sends one.
         self.scheduler.disagg_prefill_bootstrap_queue.kv_manager.kv_status_msg_carries_reason = True
 
@@ -42,13 +49,16 @@ class PrefillRole(LanguageRole):
         queue = self.scheduler.disagg_prefill_bootstrap_queue
         # As SGLang makes one for a request that it takes: then it notices the decode half, or that none comes.
         address = f"{host}:{queue.bootstrap_port}"
-        self.untold.append(
-            (_sender_class(queue)(mgr=queue.kv_manager, bootstrap_addr=address, bootstrap_room=room), failure)
-        )
+        sender = _sender_class(queue)(mgr=queue.kv_manager, bootstrap_addr=address, bootstrap_room=room)
+        self.untold.append((sender, failure))
+        if len(self.untold) > _MOST_UNTOLD:
+            _clear(self.untold.popleft()[0])
 
     def act_on(self, heard: Sequence[Decisions]) -> None:
         super().act_on(heard)
-        self.untold = [(sender, failure) for sender, failure in self.untold if not self._tell(sender, failure)]
+        if self.untold and (now := time.monotonic()) >= self._look_again_at:
+            self._look_again_at = now + _LOOK_AGAIN_MS / 1000
+            self.untold = deque(one for one in self.untold if not self._tell(*one))
 
     def is_idle(self) -> bool:
         return super().is_idle() and not self.untold
@@ -64,9 +74,13 @@ class PrefillRole(LanguageRole):
             return False
         if status != KVPoll.Failed:
             sender.kv_mgr.conclude_failure(bootstrap_room=sender.bootstrap_room, failure_reason=failure.text)
-        with contextlib.suppress(Exception):  # that is how SGLang clears a room that has failed
-            sender.failure_exception()
+        _clear(sender)
         return True
+
+
+def _clear(sender: Any) -> None:
+    with contextlib.suppress(Exception):  # that is how SGLang clears a room that has failed
+        sender.failure_exception()
 
 
 def do_without_cuda(scheduler: Any) -> None:
