@@ -10,8 +10,10 @@ import torch
 from sglang.srt.disaggregation.multimodal import parts
 
 # A tower on an accelerator wants full batches. On the CPU its attention is quadratic over everything in a batch, so
-# there one request at a time is the cheapest batch. The items of one request always go together, as they do in an
-# undivided server: encoded apart, they would differ in their last bits.
+# there one request at a time is the cheapest batch, but for the smallest pictures. Those would gain by a pass in common
+# with attention per request, and lose the bits of a request that is alone: in bfloat16 oneDNN adds up the products of a
+# matrix in another order when it has more rows. The items of one request always go together, as they do in an undivided
+# server: encoded apart, they would differ in their last bits.
 _ACCELERATOR_BATCH_TOKENS: Final = 16384
 _CPU_BATCH_TOKENS: Final = 1
 
