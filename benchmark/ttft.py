@@ -38,7 +38,7 @@ from report import Figures, Table  # noqa: E402
 
 from embedding_relay.tools import local_cluster, tiny_model  # noqa: E402
 from embedding_relay.tools.local_cluster import LocalCluster, Options, sglang_server  # noqa: E402
-from embedding_relay.tools.local_process import LocalProcess, free_ports  # noqa: E402
+from embedding_relay.tools.local_process import free_ports  # noqa: E402
 from support import servers, warm_start  # noqa: E402
 
 UNDIVIDED, SPLIT, PAIR, NO_ROUTER = "undivided", "split", "pair", "no router"
@@ -46,6 +46,8 @@ LARGE: Final = 600
 """Above this side several at once are left out: the tower's mask, which is over a whole batch, would take gigabytes."""
 IDLE_S: Final = 3.0
 TOKENS: Final = 4
+SPENT: Final = "processor_seconds"
+"""What is noted of a run beside what `bench_serving` says."""
 
 
 class Point(NamedTuple):
@@ -148,21 +150,22 @@ def silence() -> Iterator[None]:
         yield
 
 
-def idle_share(members: Sequence[LocalProcess]) -> float:
+def idle_share(cluster: LocalCluster) -> float:
     """Of one core, that servers take which nobody asks."""
-    before = seconds_of(members)
+    before = sum(processor_seconds(cluster).values())
     time.sleep(IDLE_S)
-    return (seconds_of(members) - before) / IDLE_S
+    return (sum(processor_seconds(cluster).values()) - before) / IDLE_S
 
 
-def seconds_of(members: Sequence[LocalProcess]) -> float:
-    """Of processor time, that their processes have had."""
-    ticks = 0
-    for pid in (pid for member in members for pid in member.group_members()):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def processor_seconds(cluster: LocalCluster) -> dict[str, float]:
+    """By member of the cluster: what its processes have had."""
+    ticks = dict.fromkeys((member.name for member in cluster.members), 0)
+    for member in cluster.members:
+        for pid in member.group_members():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks[member.name] += int(fields[11]) + int(fields[12])
+    return {name: count / os.sysconf("SC_CLK_TCK") for name, count in ticks.items()}
 
 
 # ---- the run
@@ -190,9 +193,11 @@ def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle:
                 seeds = itertools.count(1000 * (2 * turn + number) + 1)
                 ask(url, model, Point(112, 1, 4), 8, next(seeds))  # connections, first passes of the models
                 for point in points(arguments):
+                    before = processor_seconds(cluster)
                     result = ask(url, model, point, point.requests(arguments.quick), next(seeds))
-                    measured.setdefault((candidate, point), []).append(result)
-            idle.setdefault(name, []).append(idle_share(cluster.members))
+                    taken = {name: after - before[name] for name, after in processor_seconds(cluster).items()}
+                    measured.setdefault((candidate, point), []).append({**result, SPENT: taken})
+            idle.setdefault(name, []).append(idle_share(cluster))
         servers.finish_stopping()
 
 
@@ -204,8 +209,18 @@ def rate(measured: Measured, candidate: str, point: Point) -> Figures:
     return Figures.of(result["request_throughput"] for result in measured[candidate, point])
 
 
+def spent(measured: Measured, candidate: str, point: Point) -> Figures:
+    """Of all servers, in ms for each request; one that waits in a loop spends all the time there is."""
+    every = measured[candidate, point]
+    return Figures.of(1000 * sum(result[SPENT].values()) / result["completed"] for result in every)
+
+
 def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) -> None:
-    for title, figures_of in (("Time to first token in ms", time_to_first), ("Requests per second", rate)):
+    for title, figures_of in (
+        ("Time to first token in ms", time_to_first),
+        ("Requests per second", rate),
+        ("Processor time of the servers for one request in ms", spent),
+    ):
         compared = [one for one in candidates if SPLIT in candidates and one in (PAIR, NO_ROUTER)]
         table = Table(title, "pictures", *candidates, *(f"{one} / split" for one in compared))
         for point in every:
@@ -243,6 +258,8 @@ def main() -> None:
             **point._asdict(),
             "first_token_ms": time_to_first(measured, candidate, point),
             "requests_per_s": rate(measured, candidate, point),
+            "processor_ms": spent(measured, candidate, point),
+            "processor_s_by_server": [result[SPENT] for result in measured[candidate, point]],
         }
         for candidate, point in measured
     ]
