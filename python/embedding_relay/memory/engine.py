@@ -29,14 +29,6 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 _FIRST_BYTES: Final = 8
 _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
-# What takes a millisecond or more to write, and how often to look then whether it is over.
-_LARGE: Final = 1 << 20
-_LOOK_OFTEN: Final = 0.0001
-_NOT_TAKEN: Final = -1
-_TIMED_OUT: Final = -2
-# Mooncake's own default of MC_TRANSFER_TIMEOUT, and what it takes at least.
-_TRANSFER_TIMEOUT: Final = 30.0
-_LEAST_TRANSFER_TIMEOUT: Final = 5.0
 # An engine keeps a connection to each peer that it has written to, whether the peer is still there or not.
 _MOST_PEERS: Final = 8
 # What correctness over TCP needs, so not an operator's to set. A write is done when the peer confirms it. And the proof
@@ -144,15 +136,6 @@ class MooncakeDataPlane:
         """Over TCP the kernel reads what is sent; over RDMA the card does, which must know the memory."""
         return self.is_tcp
 
-    @property
-    def transfer_timeout(self) -> float:
-        """Seconds that Mooncake gives a write."""
-        try:
-            asked = float(os.environ.get("MC_TRANSFER_TIMEOUT", _TRANSFER_TIMEOUT))
-        except ValueError:
-            return _TRANSFER_TIMEOUT
-        return max(_LEAST_TRANSFER_TIMEOUT, asked)
-
     def has_read_everything(self, writer: str) -> bool:
         """Over RDMA nothing waits to be read; over TCP nobody knows which connection is the writer's."""
         return not self.is_tcp or has_read_everything(self._facts_of(self._engine).data_port)
@@ -247,28 +230,12 @@ class MooncakeLink:
             raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
         if not self._is_proven:
             self._prove_the_way(entries[0])
-        self._is_proven = False
-        is_large = len(entries) == 1 and entries[0].length >= _LARGE and self._plane.is_tcp
-        if code := self._write_large(*entries) if is_large else self._write_all(entries):
-            size = sum(entry.length for entry in entries)
-            raise TransferError(f"Mooncake could not write {size} bytes to {self._session_id} (code {code})")
-        self._is_proven = True
-
-    def _write_all(self, entries: Sequence[Entry]) -> int:
-        """Mooncake's call spins until it is over: nothing is quicker for what takes a moment."""
         sources, destinations, lengths = (list(column) for column in zip(*entries, strict=True))
-        return int(self._engine.batch_transfer_sync_write(self._session_id, sources, destinations, lengths))
-
-    def _write_large(self, entry: Entry) -> int:
-        """Asleep meanwhile: the threads that move the bytes may need the core that spinning would take."""
-        number = self._engine.transfer_submit_write(self._session_id, entry.source, entry.destination, entry.length)
-        if not number:
-            return _NOT_TAKEN
-        deadline, status = time.monotonic() + self._plane.transfer_timeout, 0
-        while not status and time.monotonic() < deadline:
-            time.sleep(_LOOK_OFTEN)
-            status = self._engine.transfer_check_status(number)
-        return 0 if status == 1 else status or _TIMED_OUT
+        self._is_proven = False
+        code = self._engine.batch_transfer_sync_write(self._session_id, sources, destinations, lengths)
+        if code:
+            raise TransferError(f"Mooncake could not write {sum(lengths)} bytes to {self._session_id} (code {code})")
+        self._is_proven = True
 
     @property
     def _engine(self) -> Any:

@@ -127,12 +127,8 @@ def test_a_failed_write_lands_late_and_quiet_is_claimed_only_after_it_has(linked
     target, link, ones = linked_to_mortal
     link.write([Entry(ones, target.pointer, 8)])
     target.signal(signal.SIGSTOP)
-    began, computed = time.monotonic(), time.thread_time()
     with pytest.raises(TransferError):
         link.write([Entry(ones, target.pointer, SIZE)])
-    waited, computed = time.monotonic() - began, time.thread_time() - computed
-    assert 4.0 < waited < 15.0
-    assert computed < waited / 2, "it spins, on a core that the threads which move the bytes may need"
     link.renew()
     time.sleep(0.3)
     assert not link.is_quiet()
