@@ -28,7 +28,9 @@ CPU_ARGUMENTS = (
     *("--device", "cpu"),
     *("--attention-backend", "torch_native"),
     *("--mm-attention-backend", "sdpa"),
-    *("--mem-fraction-static", "0.3"),
+    # A server that starts ends if it finds less memory free than it wants to leave to others, which other servers that
+    # start meanwhile bring about. What it takes itself is limited by the number of tokens.
+    *("--mem-fraction-static", "0.8"),
     *("--max-total-tokens", "40000"),
 )
 # An idle scheduler would otherwise spin on one core, which the other processes of this machine need.
