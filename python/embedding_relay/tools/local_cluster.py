@@ -152,6 +152,10 @@ def undivided(options: Options, progress: Progress = silent) -> LocalCluster:
     return LocalCluster(server.url, [[server]], progress)
 
 
+def _encode_mode(bootstrap_port: int) -> tuple[str, ...]:
+    return ("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port))
+
+
 def relay(
     options: Options,
     *,
@@ -164,7 +168,7 @@ def relay(
 ) -> LocalCluster:
     """One encode instance, one language instance, and the router in front of them."""
     encode_port, language_port, router_port, bootstrap_port = free_ports(4)
-    encode_mode = ("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port))
+    encode_mode = _encode_mode(bootstrap_port)
     language_mode = ("--disaggregation-mode", "language")
     encode = sglang_server("encode", options, encode_port, *encode_mode, *encode_arguments, environ=encode_environ)
     language = sglang_server(
@@ -179,26 +183,17 @@ def three_stages(
     options: Options,
     *,
     encode_instances: int = 1,
-    prefill_arguments: Sequence[str] = (),
-    router_arguments: Sequence[str] = (),
     progress: Progress = silent,
 ) -> LocalCluster:
-    """Encode instances, a prefill instance that knows them, SGLang's own decode instance, and the router for the latter
-    two.
-    """
+    """Encode instances, a prefill instance that knows them, SGLang's own decode instance, and their router."""
     prefill_port, decode_port, router_port, kv_port, *ports = free_ports(4 + 2 * encode_instances)
     encode = [
-        sglang_server(
-            f"encode-{number}" if number else "encode",
-            options,
-            port,
-            *("--disaggregation-mode", "encode", "--disaggregation-bootstrap-port", str(bootstrap_port)),
-        )
+        sglang_server(f"encode-{number}" if number else "encode", options, port, *_encode_mode(bootstrap_port))
         for number, (port, bootstrap_port) in enumerate(zip(ports[::2], ports[1::2], strict=True))
     ]
     prefill_mode = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(kv_port))
     knows = ("--encoder-urls", *(one.url for one in encode))
-    prefill = sglang_server("prefill", options, prefill_port, *prefill_mode, *knows, *prefill_arguments)
+    prefill = sglang_server("prefill", options, prefill_port, *prefill_mode, *knows)
     decode = sglang_server("decode", options, decode_port, "--disaggregation-mode", "decode")
-    front = router(options, router_port, [(prefill.url, kv_port)], [decode.url], *router_arguments)
+    front = router(options, router_port, [(prefill.url, kv_port)], [decode.url])
     return LocalCluster(front.url, [[*encode, prefill, decode], [front]], progress)
