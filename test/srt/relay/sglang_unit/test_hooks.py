@@ -16,7 +16,7 @@ from embedding_relay.protocol.errors import SettingError
 from sglang.srt.disaggregation.multimodal import hooks, modes
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ReleaseMemoryOccupationReqInput
 from sglang.srt.plugins import hook_registry
-from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from support.scheduler import SchedulerWithoutModel, request
 
 MODE = "encode"
@@ -69,10 +69,42 @@ def test_modules_are_not_searched_for_a_method_of_ours(monkeypatch: pytest.Monke
     def theirs() -> None: ...
 
     for wrapper, found in ((ours, 0), (theirs, 1)):
-        importer = ModuleType("importer")
-        importer.method = bare(f"{place}.{name}")  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "importer", importer)
-        assert hook_registry._propagate_patch(importer.method, wrapper, holder) == found
+        importer = imported(monkeypatch, bare(f"{place}.{name}"))
+        assert hook_registry._propagate_patch(importer.first, wrapper, holder) == found
+
+
+def test_modules_are_searched_once_for_all_functions_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When SGLang has applied the last hook."""
+    targets = [hook.target for hook in hooks.HOOKS if not isinstance(place_of(hook.target), type)]
+    assert len(targets) > 2
+    importer = imported(monkeypatch, *map(bare, targets))
+    for target in targets:
+        hook_registry._propagate_patch(bare(target), pkgutil.resolve_name(target), place_of(target))
+    assert importer.first is bare(targets[0]), "a search of its own"
+    HookRegistry.apply_hooks()
+    assert importer.all == [pkgutil.resolve_name(target) for target in targets]
+
+
+class Importer(ModuleType):
+    """A module that has imported functions by their names."""
+
+    first: Any
+
+    @property
+    def all(self) -> list[Any]:
+        return [value for name, value in vars(self).items() if not name.startswith("__")]
+
+
+def imported(monkeypatch: pytest.MonkeyPatch, *functions: Any) -> Importer:
+    importer = Importer("importer")
+    for number, function in enumerate(functions):
+        setattr(importer, f"other_{number}" if number else "first", function)
+    monkeypatch.setitem(sys.modules, "importer", importer)
+    return importer
+
+
+def place_of(target: str) -> Any:
+    return pkgutil.resolve_name(target.rpartition(".")[0])
 
 
 def test_memory_is_asked_to_be_pinned_where_there_is_no_accelerator() -> None:

@@ -11,6 +11,8 @@ import contextlib
 import functools
 import inspect
 import pkgutil
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -427,27 +429,41 @@ def activate() -> None:
     for name, function in RESOLUTION_STEPS.items():
         register_resolution_hook(name)(function)
     modes.extend_enum()
-    spare_search_for_methods()
+    search_modules_once()
     for hook in hooks_here() if compatibility.may_serve() else HOOKS[:1]:
         HookRegistry.register(hook.target, hook.function, hook.kind)
 
 
-def spare_search_for_methods() -> None:
+def search_modules_once() -> None:
     """SGLang looks through all that all modules hold for each function that a hook replaces, and replaces it there too.
 
-    That is most of a second for our hooks on methods, in each process of a server. Nobody but its class holds those.
+    That is more than a second for our hooks, in each process of a server. Nobody but its class holds a method, and
+    functions of modules are looked for together, when SGLang has applied the last hook.
     """
     search = getattr(hook_registry, "_propagate_patch", None)
     if search is None:
         return  # another SGLang, which may find them in another way
     ours = [hook.function for hook in hooks_here()]
+    apply_hooks, replaced = HookRegistry.apply_hooks, {}
 
-    def search_unless_method(original: Any, wrapper: Any, holder: Any) -> Any:
-        if isinstance(holder, type) and any(function in ours for function in _functions_behind(wrapper)):
-            return 0
-        return search(original, wrapper, holder)
+    def note_ours(original: Any, wrapper: Any, holder: Any) -> Any:
+        if not any(function in ours for function in _functions_behind(wrapper)):
+            return search(original, wrapper, holder)
+        if not isinstance(holder, type):
+            replaced[id(original)] = (original, wrapper)
+        return 0
 
-    hook_registry._propagate_patch = search_unless_method
+    def apply_and_search() -> None:
+        apply_hooks()
+        for module in list(sys.modules.values()):
+            held = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
+            for name, value in held:
+                if id(value) in replaced:
+                    setattr(module, name, replaced[id(value)][1])
+        replaced.clear()
+
+    hook_registry._propagate_patch = note_ours
+    HookRegistry.apply_hooks = apply_and_search
 
 
 def hooks_here() -> tuple[Hook, ...]:
