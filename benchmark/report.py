@@ -96,6 +96,14 @@ def save(folder: Path | None, name: str, facts: Mapping[str, Any], results: obje
         (folder / f"{name}.svg").write_text(plot)
 
 
+def load(folder: Path | None, name: str) -> dict[str, Any]:
+    """What `save` has written there."""
+    if folder is None:
+        raise SystemExit("what shall be added to is looked for in the folder of --out")
+    saved: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return saved
+
+
 Line = Mapping[float, Figures]
 
 

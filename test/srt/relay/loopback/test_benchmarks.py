@@ -27,13 +27,35 @@ def figures(results: Any) -> Iterator[list[float]]:
     ("name", "at_least", "has_plot"), [("transfer", 12, True), ("resume", 12, False), ("scale", 16, True)]
 )
 def test_quick_form(name: str, at_least: int, has_plot: bool, tmp_path: Path) -> None:
-    command = [sys.executable, REPO / "benchmark" / f"{name}.py", "--quick", "--out", tmp_path]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    written = json.loads((tmp_path / f"{name}.json").read_text())
-    measured = list(figures(written["results"]))
+    printed, results = run_quickly(name, tmp_path)
+    measured = list(figures(results))
     assert len(measured) >= at_least
     assert all(0 < low <= median <= high for low, median, high in measured)
-    assert "µs" in ended.stdout or "ms" in ended.stdout
+    assert "µs" in printed or "ms" in printed
     if has_plot:
         assert (tmp_path / f"{name}.svg").read_text().count("<polyline") >= 2
+
+
+def run_quickly(name: str, out: Path, *arguments: str) -> tuple[str, Any]:
+    """What it printed, and its results."""
+    command = [sys.executable, REPO / "benchmark" / f"{name}.py", "--quick", "--out", out, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout, json.loads((out / f"{name}.json").read_text())["results"]
+
+
+def test_quick_form_of_pool(tmp_path: Path) -> None:
+    """On a busy machine none may be in time; but all are answered, and in the blocks that there are."""
+    run_quickly("pool", tmp_path)
+    printed, results = run_quickly("pool", tmp_path, "--add")
+    assert len(results["turns"]) == 2
+    assert "| reserved | 1 | 1/8 |" in printed
+    for one in results["summary"]:
+        assert one["failed"] == 0
+        assert one["rounds"][0] >= 1
+    limited = [point for turn in results["turns"] for point in turn["points"] if point["reserve"] != "unlimited"]
+    assert len(limited) == 2 * 6
+    assert all(0 < point["most_blocks"] <= point["blocks"] for point in limited)
+    # An eighth of the memory is less than the longest request needs.
+    assert all(point["rounds"] > 1 for point in limited if point["fraction"] == 8)
+    assert (tmp_path / "pool.svg").read_text().count("<polyline") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 import statistics
 import sys
@@ -16,7 +17,8 @@ from support.repo import REPO
 def load(name: str) -> Any:
     """A script of `benchmark/`, which is no package."""
     spec = importlib.util.spec_from_file_location(name, REPO / "benchmark" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # named tuples look for their module
     spec.loader.exec_module(module)
@@ -67,7 +69,7 @@ def test_arrivals_come_in_bursts() -> None:
         after - before
         for seed in range(20)
         for times in [workload.arrivals(500, random.Random(seed))]
-        for before, after in zip(times, times[1:], strict=False)
+        for before, after in itertools.pairwise(times)
     ]
     assert statistics.stdev(gaps) / statistics.fmean(gaps) > 1.2  # those of a Poisson process have 1
 

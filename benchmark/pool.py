@@ -1,0 +1,452 @@
+"""Requests answered in time, against the memory of the receive pool and against how much of it each request reserves.
+
+    .venv/bin/python benchmark/pool.py [--pools 1 4 8 16] [--reserve auto 1024 exact maximum ...] [--load 0.7]
+                                       [--requests 160] [--turns 1] [--add] [--quick] [--out FOLDER]
+
+Two processes with both sides of the transfer, over Mooncake and ZMQ; the rows are real, tower and model are not. The
+requests are those of `workload.py`, open loop. The tower is a clock: it takes one request after the other, in the order
+in which their language halves offered blocks, and each for as long as its pictures have tokens: in the mean `--tower`
+times what a whole transfer takes alone. Whoever asked takes the rows as soon as they are there. `--load` is the share
+of its time that the tower is busy.
+
+A request is answered in time if its last row is there within twice the time that it takes alone. `unlimited` is a pool
+in which nobody waits, and where each request reserves exactly what it needs; the most blocks that were in use then are
+the memory of pool 1, of which the others are fractions. In a turn all candidates take the same requests, one candidate
+after the other. `--reserve`: `auto`, a number of tokens, `exact` (what a system could reserve that asks for the length
+first), or `maximum`: each request has the blocks of the longest that the model takes, or waits for them. `--add` counts
+the turns that are in the folder already, with their tower and their pools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import logging
+import multiprocessing
+import os
+import select
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, Final, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the machine
+os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+warnings.simplefilter("ignore")
+
+import report  # noqa: E402
+import torch  # noqa: E402
+import workload  # noqa: E402
+from report import Figures  # noqa: E402
+
+from embedding_relay.config import RelayConfig  # noqa: E402
+from embedding_relay.memory.buffers import SourceRows  # noqa: E402
+from embedding_relay.memory.checks import NO_ITEM, ModelLimits  # noqa: E402
+from embedding_relay.memory.layout import BufferLayout  # noqa: E402
+from embedding_relay.protocol.messages import Address  # noqa: E402
+from embedding_relay.protocol.status import Status, is_final  # noqa: E402
+from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer  # noqa: E402
+from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender  # noqa: E402
+from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver  # noqa: E402
+
+HOST: Final = "127.0.0.1"
+HIDDEN: Final = 1024
+BLOCK: Final = 128
+MOST_ROWS: Final = 32768
+"""The context length; longer requests are cut."""
+PLENTY: Final = 2048
+"""Blocks of a pool in which nobody waits."""
+UNSEEN: Final = 8192
+SEED: Final = 1
+AUTO, EXACT, MAXIMUM = "auto", "exact", "maximum"
+UNLIMITED: Final = "unlimited"
+
+
+class Job(NamedTuple):
+    at: float
+    media: int
+    rows: int
+
+
+class Run(NamedTuple):
+    """What came of the requests of one candidate."""
+
+    seconds: list[float | None]
+    """From its arrival to its last row; None if it failed."""
+    most_blocks: int
+    """In use at a time."""
+    rounds: float
+    """Of the transfer, in the mean."""
+
+
+def jobs(count: int, seed: int) -> list[Job]:
+    drawn = []
+    for request in workload.requests(count, seed):
+        media = min(request.media, MOST_ROWS)
+        drawn.append(Job(request.at, media, min(media + request.text, MOST_ROWS)))
+    return drawn
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of language ranks that have ended, which here all do
+    facts = report.machine()
+    print(report.describe(facts))
+    drawn = jobs(options.requests, SEED)
+    with encode_process() as (pipe, peer):
+        found = report.load(options.out, "pool")["results"] if options.add else {"turns": []}
+        if not options.add:
+            found["tower_s_per_token"] = tower_speed(pipe, peer, drawn, options.tower)
+        for _ in range(options.turns):
+            found["turns"].append(one_turn(pipe, peer, drawn, options, found))
+    results = found | {"requests": options.requests, "load": options.load, "summary": summary(found["turns"])}
+    show(results)
+    report.save(options.out, "pool", facts, results, drawing(results["summary"]))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pools", type=int, nargs="+", default=[1, 4, 8, 16], help="1/N of what is needed at most")
+    parser.add_argument("--reserve", nargs="+", default=[AUTO, "256", "1024", "4096", "8192", EXACT, MAXIMUM])
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--tower", type=float, default=4.0)
+    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--add", action="store_true", help="to the turns that --out has already")
+    report.add_options(parser)
+    options = parser.parse_args()
+    if options.quick:
+        options.pools, options.reserve, options.requests, options.turns = [1, 8], [AUTO, "8192", MAXIMUM], 20, 1
+    return options
+
+
+# ---- a turn
+
+
+def tower_speed(pipe: Connection, peer: str, drawn: Sequence[Job], times: float) -> float:
+    """Seconds for a token of a picture, so that in the mean the tower takes so many times as long as a transfer."""
+    some = drawn[:40]
+    pipe.send(0.0)
+    with language(EXACT, PLENTY) as candidate:
+        candidate.warm_up(pipe, peer)
+        alone = candidate.one_by_one(pipe, peer, some)
+    # The median, because one interruption of this process would slow the tower of the whole run.
+    return times * Figures.of(alone).median * len(some) / sum(job.media for job in some)
+
+
+def one_turn(
+    pipe: Connection, peer: str, drawn: Sequence[Job], options: argparse.Namespace, found: dict[str, Any]
+) -> dict[str, Any]:
+    per_token: float = found["tower_s_per_token"]
+    pipe.send(per_token)
+    rate = options.load * len(drawn) / (per_token * sum(job.media for job in drawn))
+    with language(EXACT, PLENTY) as unlimited:
+        unlimited.warm_up(pipe, peer)
+        alone = unlimited.one_by_one(pipe, peer, drawn)
+        run = unlimited.run(pipe, peer, drawn, rate)
+    full = found.setdefault("blocks", run.most_blocks)
+    points = [point_of(UNLIMITED, 1, PLENTY, run, alone, rate)]
+    turn = len(found["turns"])
+    order = list(itertools.product(options.reserve, options.pools))
+    for reserve, fraction in order[turn % len(order) :] + order[: turn % len(order)]:
+        blocks = max(1, full // fraction)
+        with language(reserve, blocks) as candidate:
+            candidate.warm_up(pipe, peer)
+            run = candidate.run(pipe, peer, drawn, rate)
+        points.append(point_of(reserve, fraction, blocks, run, alone, rate))
+    return {"rate": rate, "points": points}
+
+
+def point_of(reserve: str, fraction: int, blocks: int, run: Run, alone: Sequence[float], rate: float) -> dict[str, Any]:
+    done = [one for one in run.seconds if one is not None]
+    return {
+        "reserve": reserve,
+        "fraction": fraction,
+        "blocks": blocks,
+        "most_blocks": run.most_blocks,
+        "goodput": workload.goodput(run.seconds, alone, rate),
+        "failed": len(run.seconds) - len(done),
+        "median_ms": 1e3 * Figures.of(done).median,
+        "rounds": run.rounds,
+    }
+
+
+# ---- the language side: this process
+
+
+class Candidate:
+    """A language rank, and how many of its requests may be under way at a time."""
+
+    def __init__(self, manager: LanguageManager, reserve: str) -> None:
+        self.manager = manager
+        self.is_exact = reserve == EXACT
+        pool = manager.pool.count * BLOCK
+        # One at a time where not even one of them fits: with its resumes it can do with less.
+        self.at_once = max(1, pool // MOST_ROWS) if reserve == MAXIMUM else None
+        self.most_blocks = 0
+
+    def warm_up(self, pipe: Connection, peer: str) -> None:
+        """Find the peer, connect, and be trusted with more than one room at a time. `auto` learns nothing from it: it
+        takes requests to be as long as that until it has seen some.
+        """
+        self.run(pipe, peer, [Job(0.0, 16, UNSEEN)], 1.0)
+
+    def one_by_one(self, pipe: Connection, peer: str, drawn: Sequence[Job]) -> list[float]:
+        seconds = []
+        for job in drawn:
+            (one,) = self.run(pipe, peer, [job._replace(at=0.0)], 1.0).seconds
+            assert one is not None
+            seconds.append(one)
+        return seconds
+
+    def run(self, pipe: Connection, peer: str, drawn: Sequence[Job], rate: float) -> Run:
+        started = time.perf_counter()
+        due = deque((started + job.at / rate, ROOMS.next(), job) for job in drawn)
+        numbers = [room for _, room, _ in due]
+        waiting: deque[tuple[float, int, Job]] = deque()
+        under_way: dict[int, tuple[float, MooncakeEmbeddingReceiver]] = {}
+        ended: dict[int, tuple[float | None, int]] = {}
+        self.most_blocks = 0
+        while due or waiting or under_way:
+            while due and due[0][0] <= time.perf_counter():
+                waiting.append(due.popleft())
+            while waiting and (self.at_once is None or len(under_way) < self.at_once):
+                at, room, job = waiting.popleft()
+                pipe.send((room, job))
+                under_way[room] = at, self.start(peer, room, job)
+            select.select([self.manager.wakeup_fd], [], [], self.patience(due))
+            self.collect(under_way, ended)
+        rounds = [ended[room][1] for room in numbers]
+        return Run([ended[room][0] for room in numbers], self.most_blocks, sum(rounds) / len(rounds))
+
+    def start(self, peer: str, room: int, job: Job) -> MooncakeEmbeddingReceiver:
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer, room)
+        receiver.start(hint_rows=job.rows if self.is_exact else None)
+        return receiver
+
+    @staticmethod
+    def patience(due: Sequence[tuple[float, int, Job]]) -> float | None:
+        return max(0.0, due[0][0] - time.perf_counter()) if due else None
+
+    def collect(
+        self,
+        under_way: dict[int, tuple[float, MooncakeEmbeddingReceiver]],
+        ended: dict[int, tuple[float | None, int]],
+    ) -> None:
+        """A room that leaves the queue says so, which is when it gets its blocks."""
+        for room in self.manager.drain_events():
+            self.most_blocks = max(self.most_blocks, self.manager.pool.leased)
+            at, receiver = under_way[room]
+            if is_final(receiver.poll()):
+                del under_way[room]
+                is_there = receiver.poll() is Status.SUCCESS
+                ended[room] = (time.perf_counter() - at if is_there else None), receiver.rounds
+
+
+class Rooms:
+    """Numbers that no room has had."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+
+    def next(self) -> int:
+        return next(self._numbers)
+
+
+ROOMS: Final = Rooms()
+
+
+@contextmanager
+def language(reserve: str, blocks: int) -> Iterator[Candidate]:
+    tokens = {AUTO: None, MAXIMUM: MOST_ROWS, EXACT: MOST_ROWS}
+    default = tokens[reserve] if reserve in tokens else int(reserve)
+    manager = LanguageManager.open(
+        layout(blocks),
+        dataclasses.replace(config(), default_allocate_tokens=default),
+        host=HOST,
+        ranks=1,
+        max_rows=MOST_ROWS,
+        limits=ModelLimits(vocabulary=1, modalities=frozenset({1})),
+    )
+    manager.start()
+    yield Candidate(manager, reserve)
+    manager.close()
+
+
+def layout(blocks: int) -> BufferLayout:
+    return BufferLayout(HIDDEN, "bfloat16", 0, BLOCK, blocks)
+
+
+@functools.cache
+def config() -> RelayConfig:
+    return RelayConfig.from_environment({**os.environ, "SGLANG_EMBEDDING_DATA_PLANE": "mooncake"})
+
+
+# ---- the encode side: a process of its own
+
+
+@contextmanager
+def encode_process() -> Iterator[tuple[Connection, str]]:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=encode_instance, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    yield here, f"{HOST}:{here.recv()}"
+    here.send(None)
+    process.join()
+
+
+def encode_instance(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
+    registry.start()
+    manager = EncodeManager.open(layout(PLENTY), config(), host=HOST, bootstrap=Address(HOST, registry.port))
+    manager.start()
+    pipe.send(registry.port)
+    Tower(manager).serve(pipe)
+    manager.close()
+    registry.close()
+
+
+class Tower:
+    """An encode scheduler whose tower computes nothing: the rows are there when it would have been done with them."""
+
+    def __init__(self, manager: EncodeManager) -> None:
+        self.manager = manager
+        self.made = torch.randn(MOST_ROWS, HIDDEN).to(torch.bfloat16)
+        self.per_token = 0.0
+        self.parked: dict[int, tuple[Job, MooncakeEmbeddingSender]] = {}
+        self.queue: deque[int] = deque()
+        self.done_at: float | None = None
+        """When the first of the queue has been in the tower for long enough; None while nothing is in it."""
+
+    def serve(self, pipe: Connection) -> None:
+        while True:
+            patience = None if self.done_at is None else max(0.0, self.done_at - time.perf_counter())
+            readable, _, _ = select.select([pipe.fileno(), self.manager.wakeup_fd], [], [], patience)
+            if pipe.fileno() in readable:
+                order = pipe.recv()
+                if order is None:
+                    return
+                self.take(order)
+            self.step()
+
+    def take(self, order: float | tuple[int, Job]) -> None:
+        if isinstance(order, float):
+            self.per_token = order
+            return
+        room, job = order
+        sender = MooncakeEmbeddingSender(self.manager, room)
+        sender.init()
+        self.parked[room] = job, sender
+
+    def step(self) -> None:
+        for room in self.manager.drain_events():
+            if room not in self.parked:
+                continue
+            status = self.parked[room][1].poll()
+            if status is Status.WAITING_FOR_INPUT and room not in self.queue:
+                self.queue.append(room)
+            elif is_final(status):  # only a room that failed: those that were encoded are not parked any more
+                del self.parked[room]
+                if room in self.queue:
+                    self.done_at = None if self.queue[0] == room else self.done_at
+                    self.queue.remove(room)
+        now = time.perf_counter()
+        while self.queue:
+            job, sender = self.parked[self.queue[0]]
+            if self.done_at is None:
+                self.done_at = now + self.per_token * job.media
+            if self.done_at > now:
+                return
+            # It has been busy since then, also if this process was not looked at.
+            now, self.done_at = self.done_at, None
+            del self.parked[self.queue.popleft()]
+            sender.send_embedding(source_rows(self.made[: job.media], job.rows))
+
+
+def source_rows(made: torch.Tensor, rows: int) -> SourceRows:
+    """Pictures first, as one item, then text."""
+    items = torch.zeros(rows, 4, dtype=torch.int32)
+    items[: len(made), 1] = 1
+    items[len(made) :, 0] = NO_ITEM
+    return SourceRows(
+        total=rows,
+        fill_ids=torch.zeros(rows, dtype=torch.int32),
+        mrope=torch.zeros(rows, 3, dtype=torch.int32),
+        items=items,
+        segments=[(0, made)],
+        media_items=1,
+    )
+
+
+# ---- what came of it
+
+
+def summary(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By candidate; `of_unlimited` is taken within a turn."""
+    measured: dict[tuple[str, int], list[tuple[Mapping[str, Any], float]]] = {}
+    for turn in turns:
+        unlimited = next(point["goodput"] for point in turn["points"] if point["reserve"] == UNLIMITED)
+        for point in turn["points"]:
+            key = point["reserve"], point["fraction"]
+            measured.setdefault(key, []).append((point, point["goodput"] / unlimited))
+    return [
+        {
+            "reserve": reserve,
+            "fraction": fraction,
+            "mib": round(points[0][0]["blocks"] * sum(layout(1).item_lens) / 2**20, 1),
+            "of_unlimited": Figures.of(ratio for _, ratio in points),
+            **{
+                name: Figures.of(point[name] for point, _ in points)
+                for name in ("goodput", "median_ms", "rounds", "most_blocks")
+            },
+            "failed": sum(point["failed"] for point, _ in points),
+        }
+        for (reserve, fraction), points in measured.items()
+    ]
+
+
+def show(results: Mapping[str, Any]) -> None:
+    every = {(one["reserve"], one["fraction"]): one for one in results["summary"]}
+    unlimited = every[UNLIMITED, 1]
+    rates = Figures.of(turn["rate"] for turn in results["turns"])
+    print(
+        f"\n{results['requests']} requests, {rates} per second, {len(results['turns'])} turns. In an unlimited pool"
+        f" {unlimited['goodput']} per second are in time, with a median of {unlimited['median_ms']} ms."
+        f" Pool 1 is {results['blocks']} blocks of {BLOCK} tokens. {failures(results['summary'])} failed."
+    )
+    fractions = sorted({fraction for _, fraction in every})
+    pools = [f"1/{one}" if one > 1 else "1" for one in fractions]
+    for title, name in (
+        ("Requests in time, beside those of an unlimited pool", "of_unlimited"),
+        ("Median time to the last row in ms", "median_ms"),
+        ("Rounds of a transfer, in the mean", "rounds"),
+    ):
+        table = report.Table(title, "reserved", *pools)
+        for reserve in dict.fromkeys(one["reserve"] for one in results["summary"] if one["reserve"] != UNLIMITED):
+            table.row(reserve, *(every[reserve, one][name] for one in fractions))
+
+
+def failures(every: Sequence[Mapping[str, Any]]) -> int:
+    return sum(one["failed"] for one in every)
+
+
+def drawing(every: Sequence[Mapping[str, Any]]) -> str:
+    lines: dict[str, dict[float, Figures]] = {}
+    for one in every:
+        if one["reserve"] != UNLIMITED:
+            lines.setdefault(one["reserve"], {})[1 / one["fraction"]] = one["of_unlimited"]
+    return report.plot("Requests in time, by what each reserves", "memory of the pool", "of an unlimited pool's", lines)
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    main()
