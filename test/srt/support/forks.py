@@ -6,8 +6,9 @@ import os
 from multiprocessing import forkserver, resource_tracker
 
 from support.repo import REPO
+from support.side_by_side import NAME
 
-LOG = REPO / "test-output" / f"loopback-processes-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}.log"
+LOG = REPO / "test-output" / f"loopback-processes-{NAME}.log"
 fork = multiprocessing.get_context("forkserver")
 
 

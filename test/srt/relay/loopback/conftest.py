@@ -6,13 +6,16 @@ from collections.abc import Iterator
 import pytest
 
 from support.installed import require_installed
+from support.side_by_side import runs_tests
 
 # Before the engine reads it; the smallest that Mooncake takes, so that a test can wait for it.
 os.environ["MC_TRANSFER_TIMEOUT"] = "5"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     require_installed()
+    if not runs_tests(config):
+        return
     from support import forks
 
     forks.prepare()

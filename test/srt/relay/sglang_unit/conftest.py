@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -9,17 +10,23 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.installed import require_installed
+from support.side_by_side import runs_tests
 
 if TYPE_CHECKING:
     from support.scheduler import SchedulerWithoutModel, TransferWithoutThread
     from support.tokenizing import TokenizerManagerWithoutScheduler
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     require_installed()
+    if not runs_tests(config):
+        return
+    gc.disable()  # nothing of what is imported could be freed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's imports warn about hardware that is not there
         import support.scheduler  # noqa: F401
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

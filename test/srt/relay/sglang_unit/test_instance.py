@@ -1,4 +1,4 @@
-"""What an instance tells others about its model, and what it lets be handed to it; from SGLang's own configurations."""
+"""What an instance tells others about itself and its model, and what it lets be handed to it; by SGLang's settings."""
 
 from __future__ import annotations
 
@@ -106,3 +106,15 @@ def test_what_may_be_handed_to_a_model(family: str) -> None:
     narrow = instance.model_limits(SimpleNamespace(model_config=config, tp_worker=worker)).narrow
     assert narrow[Modality.AUDIO.value] == config.hidden_size
     assert not {Modality.IMAGE.value, Modality.VIDEO.value} & narrow.keys()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])
+def test_all_addresses_become_one_that_others_reach(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "get_serving", lambda: SimpleNamespace(host=host))
+    monkeypatch.setattr(instance, "get_local_ip_auto", lambda: "192.0.2.7")
+    assert instance.reachable_host() == "192.0.2.7"
+
+
+def test_the_operators_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "get_serving", lambda: SimpleNamespace(host="localhost"))
+    assert instance.reachable_host() == "localhost"
