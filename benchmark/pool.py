@@ -1,20 +1,19 @@
 """Requests answered in time, against the memory of the receive pool and against how much of it each request reserves.
 
-    .venv/bin/python benchmark/pool.py [--pools 1 4 8 16] [--reserve auto 1024 exact maximum ...] [--load 0.7]
-                                       [--requests 160] [--turns 1] [--add] [--quick] [--out FOLDER]
+    .venv/bin/python benchmark/pool.py [--pools 1 4 8 16] [--reserve auto 1024 exact maximum ...] [--load 0.5]
+                                       [--requests 64] [--turns 4] [--add] [--quick] [--out FOLDER]
 
 Two processes with both sides of the transfer, over Mooncake and ZMQ; the rows are real, tower and model are not. The
 requests are those of `workload.py`, open loop. The tower is a clock: it takes one request after the other, in the order
-in which their language halves offered blocks, and each for as long as its pictures have tokens: in the mean `--tower`
-times what a whole transfer takes alone. Whoever asked takes the rows as soon as they are there. `--load` is the share
-of its time that the tower is busy.
+in which their language halves offered blocks, each for as long as its pictures have tokens, in the mean for 40 ms
+(`--tower`). `--load` is the share of its time that it is busy. Rows that are there are taken at once.
 
 A request is answered in time if its last row is there within twice the time that it takes alone. `unlimited` is a pool
 in which nobody waits, and where each request reserves exactly what it needs; the most blocks that were in use then are
 the memory of pool 1, of which the others are fractions. In a turn all candidates take the same requests, one candidate
-after the other. `--reserve`: `auto`, a number of tokens, `exact` (what a system could reserve that asks for the length
-first), or `maximum`: each request has the blocks of the longest that the model takes, or waits for them. `--add` counts
-the turns that are in the folder already, with their tower and their pools.
+after the other; each turn has requests of its own. `--reserve`: `auto`, a number of tokens, `exact` (what a system
+could reserve that asks for the length first), or `maximum`: each request has the blocks of the longest that the model
+takes, or waits for them. `--add` counts the turns that are in the folder already.
 """
 
 from __future__ import annotations
@@ -98,13 +97,10 @@ def main() -> None:
     logging.disable(logging.WARNING)  # of language ranks that have ended, which here all do
     facts = report.machine()
     print(report.describe(facts))
-    drawn = jobs(options.requests, SEED)
+    found = report.load(options.out, "pool")["results"] if options.add else {"turns": []}
     with encode_process() as (pipe, peer):
-        found = report.load(options.out, "pool")["results"] if options.add else {"turns": []}
-        if not options.add:
-            found["tower_s_per_token"] = tower_speed(pipe, peer, drawn, options.tower)
         for _ in range(options.turns):
-            found["turns"].append(one_turn(pipe, peer, drawn, options, found))
+            found["turns"].append(one_turn(len(found["turns"]), pipe, peer, options))
     results = found | {"requests": options.requests, "load": options.load, "summary": summary(found["turns"])}
     show(results)
     report.save(options.out, "pool", facts, results, drawing(results["summary"]))
@@ -114,48 +110,35 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 4, 8, 16], help="1/N of what is needed at most")
     parser.add_argument("--reserve", nargs="+", default=[AUTO, "256", "1024", "4096", "8192", EXACT, MAXIMUM])
-    parser.add_argument("--load", type=float, default=0.7)
-    parser.add_argument("--tower", type=float, default=4.0)
-    parser.add_argument("--requests", type=int, default=160)
-    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--load", type=float, default=0.5)
+    parser.add_argument("--tower", type=float, default=40.0, help="ms for a request")
+    parser.add_argument("--requests", type=int, default=64, help="in a turn")
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--add", action="store_true", help="to the turns that --out has already")
     report.add_options(parser)
     options = parser.parse_args()
     if options.quick:
-        options.pools, options.reserve, options.requests, options.turns = [1, 8], [AUTO, "8192", MAXIMUM], 20, 1
+        options.pools, options.reserve = [1, 8], [AUTO, MAXIMUM]
+        options.requests, options.turns, options.tower = 12, 1, 10.0
     return options
 
 
 # ---- a turn
 
 
-def tower_speed(pipe: Connection, peer: str, drawn: Sequence[Job], times: float) -> float:
-    """Seconds for a token of a picture, so that in the mean the tower takes so many times as long as a transfer."""
-    some = drawn[:40]
-    pipe.send(0.0)
-    with language(EXACT, PLENTY) as candidate:
-        candidate.warm_up(pipe, peer)
-        alone = candidate.one_by_one(pipe, peer, some)
-    # The median, because one interruption of this process would slow the tower of the whole run.
-    return times * Figures.of(alone).median * len(some) / sum(job.media for job in some)
-
-
-def one_turn(
-    pipe: Connection, peer: str, drawn: Sequence[Job], options: argparse.Namespace, found: dict[str, Any]
-) -> dict[str, Any]:
-    per_token: float = found["tower_s_per_token"]
-    pipe.send(per_token)
-    rate = options.load * len(drawn) / (per_token * sum(job.media for job in drawn))
+def one_turn(turn: int, pipe: Connection, peer: str, options: argparse.Namespace) -> dict[str, Any]:
+    drawn = jobs(options.requests, SEED + turn)
+    pipe.send(1e-3 * options.tower * len(drawn) / sum(job.media for job in drawn))
+    rate = 1e3 * options.load / options.tower
     with language(EXACT, PLENTY) as unlimited:
         unlimited.warm_up(pipe, peer)
         alone = unlimited.one_by_one(pipe, peer, drawn)
         run = unlimited.run(pipe, peer, drawn, rate)
-    full = found.setdefault("blocks", run.most_blocks)
     points = [point_of(UNLIMITED, 1, PLENTY, run, alone, rate)]
-    turn = len(found["turns"])
     order = list(itertools.product(options.reserve, options.pools))
-    for reserve, fraction in order[turn % len(order) :] + order[: turn % len(order)]:
-        blocks = max(1, full // fraction)
+    first = turn * len(order) // 3 % len(order)
+    for reserve, fraction in order[first:] + order[:first]:
+        blocks = max(1, points[0]["most_blocks"] // fraction)
         with language(reserve, blocks) as candidate:
             candidate.warm_up(pipe, peer)
             run = candidate.run(pipe, peer, drawn, rate)
@@ -402,7 +385,7 @@ def summary(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "reserve": reserve,
             "fraction": fraction,
-            "mib": round(points[0][0]["blocks"] * sum(layout(1).item_lens) / 2**20, 1),
+            "mib": Figures.of(point["blocks"] * sum(layout(1).item_lens) / 2**20 for point, _ in points),
             "of_unlimited": Figures.of(ratio for _, ratio in points),
             **{
                 name: Figures.of(point[name] for point, _ in points)
@@ -417,11 +400,11 @@ def summary(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def show(results: Mapping[str, Any]) -> None:
     every = {(one["reserve"], one["fraction"]): one for one in results["summary"]}
     unlimited = every[UNLIMITED, 1]
-    rates = Figures.of(turn["rate"] for turn in results["turns"])
+    turns = results["turns"]
     print(
-        f"\n{results['requests']} requests, {rates} per second, {len(results['turns'])} turns. In an unlimited pool"
-        f" {unlimited['goodput']} per second are in time, with a median of {unlimited['median_ms']} ms."
-        f" Pool 1 is {results['blocks']} blocks of {BLOCK} tokens. {failures(results['summary'])} failed."
+        f"\n{len(turns)} turns of {results['requests']} requests, {turns[0]['rate']:.1f} per second."
+        f" In an unlimited pool {unlimited['goodput']} per second are in time, with a median of"
+        f" {unlimited['median_ms']} ms. {sum(one['failed'] for one in results['summary'])} failed."
     )
     fractions = sorted({fraction for _, fraction in every})
     pools = [f"1/{one}" if one > 1 else "1" for one in fractions]
@@ -433,10 +416,9 @@ def show(results: Mapping[str, Any]) -> None:
         table = report.Table(title, "reserved", *pools)
         for reserve in dict.fromkeys(one["reserve"] for one in results["summary"] if one["reserve"] != UNLIMITED):
             table.row(reserve, *(every[reserve, one][name] for one in fractions))
-
-
-def failures(every: Sequence[Mapping[str, Any]]) -> int:
-    return sum(one["failed"] for one in every)
+    table = report.Table("Memory of the pool in MiB", "", *pools)
+    some = next(reserve for reserve, _ in every if reserve != UNLIMITED)
+    table.row("", *(every[some, one]["mib"] for one in fractions))
 
 
 def drawing(every: Sequence[Mapping[str, Any]]) -> str:

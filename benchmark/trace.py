@@ -8,11 +8,11 @@ numbers of tokens divided by `--shrink`, and no more than nine pictures in one. 
 one after the other. Each is asked for every request alone, and then, with other pictures of the same sizes, for all of
 them at each rate. A rate is a multiple of what the first candidate answers one request after the other, in the first
 turn. A request is answered in time if its first token comes within twice the time that it takes alone, which is the
-median of the candidates, so that all have the same limit. One that fails is not. `split, 1` is the split whose encoder
-takes one request at a time (SGLANG_ENCODER_MAX_BATCH_SIZE=1), as an encode instance of this plugin does on a CPU.
-`--reuse` is the share of pictures that an earlier request of the same rate has shown. `--add` counts the turns that are
-in the folder already, with their rates. The client is that of `sglang.bench_serving`, one thread of OpenMP in each
-process.
+median of the candidates, so that all have the same limit. One that fails is not, and whatever has no answer ten seconds
+after the last arrival is given up. `split, 1` is the split whose encoder takes one request at a time
+(SGLANG_ENCODER_MAX_BATCH_SIZE=1), as an encode instance of this plugin does on a CPU. `--reuse` is the share of
+pictures that an earlier request of the same rate has shown. `--add` counts the turns that are in the folder already,
+with their rates. The client is that of `sglang.bench_serving`; one thread of OpenMP in each process.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ MOST_PICTURES: Final = 9
 """So many has one request of a hundred; with more, a server without an accelerator would do nothing else."""
 PIXELS: Final = 28
 """The side of what becomes one token."""
+PATIENCE: Final = 10.0
+"""Seconds after the last arrival, in which whoever is not answered is given up."""
 ALONE: Final = 0.0
 """In the place of a rate: one request after the other."""
 
@@ -115,7 +117,11 @@ async def replay(url: str, model: str, asked: Sequence[tuple[workload.Request, A
     for request, prompt in asked:
         await asyncio.sleep(max(0.0, started + request.at / rate - time.perf_counter()))
         tasks.append(asyncio.create_task(ask(url, model, request, prompt)))
-    return await asyncio.gather(*tasks)
+    _, late = await asyncio.wait(tasks, timeout=PATIENCE)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    return [Outcome(None, None) if task in late else task.result() for task in tasks]
 
 
 async def ask(url: str, model: str, request: workload.Request, prompt: Any) -> Outcome:
@@ -249,7 +255,7 @@ def show(results: Mapping[str, Any], candidates: Sequence[str]) -> None:
 
 
 def show_best(results: Mapping[str, Any], candidates: Sequence[str]) -> None:
-    columns = "", "in time per second", "of split", "processor ms of a request", "failed"
+    columns = "", "in time per second", "of split", "processor ms of a request", "not answered"
     table = Table("The best of all rates, and what the servers spend", *columns)
     turns, asked = results["turns"], results["requests"] * len(results["rates"])
     for one in candidates:
@@ -293,7 +299,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--candidates", nargs="+", choices=list(SERVERS), default=[SPLIT, PAIR, UNDIVIDED])
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 1.0, 1.5])
     parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--shrink", type=int, default=8)
+    parser.add_argument("--shrink", type=int, default=16)
     parser.add_argument("--reuse", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--add", action="store_true", help="to the turns that --out has already")

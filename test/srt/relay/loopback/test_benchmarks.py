@@ -54,8 +54,8 @@ def test_quick_form_of_pool(tmp_path: Path) -> None:
         assert one["failed"] == 0
         assert one["rounds"][0] >= 1
     limited = [point for turn in results["turns"] for point in turn["points"] if point["reserve"] != "unlimited"]
-    assert len(limited) == 2 * 6
+    assert len(limited) == 2 * 4
     assert all(0 < point["most_blocks"] <= point["blocks"] for point in limited)
     # An eighth of the memory is less than the longest request needs.
     assert all(point["rounds"] > 1 for point in limited if point["fraction"] == 8)
-    assert (tmp_path / "pool.svg").read_text().count("<polyline") == 3
+    assert (tmp_path / "pool.svg").read_text().count("<polyline") == 2

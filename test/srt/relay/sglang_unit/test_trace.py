@@ -78,6 +78,12 @@ def test_requests_go_out_at_their_times_and_a_failed_one_is_none(trace: Any, stu
     assert all(0 < one.first <= one.last for one in outcomes[20.0] if one.first)
 
 
+def test_what_is_not_answered_is_given_up(trace: Any, stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "PATIENCE", 0.0)
+    outcomes = trace.ask_all(f"http://127.0.0.1:{stub.server_port}", "m", requests(trace, 2, 2), [20.0], [1])
+    assert outcomes[20.0][-1] == trace.Outcome(None, None)
+
+
 def test_another_salt_shows_other_pictures_of_the_same_sizes(trace: Any) -> None:
     def urls(salt: int) -> list[str]:
         (message,) = trace.messages(requests(trace, 2)[0], salt)
