@@ -7,8 +7,11 @@ do not encode anything.
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +72,35 @@ async def serving(*instances: Encode) -> AsyncIterator[None]:
     finally:
         for runner in runners:
             await runner.cleanup()
+
+
+class InAThread(BaseHTTPRequestHandler):
+    """An encode instance that hears of requests while the event loop of the test stands still."""
+
+    asked = threading.Event()
+
+    def do_GET(self) -> None:
+        self._answer({"disaggregation_mode": "encode", "disaggregation_bootstrap_port": 8998})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.set()
+        self._answer({"text": ""})
+
+    def _answer(self, said: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(said).encode())
+
+
+@contextmanager
+def listening() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), InAThread) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @asynccontextmanager
@@ -368,6 +400,44 @@ def test_the_media_half_is_sent_and_the_scheduler_learns_where_to(mode: str, rou
     assert tokenized.need_wait_for_mm_inputs
     assert tokenized.mm_inputs is None
     assert tokenized.bootstrap_room == routed.get("bootstrap_room")
+
+
+def test_the_encode_instance_has_the_media_while_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    had: list[bool] = []
+    with listening() as url, generating("language", url) as manager:
+        read = manager._tokenize_texts
+
+        async def note_and_read(*args: Any) -> Any:
+            had.append(InAThread.asked.wait(5))  # like a tokenizer, this stops the event loop that sends
+            return await read(*args)
+
+        monkeypatch.setattr(manager, "_tokenize_texts", note_and_read)
+        manager.prepare(**PICTURE)
+    assert had == [True]
+
+
+def test_media_of_a_prompt_that_is_refused_are_taken_back() -> None:
+    one = Encode(*free_ports(1))
+    is_gone = asyncio.Event()
+
+    async def wait_for_the_end(self: Encode, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        while request.transport is not None and not request.transport.is_closing():
+            await asyncio.sleep(0)
+        is_gone.set()
+        raise asyncio.CancelledError
+
+    async def prepare() -> None:
+        one.generate = wait_for_the_end.__get__(one)  # type: ignore[method-assign]
+        async with serving(one):
+            with pytest.raises(ValueError, match="longer than the model's context length"):
+                await manager.tokenized(text=IMAGE + "a b " * manager.context_len, image_data=PICTURE["image_data"])
+            await asyncio.wait_for(is_gone.wait(), 10)
+
+    with generating("language", one.url) as manager:
+        run_on_its_loop(prepare())
+    assert len(one.asked) == 1
+    assert manager.sent == []  # nobody else is told: no scheduler has heard of this room
 
 
 def test_a_request_that_the_router_has_paired_goes_by_the_router() -> None:

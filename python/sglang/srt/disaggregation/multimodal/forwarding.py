@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
@@ -15,7 +16,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -67,14 +68,16 @@ class EncodeInstances:
         self._avoided_until: dict[str, float] = {}
         self._known: dict[str, tuple[float, EncodeInstance]] = {}
         self._running: set[asyncio.Task[Any]] = set()
-        connected = aiohttp.TraceConfig()
-        connected.on_connection_create_end.append(_note_connected)
+        self._asked: dict[int, asyncio.Task[Failure | None]] = {}
+        """By room: the requests that have not been answered yet."""
+        sending = aiohttp.TraceConfig()
+        sending.on_request_chunk_sent.append(_note_sent)
         self._session = aiohttp.ClientSession(
             # A connection that is kept may be one to an instance that has gone since: only a new one tells.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-            trace_configs=[connected],
+            trace_configs=[sending],
         )
 
     async def ask(self, room: int, body: dict[str, Any], on_failure: Callable[[Failure], None]) -> EncodeHalf:
@@ -94,6 +97,11 @@ class EncodeInstances:
             except (aiohttp.ClientError, TimeoutError, OSError, Unusable) as error:
                 reasons.append(f"{url}: {self._avoid(url, error)}")
         raise Unusable(f"no encode instance takes requests ({'; '.join(reasons)})")
+
+    def take_back(self, room: int) -> None:
+        """As a client does who goes away: the encode instance sees its connection closed, and forgets the request."""
+        if (request := self._asked.get(room)) is not None:
+            request.cancel()
 
     def _in_turn(self) -> list[str]:
         first = next(self._next) % len(self._urls)
@@ -142,27 +150,34 @@ class EncodeInstances:
     async def _send(
         self, url: str, half: EncodeHalf, body: dict[str, Any], on_failure: Callable[[Failure], None]
     ) -> None:
-        """Returns when there is a connection: what does not come so far, nobody has seen, and another may be asked."""
+        """Returns when the body is on its way, all or its beginning, so that the caller may keep this event loop busy.
+
+        Of what does not come so far nobody has seen a request, and another may be asked.
+        """
         where = {"bootstrap_host": half.host, "bootstrap_port": half.port, "bootstrap_room": half.room}
         payload = msgspec.json.encode({**body, **where})
-        connected = asyncio.get_running_loop().create_future()
-        request = self._start(self._post(url, payload, connected))
-        await asyncio.wait({request, connected}, return_when=asyncio.FIRST_COMPLETED)
-        if not connected.done():
+        sent = asyncio.get_running_loop().create_future()
+        request = self._start(self._post(url, payload, sent))
+        await asyncio.wait({request, sent}, return_when=asyncio.FIRST_COMPLETED)
+        if not sent.done():
             request.result()
             return
-        request.add_done_callback(functools.partial(self._hear_end, url, on_failure))
+        self._asked[half.room] = request
+        request.add_done_callback(functools.partial(self._hear_end, url, half.room, on_failure))
 
-    async def _post(self, url: str, payload: bytes, connected: asyncio.Future[None]) -> Failure | None:
+    async def _post(self, url: str, payload: bytes, sent: asyncio.Future[None]) -> Failure | None:
         headers = {"Content-Type": "application/json"}
         data = io.BytesIO(payload)
         async with self._session.post(
-            f"{url}/generate", data=data, headers=headers, trace_request_ctx=connected
+            f"{url}/generate", data=data, headers=headers, trace_request_ctx=sent
         ) as response:
             text = await response.content.read(_MOST_OF_AN_ERROR)
             return None if response.status == 200 else _failure(url, response.status, text)
 
-    def _hear_end(self, url: str, on_failure: Callable[[Failure], None], request: asyncio.Task[Failure | None]) -> None:
+    def _hear_end(
+        self, url: str, room: int, on_failure: Callable[[Failure], None], request: asyncio.Task[Failure | None]
+    ) -> None:
+        del self._asked[room]
         if request.cancelled():
             return
         error, failure = request.exception(), None
@@ -185,10 +200,10 @@ class EncodeInstances:
         await self._session.close()
 
 
-async def _note_connected(_session: Any, context: Any, _params: Any) -> None:
-    connected = context.trace_request_ctx
-    if connected is not None and not connected.done():
-        connected.set_result(None)
+async def _note_sent(_session: Any, context: Any, _params: Any) -> None:
+    sent = context.trace_request_ctx
+    if sent is not None and not sent.done():
+        sent.set_result(None)
 
 
 def _failure(url: str, status: int, text: bytes) -> Failure:
@@ -202,17 +217,23 @@ def _failure(url: str, status: int, text: bytes) -> Failure:
     return Failure(BAD_GATEWAY, f"encode instance {url} answers {status}: {said}")
 
 
-async def ask_for_rows(manager: Any, obj: Any) -> EncodeHalf:
-    """In the HTTP process, for one prompt with media."""
+@contextlib.asynccontextmanager
+async def asking_for_rows(manager: Any, obj: Any) -> AsyncIterator[EncodeHalf]:
+    """In the HTTP process, for one prompt with media: taken back if what is done within fails."""
     room = secrets.randbits(63)
-    body = media_half(obj)
+    instances = _instances_of(manager)
     try:
-        return await _instances_of(manager).ask(room, body, functools.partial(_tell_scheduler, manager, room))
+        half = await instances.ask(room, media_half(obj), functools.partial(_tell_scheduler, manager, room))
     except Unusable as error:
         from fastapi import HTTPException
 
         logger.warning("relay room=%d refused: %s", room, error)
         raise HTTPException(UNAVAILABLE, str(error)) from None
+    try:
+        yield half
+    except BaseException:
+        instances.take_back(room)
+        raise
 
 
 def _instances_of(manager: Any) -> EncodeInstances:

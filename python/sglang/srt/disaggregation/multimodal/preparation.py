@@ -94,14 +94,15 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
         )
     if modes.is_prefill() and obj.sampling_params.get("n", 1) > 1:
         raise ValueError("several samples of one prompt are not answered by SGLang's prefill and decode instances")
-    try:
-        with _without_media(obj):
-            tokenized = await original(manager, obj)
-    except Exception as error:
-        raise faults.explained(error, modes.LANGUAGE) from error
+    # The encode instance is asked first: it prepares the media while this process reads the prompt.
+    async with forwarding.asking_for_rows(manager, obj) if we_choose else contextlib.nullcontext() as encode_half:
+        try:
+            with _without_media(obj):
+                tokenized = await original(manager, obj)
+        except Exception as error:
+            raise faults.explained(error, modes.LANGUAGE) from error
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
-    encode_half = await forwarding.ask_for_rows(manager, obj) if we_choose else None
     # SGLang would answer at once with the ids that it has: placeholders. A late answer has none instead.
     request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids)))
     obj.return_prompt_token_ids = False
