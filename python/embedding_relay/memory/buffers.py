@@ -112,6 +112,53 @@ class ReceivedRows:
     def aux(self) -> Aux:
         return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items)
 
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return self.fill_ids, self.mrope, self.items, self.embeddings
+
+
+# Of `ReceivedRows`, one behind the other: 32-bit numbers per row, and then the embeddings.
+_NUMBERS: Final = (1, columns.MROPE_AXES, columns.ITEM_VALUES)
+_LINE: Final = 64
+
+
+def bytes_for(rows: int, layout: BufferLayout) -> int:
+    return _start_of_embeddings(rows) + rows * layout.width * columns.DTYPE_BYTES[layout.dtype]
+
+
+def _start_of_embeddings(rows: int) -> int:
+    return -(-rows * sum(_NUMBERS) * columns.INT32 // _LINE) * _LINE
+
+
+def rows_in(memory: torch.Tensor, aux: Aux, layout: BufferLayout) -> ReceivedRows:
+    """A request whose tensors lie in these bytes, `bytes_for` its rows."""
+    numbers = torch.split(
+        memory[: aux.total * sum(_NUMBERS) * columns.INT32].view(torch.int32), [aux.total * count for count in _NUMBERS]
+    )
+    embeddings = memory[_start_of_embeddings(aux.total) : bytes_for(aux.total, layout)]
+    return ReceivedRows(
+        total=aux.total,
+        fill_ids=numbers[0],
+        mrope=numbers[1].view(-1, columns.MROPE_AXES),
+        items=numbers[2].view(-1, columns.ITEM_VALUES),
+        embeddings=embeddings.view(getattr(torch, layout.dtype)).view(-1, layout.width),
+        mrope_delta=aux.mrope_delta,
+        has_mrope=aux.has_mrope,
+        media_items=aux.media_items,
+    )
+
+
+def _pinned_memory(length: int) -> torch.Tensor:
+    return torch.empty(length, dtype=torch.uint8, pin_memory=True)  # which torch itself uses again
+
+
+def page_locked(rows: ReceivedRows, layout: BufferLayout) -> ReceivedRows:
+    """A copy from which a device can read beside other work: torch uses its memory again when the device has."""
+    copy = rows_in(_pinned_memory(bytes_for(rows.total, layout)), rows.aux, layout)
+    for here, there in zip(copy.columns, rows.columns, strict=True):
+        here.copy_(there)
+    return copy
+
 
 class EmbeddingBuffers:
     """Host memory for `layout.blocks` blocks, one contiguous region per column.
@@ -128,8 +175,8 @@ class EmbeddingBuffers:
         # The same memory. A chunk of few rows is copied in a tenth of the time that torch's calls would take.
         self._small: dict[str, NDArray[np.int32]] = {}
         self._pinned: list[torch.Tensor] = []
-        # As much as the pool has: no more than that is under way at a time.
-        self._targets = ReusedMemory(layout.blocks * sum(layout.item_lens))
+        self._targets = ReusedMemory(self.total_bytes)
+        self._take: Callable[[int], torch.Tensor] = _pinned_memory if self._is_pinned else self._targets.take
 
     def allocate(self, take: Callable[[int], mmap.mmap] = private_memory) -> None:
         """Each column has pages of its own in what `take` gives."""
@@ -145,6 +192,11 @@ class EmbeddingBuffers:
             self._rows[column.name] = memory.view(dtype).view(-1, column.bytes_per_row // dtype.itemsize)
             if not column.media_only:
                 self._small[column.name] = self._rows[column.name].numpy()
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the pool. No more is kept for received rows either: no more than that is under way at a time."""
+        return self.layout.blocks * sum(self.layout.item_lens)
 
     def release(self) -> None:
         while self._pinned:
@@ -213,22 +265,15 @@ class EmbeddingBuffers:
 
     def make_target(self, aux: Aux) -> ReceivedRows:
         """Tensors of the final length: nothing is copied again when more rows arrive."""
-        return ReceivedRows(
-            total=aux.total,
-            fill_ids=torch.empty(aux.total, dtype=torch.int32),
-            mrope=torch.empty(aux.total, columns.MROPE_AXES, dtype=torch.int32),
-            items=torch.empty(aux.total, columns.ITEM_VALUES, dtype=torch.int32),
-            embeddings=self._memory_for(aux.total),
-            mrope_delta=aux.mrope_delta,
-            has_mrope=aux.has_mrope,
-            media_items=aux.media_items,
-        )
+        return rows_in(self._take(bytes_for(aux.total, self.layout)), aux, self.layout)
 
-    def _memory_for(self, rows: int) -> torch.Tensor:
-        shape = rows, self.layout.width
-        if self._is_pinned:
-            return torch.empty(shape, dtype=self._dtype, pin_memory=True)  # which torch itself uses again
-        return self._targets.take(rows * self.layout.width * self._dtype.itemsize).view(self._dtype).view(shape)
+    def make_targets_in(self, take: Callable[[int], torch.Tensor]) -> None:
+        """From here on targets lie in what `take` gives, whatever the device."""
+        self._take = take
+
+    def for_the_model(self, target: ReceivedRows) -> ReceivedRows:
+        """The same rows where the device of this rank's model can read them at full speed."""
+        return page_locked(target, self.layout) if self._is_pinned else target
 
     def copy_out(
         self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -21,25 +22,29 @@ _Bytes = NDArray[np.uint8]
 class ReusedMemory:
     """Keeps at most `limit` bytes that are not in use. One thread takes; the last reference may go in any thread."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, make: Callable[[int], _Bytes] | None = None, piece: int = _PIECE) -> None:
+        """`make`: memory of another kind than this process's own, which small requests must have too."""
         self._limit = limit
+        self._make = make
+        self._piece = piece
         # Without a lock: a finalizer may run in the middle of anything, `take` included. A deque needs none.
         self._kept: deque[_Bytes] = deque()
 
     def take(self, length: int) -> torch.Tensor:
         """Bytes of any content. They come back when no tensor shares them any more."""
-        if length < _PIECE:
+        if self._make is None and length < self._piece:
             return torch.empty(length, dtype=torch.uint8)
         memory = self._find(length)
         if memory is None:
-            memory = np.empty(-(-length // _PIECE) * _PIECE, dtype=np.uint8)
+            pieces = -(-length // self._piece) * self._piece
+            memory = self._make(pieces) if self._make else np.empty(pieces, dtype=np.uint8)
         used = memory[:length]
         weakref.finalize(used, self._keep, memory).atexit = False
         return torch.from_numpy(used)
 
     def _find(self, length: int) -> _Bytes | None:
         """The smallest that will do."""
-        fitting = [memory for memory in self._kept if length <= memory.nbytes <= _WASTE * length + _PIECE]
+        fitting = [memory for memory in self._kept if length <= memory.nbytes <= _WASTE * length + self._piece]
         for memory in sorted(fitting, key=lambda one: one.nbytes):
             for _ in range(len(self._kept)):
                 kept = self._kept.popleft()

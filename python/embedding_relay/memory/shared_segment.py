@@ -44,7 +44,9 @@ _BYTES_PER_BLOCK: Final = 512  # of st_blocks, whatever the file system
 
 # Nobody can take away memory that others have mapped: they would be killed by their next access to it.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_POPULATE_WRITE: Final = 23  # of madvise, since Linux 5.14; an older kernel refuses it, and pages come one by one
+# Of madvise, since Linux 5.14; an older kernel refuses it, and pages come one by one.
+_POPULATE_READ: Final = 22
+_POPULATE_WRITE: Final = 23
 
 # One and the same function. The second keeps the interpreter's lock: to get it back may take longer than a small copy.
 _copy: Final = ctypes.CDLL(None).memmove
@@ -60,11 +62,11 @@ class NotShared(RelayError):
     """This memory cannot be mapped here, and why. To try again is of no use as long as both processes live."""
 
 
-def _socket_name(name: str) -> str:
+def socket_name(name: str) -> str:
     return f"\0sglang-embedding-relay-{name}"
 
 
-def _is_our_user(connection: socket.socket) -> bool:
+def is_our_user(connection: socket.socket) -> bool:
     """The kernel notes whose process is at the other end when it begins to listen or to connect."""
     _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return bool(user == os.geteuid())
@@ -84,6 +86,23 @@ def _has_hung_up(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def sealed_memory(length: int) -> int:
+    """Its descriptor. All of it is there, as zeros, and can neither shrink nor grow; raises OSError."""
+    descriptor = os.memfd_create("sglang-embedding-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(descriptor, 0, length)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def populate(address: int, length: int, *, read_only: bool = False) -> None:
+    """Have the pages of a mapping there now, and not one by one as each is first used."""
+    _advise(address, length, _POPULATE_READ if read_only else _POPULATE_WRITE)
 
 
 # ---- made and handed out
@@ -110,10 +129,8 @@ class Segment:
 
         Raises OSError. The mapping is gone when nobody refers to it any more.
         """
-        self._fd = os.memfd_create("sglang-embedding-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fd = sealed_memory(length)
         try:
-            os.posix_fallocate(self._fd, 0, length)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
             memory = mmap.mmap(self._fd, length, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except BaseException:
             self.close()
@@ -127,7 +144,7 @@ class Segment:
             raise LocalError("a segment is allocated before it is handed out")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            listener.bind(_socket_name(self.name))
+            listener.bind(socket_name(self.name))
             listener.listen()
             listener.setblocking(False)
         except BaseException:
@@ -190,7 +207,7 @@ class Segment:
             time.sleep(_AGAIN_AFTER)
             return True
         connection.setblocking(False)
-        if not _is_our_user(connection) or len(self._writers) >= _MOST_CONNECTIONS:
+        if not is_our_user(connection) or len(self._writers) >= _MOST_CONNECTIONS:
             connection.close()
             return True
         with self._lock:
@@ -240,7 +257,7 @@ class MappedSegment:
 
     def populate(self) -> None:
         """Have its pages mapped now, and not one by one as they are first written to."""
-        _advise(self._here, self._length, _POPULATE_WRITE)
+        populate(self._here, self._length)
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Copy; raises Unreachable if nothing was, because it must not be."""
@@ -271,7 +288,7 @@ def attach(name: str, owner: str, writer: str) -> MappedSegment:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(_ANSWER_TIMEOUT)
     try:
-        segment = _attach(connection, _socket_name(name), owner, writer)
+        segment = _attach(connection, socket_name(name), owner, writer)
     except BaseException as error:
         connection.close()
         if isinstance(error, (BlockingIOError, TimeoutError)):
@@ -288,7 +305,7 @@ def _attach(connection: socket.socket, address: str, owner: str, writer: str) ->
         connection.connect(address)
     except ConnectionRefusedError:
         raise NotShared("it is on another host, or in another network namespace of this one") from None
-    if not _is_our_user(connection):
+    if not is_our_user(connection):
         raise NotShared("another user has it")
     try:
         connection.send(writer.encode("ascii"))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import msgspec
 
@@ -15,6 +18,7 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import ModelLimits, SmallColumns
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.shared_rows import Lender
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (
@@ -38,12 +42,24 @@ from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank
 logger = logging.getLogger(__name__)
 
 
+class GetsRows(Protocol):
+    """The manager of a language rank, however the rows come to it."""
+
+    def follow(self, end: RoomEnd) -> bool: ...
+
+    def request(self, receiver: MooncakeEmbeddingReceiver, hint_rows: int | None) -> None: ...
+
+    def cancel(self, room: int, failure: Failure | None) -> None: ...
+
+
 class MooncakeEmbeddingReceiver(RoomEnd):
     """The language scheduler's end of one room."""
 
-    def __init__(self, manager: LanguageManager, bootstrap_addr: str, room: int) -> None:
+    def __init__(self, manager: GetsRows, bootstrap_addr: str, room: int, number: int | None = None) -> None:
+        """`number`: by which all ranks of this instance know the room; without one, nobody wants its rows."""
         super().__init__(room)
         self.bootstrap_addr = bootstrap_addr
+        self.number = number
         self._manager = manager
         self._is_ours = False
         # Written by the control thread.
@@ -100,18 +116,31 @@ class LanguageManager(MooncakeEmbeddingManager):
         ib_device: str = "",
         device: str = "cpu",
         observer: Observer = NOBODY,
+        borrowers: Mapping[int, socket.socket] | None = None,
     ) -> LanguageManager:
         """`ranks` language ranks receive the same rows, each on its own; a prompt has at most `max_rows`.
 
         `limits`: what the model can be given. Rows beyond them fail their room.
+        `borrowers`: connections to ranks that do not receive these rows, but read them here.
         """
         opened = open_rank(layout, config, host, data_plane(config, host, ib_device), device)
         with opened.closing_on_error():
-            return cls(opened, ranks, max_rows, limits, observer)
+            return cls(opened, ranks, max_rows, limits, observer, borrowers or {})
 
-    def __init__(self, opened: OpenRank, ranks: int, max_rows: int, limits: ModelLimits, observer: Observer) -> None:
+    def __init__(
+        self,
+        opened: OpenRank,
+        ranks: int,
+        max_rows: int,
+        limits: ModelLimits,
+        observer: Observer,
+        borrowers: Mapping[int, socket.socket] = MappingProxyType({}),
+    ) -> None:
         super().__init__(opened, observer)
         self.limits = limits
+        self._lender = Lender(borrowers, self._buffers.total_bytes) if borrowers else None
+        if self._lender is not None:
+            self._buffers.make_targets_in(self._lender.take)
         self._core: LanguageSide = LanguageSide(
             register=Register(
                 self.address,
@@ -135,6 +164,12 @@ class LanguageManager(MooncakeEmbeddingManager):
         )
         self._receivers: dict[int, MooncakeEmbeddingReceiver] = {}
         self._chunks = self._resumes = self._rows = self._bytes = 0
+
+    def start(self) -> None:
+        if self._lender is not None:
+            self._closing.callback(self._lender.close)
+            self._lender.start(lambda: self._loop.post(lambda now: None), self.report_unhealthy)  # to count again
+        super().start()
 
     def _close_helpers(self) -> None:
         self._lookup.close()
@@ -283,12 +318,25 @@ class LanguageManager(MooncakeEmbeddingManager):
             logger.info("relay room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
             if receiver is not None:
                 receiver.target = None  # the scheduler may keep the receiver for a while, and needs only the reason
+        elif effect.status is Status.SUCCESS and receiver is not None and receiver.target is not None:
+            self._share(receiver, receiver.target)
         self.update_status(effect.room, effect.status, effect.failure)
+
+    def _share(self, receiver: MooncakeEmbeddingReceiver, rows: ReceivedRows) -> None:
+        if self._lender is not None:
+            if receiver.number is not None:
+                self._lender.lend(receiver.number, rows)
+            receiver.target = self._buffers.for_the_model(rows)
 
     # ---- numbers
 
     def _sizes(self) -> dict[str, int]:
-        return {"receivers": len(self._receivers)}
+        lender = self._lender
+        return {
+            "receivers": len(self._receivers),
+            "borrowers": lender.borrowers if lender else 0,
+            "lent": lender.lent if lender else 0,
+        }
 
     def _totals(self) -> dict[str, int]:
         return {"chunks": self._chunks, "resumes": self._resumes, "rows": self._rows, "bytes": self._bytes}

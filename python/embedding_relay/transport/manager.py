@@ -198,7 +198,60 @@ def open_rank(layout: BufferLayout, config: RelayConfig, host: str, plane: DataP
 # ---- the manager
 
 
-class MooncakeEmbeddingManager(abc.ABC):
+class Manager(abc.ABC):
+    """What the scheduler of any rank asks: is all well, and which rooms have changed?"""
+
+    @abc.abstractmethod
+    def start(self) -> None: ...
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Idempotent."""
+
+    def __init__(self, config: RelayConfig, board: StatusBoard, observer: Observer) -> None:
+        self.config = config
+        self.observer = observer
+        self.unhealthy_reason: str | None = None
+        self.on_unhealthy: Callable[[str], None] | None = None
+        """Called by the thread that reports it; must not wait."""
+        self._board = board
+
+    def healthy(self) -> bool:
+        return self.unhealthy_reason is None
+
+    def reachable(self) -> bool:
+        """Others can find this rank."""
+        return True
+
+    def report_unhealthy(self, reason: str) -> None:
+        """Any thread: something died that this rank cannot work without."""
+        self.unhealthy_reason = self.unhealthy_reason or reason
+        logger.error("relay is unhealthy: %s", reason)
+        if self.on_unhealthy is not None:
+            self.on_unhealthy(reason)
+
+    @property
+    def wakeup_fd(self) -> int:
+        """Readable while `drain_events` has something to say."""
+        return self._board.wakeup.fileno()
+
+    def drain_events(self) -> list[int]:
+        """Rooms that changed since the last call."""
+        return self._board.drain()
+
+    def follow(self, end: RoomEnd) -> bool:
+        """Whether the room is the caller's from here on; if it is somebody else's, `end` has failed already."""
+        return self._board.follow(end)
+
+    def update_status(self, room: int, status: Status, failure: Failure | None = None) -> None:
+        self._board.change(room, status, failure)
+
+    def check_status(self, room: int) -> Status | None:
+        """The status of a room that has not ended."""
+        return self._board.status(room)
+
+
+class MooncakeEmbeddingManager(Manager):
     """One side of the transfer in one rank: the scheduler's way into it, and its control thread.
 
     Nothing but `start` and `close` waits.
@@ -207,19 +260,14 @@ class MooncakeEmbeddingManager(abc.ABC):
     _core: EncodeSide | LanguageSide
 
     def __init__(self, rank: OpenRank, observer: Observer) -> None:
-        self.config = rank.config
+        super().__init__(rank.config, rank.board, observer)
         self.layout = rank.layout
         self.address = rank.address
         self.plane = rank.plane
         self.plane.on_death = self.report_unhealthy
         self.pool = BlockPool(rank.layout.blocks)
         self.instance = uuid.uuid4().hex
-        self.unhealthy_reason: str | None = None
-        self.on_unhealthy: Callable[[str], None] | None = None
-        """Called by the thread that reports it; must not wait."""
-        self.observer = observer
         self._buffers = rank.buffers
-        self._board = rank.board
         self._loop = rank.loop
         self._closing = rank.closing
         self._thread = WatchedThread("relay-control", self.embedding_thread, self._end_all)
@@ -236,7 +284,7 @@ class MooncakeEmbeddingManager(abc.ABC):
         self._thread.start()
 
     def close(self) -> None:
-        """Idempotent. A write under way is waited for: Mooncake ends it within its own timeout."""
+        """A write under way is waited for: Mooncake ends it within its own timeout."""
         self._closing.close()
         self._board.fail_all(Failure(UNAVAILABLE, "this instance is stopping"))
 
@@ -244,21 +292,7 @@ class MooncakeEmbeddingManager(abc.ABC):
     def _close_helpers(self) -> None:
         """After the control thread has ended: the threads that worked for it."""
 
-    # ---- health and numbers
-
-    def healthy(self) -> bool:
-        return self.unhealthy_reason is None
-
-    def reachable(self) -> bool:
-        """Others can find this rank."""
-        return True
-
-    def report_unhealthy(self, reason: str) -> None:
-        """Any thread: something died that this rank cannot work without."""
-        self.unhealthy_reason = self.unhealthy_reason or reason
-        logger.error("relay is unhealthy: %s", reason)
-        if self.on_unhealthy is not None:
-            self.on_unhealthy(reason)
+    # ---- numbers
 
     def metrics(self) -> Numbers:
         """Numbers of a moment ago; never waits."""
@@ -289,28 +323,6 @@ class MooncakeEmbeddingManager(abc.ABC):
 
     @abc.abstractmethod
     def _totals(self) -> dict[str, int]: ...
-
-    # ---- statuses
-
-    @property
-    def wakeup_fd(self) -> int:
-        """Readable while `drain_events` has something to say."""
-        return self._board.wakeup.fileno()
-
-    def drain_events(self) -> list[int]:
-        """Rooms that changed since the last call."""
-        return self._board.drain()
-
-    def follow(self, end: RoomEnd) -> bool:
-        """Whether the room is the caller's from here on; if it is somebody else's, `end` has failed already."""
-        return self._board.follow(end)
-
-    def update_status(self, room: int, status: Status, failure: Failure | None = None) -> None:
-        self._board.change(room, status, failure)
-
-    def check_status(self, room: int) -> Status | None:
-        """The status of a room that has not ended."""
-        return self._board.status(room)
 
     # ---- the control thread
 

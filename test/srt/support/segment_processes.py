@@ -47,7 +47,7 @@ def process(main: Callable[..., None], *arguments: object) -> Iterator[tuple[Bas
 def ask_as_another_user(pipe: Connection, name: str) -> None:
     """Without looking at whose memory it is."""
     os.setuid(NOBODY_WE_KNOW)
-    shared_segment._is_our_user = lambda _: True
+    shared_segment.is_our_user = lambda _: True
     _ask(pipe, name)
 
 

@@ -204,8 +204,8 @@ def test_same_answers(part: Part) -> None:
 
 
 @each_part
-def test_every_rank_resumes(part: Part) -> None:
-    """Of the ranks of one room each makes its own offers, and takes as many rounds as the others."""
+def test_every_instance_resumes(part: Part) -> None:
+    """Of each instance and room, the one rank that receives for all of its host."""
     for encode, language in part.pairs:
         seen = part.instances.log_length(language)
         for question in questions(part.family):
@@ -216,10 +216,27 @@ def test_every_rank_resumes(part: Part) -> None:
         if language.dp > 1:
             assert sum(map(len, found.values())) == len(questions(part.family)) - 1, "all but the text"
             continue
-        first, *others = found.values()
+        (first,) = found.values()
         assert len(first) == len(questions(part.family)) - 1, "all but the text"
-        assert len(others) == language.tp * language.pp - 1
-        assert all(other == first for other in others)
+
+
+@each_part
+def test_ranks_of_one_host_share_one_copy_of_the_rows(part: Part) -> None:
+    """What an encode instance writes does not grow with the ranks of a language instance."""
+    written: dict[str, float] = {}
+    encode = part.pairs[-1][0]
+    for number, language in enumerate({language for _, language in part.pairs}):
+        before = numbers_of(part.instances.servers[encode])["bytes_total"]
+        halves = part.instances.ask(part.picture(12, 12, 700 + number), encode, language)
+        assert [half.status for half in halves] == [200, 200], [half.body for half in halves]
+        server = part.instances.servers[encode]
+        wait_until(lambda server=server: not_at_rest(numbers_of(server)) == [])
+        written[language.name] = numbers_of(server)["bytes_total"] - before
+        shared = numbers_of(part.instances.servers[language])
+        assert shared["borrowing_ranks"] == language.tp * language.pp - 1
+    print(written)
+    assert len(set(written.values())) == 1
+    assert min(written.values()) > 0
 
 
 @each_part

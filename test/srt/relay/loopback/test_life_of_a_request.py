@@ -27,7 +27,7 @@ PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
 LAYOUT = small_layout()
 # Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's,
-# transport/ranks.py that of an instance with several, and doors.py is asked whenever Python imports something.
+# doors.py is asked whenever Python imports something, and the last four are those of an instance with several ranks.
 BESIDE = {
     "config.py",
     "doors.py",
@@ -36,6 +36,9 @@ BESIDE = {
     "pairing.py",
     "pulse.py",
     "transport/ranks.py",
+    "transport/neighbours.py",
+    "transport/borrowing.py",
+    "memory/shared_rows.py",
 }
 # It says what a data plane promises, and has no code of its own to be called.
 INTERFACE = {"memory/plane.py"}

@@ -7,6 +7,7 @@ broadcast is a list that all of them are given; each has a transfer of its own, 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.buffers import ReceivedRows
+from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, UNAVAILABLE, Failure, LocalError
 from embedding_relay.protocol.status import Status
+from embedding_relay.transport.borrowing import BorrowingManager
 from embedding_relay.transport.encode import NoTransfer
 from embedding_relay.transport.ranks import Agreement, RoomEnded, Unhealthy
 from sglang.srt.disaggregation.multimodal import multimodal_language
@@ -123,8 +127,71 @@ class LanguageRanks(Ranks):
     def has_rows(self, rank: int, room: int) -> None:
         self.transfers[rank].rows_arrive(room)
 
+    def hear_everything(self) -> None:
+        """Nothing is on its way between the ranks any more."""
+
     def fails(self, rank: int, room: int, failure: Failure = LOST) -> None:
         self.transfers[rank].stands(room, Status.FAILED, failure)
+
+
+class Undelivered:
+    """In place of a `Borrower`: rows that the first rank has lent, and that this rank has not heard of yet."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, ReceivedRows]] = deque()
+
+    def start(self, give: Any, on_death: Any) -> None:
+        self.give = give
+
+    def close(self) -> None: ...
+
+    def deliver(self) -> bool:
+        """The next of them; whether there was one."""
+        if self.waiting:
+            self.give(*self.waiting.popleft())
+            return True
+        return False
+
+
+class SharingRanks(LanguageRanks):
+    """All on one host: the first receives, and the others hear of it, each in its own time. The memory is not real."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        for transfer in self.transfers[1:]:
+            transfer.close()
+        self.undelivered = [Undelivered() for _ in range(count)]
+        first = self.transfers[0]
+        for rank in range(1, count):
+            borrower: Any = self.undelivered[rank]
+            manager = BorrowingManager(borrower, first.config, first.limits, NOBODY)
+            manager.start()
+            self.transfers[rank] = manager
+            self.schedulers[rank].embedding_relay = LanguageRole(
+                self.schedulers[rank], manager, ranks=count, reporter=self.wire.from_rank(rank)
+            )
+
+    def has_rows(self, rank: int, room: int) -> None:
+        """The first rank has received them, or another hears of the next that it has."""
+        if rank:
+            self.undelivered[rank].deliver()
+            return
+        super().has_rows(0, room)
+        receiver = [more for what, other, more in self.transfers[0].asked if (what, other) == ("request", room)][-1]
+        for other in self.undelivered[1:]:
+            other.waiting.append((receiver.number, receiver.target))
+
+    def hear_everything(self) -> None:
+        for rank in self.undelivered:
+            while rank.deliver():
+                pass
+
+
+@pytest.fixture(params=[2, 4])
+def sharing(mode: str, request: pytest.FixtureRequest) -> Iterator[SharingRanks]:
+    made = SharingRanks(request.param)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=[2, 4])
@@ -292,20 +359,77 @@ def test_only_the_first_rank_sleeps_and_answers_for_the_instance(ranks: Language
         assert role.decide() == []
 
 
-def run_schedule(seed: int) -> None:
+# ---- language ranks of one host
+
+
+def test_only_the_first_rank_of_a_host_asks_for_rows(sharing: SharingRanks) -> None:
+    sharing.turn(request("a", 7))
+    assert sharing.transfers[0].rooms("request") == [7]
+    assert sharing.tables() == {"parked": 1, "shared": 0}
+
+
+def test_a_room_is_handed_over_when_the_last_rank_has_heard_of_it(sharing: SharingRanks) -> None:
+    sharing.turn(request("a", 7))
+    for rank in range(len(sharing.transfers)):
+        assert sharing.queued() == []
+        sharing.has_rows(rank, 7)
+        sharing.turn()
+    assert sharing.queued() == ["a"]
+    rows = [scheduler.waiting_queue[0].multimodal_inputs.mm_items[0] for scheduler in sharing.schedulers]
+    first = rows[0].precomputed_embeddings
+    assert all(torch.equal(one.precomputed_embeddings, first) for one in rows)
+    assert sharing.tables() == {"parked": 0, "shared": 0}
+
+
+def test_a_room_that_fails_at_the_first_rank_of_a_host_fails_on_all(sharing: SharingRanks) -> None:
+    sharing.turn(request("a", 7))
+    sharing.fails(0, 7)
+    sharing.turn()
+    assert sharing.same(lambda scheduler: scheduler.answer_to("a")) == LOST
+    assert all(manager._asked == {} for manager in sharing.transfers[1:])
+    sharing.turn()
+    assert sharing.same(lambda scheduler: scheduler.is_fully_idle())
+
+
+def test_rows_of_a_request_whose_client_has_left_are_let_go(sharing: SharingRanks) -> None:
+    sharing.turn(request("a", 7))
+    sharing.has_rows(0, 7)
+    sharing.turn(AbortReq(rid="a"))
+    sharing.turn()
+    assert sharing.same(lambda scheduler: scheduler.ended()) == ["a"]
+    for rank, manager in enumerate(sharing.transfers[1:], 1):
+        sharing.has_rows(rank, 7)
+        assert (manager._asked, manager._early) == ({}, {})
+    assert sharing.same(lambda scheduler: scheduler.is_fully_idle())
+
+
+def test_a_declined_request_is_no_business_of_the_other_ranks(sharing: SharingRanks) -> None:
+    for scheduler in sharing.schedulers:
+        scheduler.embedding_relay.unhealthy_reason = "ill"
+    sharing.turn(request("a", 7))
+    assert sharing.transfers[0].rooms("cancel") == [7]
+    assert all(manager._asked == {} for manager in sharing.transfers[1:])
+    assert sharing.same(lambda scheduler: scheduler.answer_to("a")).code == UNAVAILABLE
+
+
+# ---- any schedule
+
+
+def run_schedule(seed: int, kind: type[LanguageRanks] = LanguageRanks) -> None:
     """Rooms end in any order on each rank, reports are late, clients leave, an operator pauses, turns are left out.
 
     An AssertionError if two ranks differ in what SGLang has, or a request is not answered once.
     """
     dice = random.Random(seed)
-    ranks = LanguageRanks(dice.choice([1, 2, 2, 4]))
+    ranks = kind(dice.choice([1, 2, 2, 4]))
     still_open: set[tuple[int, int]] = set()
     rooms = 0
 
     def end(rank: int, room: int) -> None:
-        if ranks.transfers[rank]._board.status(room) is None:
+        hears_of_others = isinstance(ranks, SharingRanks) and rank > 0
+        if ranks.transfers[rank]._board.status(room) is None and not hears_of_others:
             return  # it was cancelled there
-        if dice.random() < 0.1:
+        if dice.random() < 0.1 and not hears_of_others:
             ranks.fails(rank, room)
         else:
             ranks.has_rows(rank, room)
@@ -332,6 +456,7 @@ def run_schedule(seed: int) -> None:
         ranks.wire.is_slow, ranks.hands_on = False, True
         for rank, room in sorted(still_open):
             end(rank, room)
+        ranks.hear_everything()
         for _ in range(3):
             ranks.turn(GO_ON)
         answered = ranks.same(lambda scheduler: sorted(one.rid for one in scheduler.answers if hasattr(one, "rid")))
@@ -342,9 +467,13 @@ def run_schedule(seed: int) -> None:
         ranks.close()
 
 
+KINDS = pytest.mark.parametrize("kind", [LanguageRanks, SharingRanks], ids=["each receives", "one receives"])
+
+
+@KINDS
 @pytest.mark.parametrize("seed", range(40))
-def test_ranks_do_the_same_under_any_schedule(mode: str, seed: int) -> None:
-    run_schedule(seed)
+def test_ranks_do_the_same_under_any_schedule(mode: str, kind: type[LanguageRanks], seed: int) -> None:
+    run_schedule(seed, kind)
 
 
 # ---- faults that an implementer might make: the schedules must notice each
@@ -401,21 +530,38 @@ def a_failure_elsewhere_is_not_heard(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Agreement, "hear", hear)
 
 
+def a_rank_that_does_not_receive_does_not_wait(patch: pytest.MonkeyPatch) -> None:
+    def request(self: BorrowingManager, receiver: Any, hint_rows: int | None) -> None:
+        original(self, receiver, hint_rows)
+        self.update_status(receiver.room, Status.SUCCESS)
+
+    original = BorrowingManager.request
+    patch.setattr(BorrowingManager, "request", request)
+
+
+OF_ALL_RANKS = [
+    a_room_is_ready_when_the_first_rank_has_it,
+    each_rank_decides_for_itself,
+    rooms_keep_the_order_in_which_this_rank_got_them,
+    a_decision_is_said_once,
+]
+
+
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "kind"),
     [
-        a_room_is_ready_when_the_first_rank_has_it,
-        each_rank_decides_for_itself,
-        rooms_keep_the_order_in_which_this_rank_got_them,
-        a_decision_is_said_once,
-        a_failure_elsewhere_is_not_heard,
+        *((fault, kind) for fault in OF_ALL_RANKS for kind in (LanguageRanks, SharingRanks)),
+        (a_failure_elsewhere_is_not_heard, LanguageRanks),
+        (a_rank_that_does_not_receive_does_not_wait, SharingRanks),
     ],
 )
-def test_a_planted_fault_is_caught(mode: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_caught(
+    mode: str, fault: Any, kind: type[LanguageRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault(monkeypatch)
     for seed in range(40):
         try:
-            run_schedule(seed)
+            run_schedule(seed, kind)
         except (AssertionError, LocalError):
             return
     pytest.fail("40 schedules noticed nothing")

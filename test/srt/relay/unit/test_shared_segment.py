@@ -203,7 +203,7 @@ def test_two_network_namespaces_are_two_hosts(owned: Owned) -> None:
 def test_who_does_not_say_its_name_gets_nothing(owned: Owned, said: bytes) -> None:
     segment, _ = owned
     stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stranger.connect(shared_segment._socket_name(segment.name))
+    stranger.connect(shared_segment.socket_name(segment.name))
     if said:
         stranger.send(said)
         stranger.settimeout(10)
@@ -250,7 +250,7 @@ class Impostor:
         self.name = os.urandom(16).hex()
         self._answer = message, descriptors
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(shared_segment._socket_name(self.name))
+        self._listener.bind(shared_segment.socket_name(self.name))
         self._listener.listen()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -339,7 +339,7 @@ def test_an_owner_that_does_not_answer_is_not_taken_for_one_that_refuses(monkeyp
     monkeypatch.setattr(shared_segment, "_ANSWER_TIMEOUT", 0.05)
     name = os.urandom(16).hex()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind(shared_segment._socket_name(name))
+        silent.bind(shared_segment.socket_name(name))
         silent.listen(0)
         for _ in range(3):  # later ones find no place in the queue
             with pytest.raises(Unreachable, match="does not answer"):

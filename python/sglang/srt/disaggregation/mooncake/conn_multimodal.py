@@ -15,11 +15,13 @@ from __future__ import annotations
 from embedding_relay.protocol.effects import TransferEmbeddingChunk
 from embedding_relay.protocol.messages import TransferEmbeddingInfo
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
+from embedding_relay.transport.borrowing import BorrowingManager
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 
 __all__ = [
+    "BorrowingManager",
     "EncodeManager",
     "LanguageManager",
     "MooncakeEmbeddingBootstrapServer",

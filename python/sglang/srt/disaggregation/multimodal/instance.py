@@ -7,18 +7,20 @@ from typing import Any, Final
 
 import torch
 
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import MOONCAKE, RelayConfig
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.shared_rows import Borrower
 from embedding_relay.observer import NOBODY, Observer
 from embedding_relay.protocol.messages import Address
 from embedding_relay.transport.encode import NoTransfer
+from embedding_relay.transport.neighbours import ALONE, Neighbours, meet
 from embedding_relay.transport.ranks import Reporter, Reports
 from embedding_relay.transport.sockets import ip_address
-from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, LanguageManager
+from sglang.srt.disaggregation.mooncake.conn_multimodal import BorrowingManager, EncodeManager, LanguageManager
 from sglang.srt.disaggregation.multimodal import halves, modes, parts
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
-from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
+from sglang.srt.disaggregation.multimodal.multimodal_language import AnyLanguageManager, LanguageRole
 from sglang.srt.disaggregation.multimodal.prefill_stage import PrefillRole
 from sglang.srt.disaggregation.multimodal.roles import Role
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
@@ -69,9 +71,12 @@ def _encode_role(scheduler: Any) -> EncodeRole:
 
 
 def _language_role(scheduler: Any) -> LanguageRole:
-    """Each tensor-parallel rank of each pipeline stage receives the rows for itself; the first decides for all."""
+    """Every tensor-parallel rank of each pipeline stage has the rows, and those of one host share them.
+
+    The first rank decides for all.
+    """
     group = get_parallel().world_group  # the ranks that get the same requests, and nobody else
-    manager = open_language_manager(scheduler, group.world_size)
+    manager = open_language_manager(scheduler, group)
     keys = manager.config.keys
     key = keys.control if keys else None
     reports = Reports.open(reachable_host(), key) if group.world_size > 1 and group.rank_in_group == 0 else None
@@ -96,19 +101,33 @@ def open_encode_manager(scheduler: Any) -> EncodeManager:
     )
 
 
-def open_language_manager(scheduler: Any, ranks: int) -> LanguageManager:
+def open_language_manager(scheduler: Any, group: Any) -> AnyLanguageManager:
+    """`group`: the ranks of this instance, as SGLang has them."""
     config, host = RelayConfig.from_environment(), reachable_host()
+    neighbours = _neighbours(group, config)
+    layout, limits, device = _layout(scheduler, config), model_limits(scheduler), str(scheduler.device)
+    observer = _observer(scheduler, modes.LANGUAGE)
+    if neighbours.lender is not None:
+        borrower = Borrower(neighbours.lender, layout, torch.device(device))
+        return BorrowingManager(borrower, config, limits, observer)
     return LanguageManager.open(
-        _layout(scheduler, config),
+        layout,
         config,
         host=host,
-        ranks=ranks,
+        ranks=neighbours.receiving,
         max_rows=scheduler.max_req_input_len,
-        limits=model_limits(scheduler),
+        limits=limits,
         ib_device=get_disagg().disaggregation_ib_device or "",
-        device=str(scheduler.device),
-        observer=_observer(scheduler, modes.LANGUAGE),
+        device=device,
+        observer=observer,
+        borrowers=neighbours.borrowers,
     )
+
+
+def _neighbours(group: Any, config: RelayConfig) -> Neighbours:
+    if group.world_size == 1:
+        return ALONE
+    return meet(group.rank_in_group, group.all_gather_object, may_share=config.data_plane != MOONCAKE)
 
 
 def _observer(scheduler: Any, mode: str) -> Observer:

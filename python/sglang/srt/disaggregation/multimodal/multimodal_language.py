@@ -18,7 +18,11 @@ from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.entry import name_of_rank
 from embedding_relay.transport.ranks import Agreement, Reporter, Reports, RoomEnded, Unhealthy
-from sglang.srt.disaggregation.mooncake.conn_multimodal import LanguageManager, MooncakeEmbeddingReceiver
+from sglang.srt.disaggregation.mooncake.conn_multimodal import (
+    BorrowingManager,
+    LanguageManager,
+    MooncakeEmbeddingReceiver,
+)
 from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of
 from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, encode_half
@@ -27,6 +31,8 @@ from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
 logger = logging.getLogger(__name__)
 
 _MOST_LOST: Final = 256
+
+AnyLanguageManager = LanguageManager | BorrowingManager
 
 
 class MultimodalLanguageRequest:
@@ -51,7 +57,9 @@ class MultimodalLanguageRequest:
 class MultimodalLanguagePreallocQueue:
     """Rooms that have no receive blocks yet; the manager serves them first come, first served."""
 
-    def __init__(self, manager: LanguageManager, on_end: Callable[[int, Failure | None], None] | None = None) -> None:
+    def __init__(
+        self, manager: AnyLanguageManager, on_end: Callable[[int, Failure | None], None] | None = None
+    ) -> None:
         """`on_end` is called, in another thread, with the number of a room that has ended on this rank."""
         self.manager = manager
         self.queue: dict[int, MultimodalLanguageRequest] = {}
@@ -65,8 +73,9 @@ class MultimodalLanguagePreallocQueue:
 
     def add(self, recv_req: Any, half: EncodeHalf) -> MultimodalLanguageRequest:
         room = half.room
-        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room)
-        request = MultimodalLanguageRequest(receiver, next(self._numbers))
+        number = next(self._numbers)
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room, number)
+        request = MultimodalLanguageRequest(receiver, number)
         if self._on_end is not None:
             receiver.on_end = functools.partial(self._on_end, request.number)
         request.uses_left = uses_of_room(recv_req)
@@ -112,19 +121,19 @@ class MultimodalLanguageTransferQueue:
         return moved
 
 
-class LanguageRole(Role[LanguageManager]):
+class LanguageRole(Role[AnyLanguageManager]):
     mode = modes.LANGUAGE
 
     def __init__(
         self,
         scheduler: Any,
-        manager: LanguageManager,
+        manager: AnyLanguageManager,
         *,
         ranks: int = 1,
         reports: Reports | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        """Of `ranks` ranks that receive the same rows the first has `reports` of the others, and they a `reporter`."""
+        """Of `ranks` ranks that have the same requests the first has `reports` of the others, and they a `reporter`."""
         super().__init__(scheduler, manager, is_first=reporter is None)
         self.prealloc_queue = MultimodalLanguagePreallocQueue(manager, self._report if reporter else None)
         self.transfer_queue = MultimodalLanguageTransferQueue()

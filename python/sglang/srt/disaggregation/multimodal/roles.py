@@ -14,12 +14,12 @@ from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
 from embedding_relay.transport.encode import NoTransfer
-from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingManager
+from embedding_relay.transport.manager import Manager
 from sglang.srt.disaggregation.multimodal import compatibility
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, lost_rows_in, refusal_in
 from sglang.srt.runtime_context import get_parallel, get_serving
 
-M = TypeVar("M", bound=MooncakeEmbeddingManager | NoTransfer)
+M = TypeVar("M", bound=Manager | NoTransfer)
 
 _DECIDED: Final = "relay-decided"
 
