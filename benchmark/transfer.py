@@ -182,7 +182,7 @@ def one_request(manager: LanguageManager, pipe: Connection, peer: str, room: int
             receiver.rows().embeddings.to(device)
         ended = time.perf_counter()
         assert receiver.poll() is Status.SUCCESS, receiver.failure()
-        assert receiver.rounds == point.rounds, (receiver.rounds, point)
+        assert receiver.rounds >= point.rounds, (receiver.rounds, point)  # more if they are of half the blocks
         assert pipe.recv() == "ended"
     return ended - started
 

@@ -68,6 +68,8 @@ class Handshake(msgspec.Struct, frozen=True, omit_defaults=True):
     memory: _MemoryName = ""
     takes_progress: bool = False
     """A language rank of another version does not know `Progress`."""
+    takes_offer_ahead: bool = False
+    """An encode rank of another version ignores an offer as long as it has one."""
 
 
 class Register(msgspec.Struct, frozen=True):

@@ -229,7 +229,7 @@ class Announcer:
 class LookupAnswers(Protocol):
     """What a lookup may find out; called in the control thread. A `peer` is a rank as `name_of_rank` calls it."""
 
-    def peer_resolved(self, peer: str, address: Address, instance: str, now: float) -> None: ...
+    def peer_resolved(self, peer: str, rank: EncodeRank, now: float) -> None: ...
 
     def peer_unreachable(self, peer: str, reason: str, now: float) -> None: ...
 
@@ -294,7 +294,7 @@ class PeerLookup:
             self._post(functools.partial(self._answers.peer_unreachable, peer, str(error)))
         else:
             self._known[peer] = rank
-            self._post(functools.partial(self._answers.peer_resolved, peer, rank.address, rank.instance))
+            self._post(functools.partial(self._answers.peer_resolved, peer, rank))
 
     def _ask(self, peer: str) -> EncodeRank:
         (registry, wanted), deadline = parse_peer(peer), time.monotonic() + _LOOKUP_PATIENCE

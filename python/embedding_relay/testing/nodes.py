@@ -47,6 +47,8 @@ class WorldOfNode(Protocol):
 
     block_size: int
     ranks: int
+    takes_offer_ahead: bool
+    smallest_half: int
     timing: Timing
     clock: Clock
     fabric: MemoryFabric
@@ -237,6 +239,7 @@ class LanguageNode:
             max_rows=MAX_ROWS,
             ranks=world.ranks,
             timing=world.timing,
+            smallest_half=world.smallest_half,
         )
         self.journal = Journal(session_id)
         self.copies: list[CopyOut] = []
@@ -249,6 +252,8 @@ class LanguageNode:
         """Off: somebody forges the messages of its peers, so that what it delivers may be anything."""
         self.offers: list[TransferEmbeddingInfo] = []
         """Every init and resume that it sent, in order."""
+        self.held: dict[int, int] = {}
+        """How many blocks each room had when it offered some of them last."""
 
     def run(self, effects: Sequence[LanguageEffect]) -> None:
         for effect in effects:
@@ -274,9 +279,10 @@ class LanguageNode:
         self.memory.columns[AUX][block * size : (block + 1) * size] = bytes(size)
 
     def _check_offer(self, info: TransferEmbeddingInfo) -> None:
-        before = next((offer for offer in reversed(self.offers) if offer.room == info.room), None)
         self.offers.append(info)
-        if before is not None and len(info.dst_embedding_indices) > len(before.dst_embedding_indices):
+        held = sum(self.pool.owner_of(block) == info.room for block in range(self.pool.count))
+        before, self.held[info.room] = self.held.get(info.room, held), held
+        if held > before:
             sizes = self.core.sizes()
             if sizes["waiting_for_blocks"] > sizes["held_back"] or not sizes["blocks_free"]:
                 raise Violation(f"L2: room {info.room} takes blocks that others wait for: {sizes}")
@@ -340,4 +346,8 @@ class LanguageNode:
         if node is None or peer in self.world.unreachable:
             self.run(self.core.peer_unreachable(peer, "connection refused", now))
         else:
-            self.run(self.core.peer_resolved(peer, node.address, node.instance, now))
+            self.run(
+                self.core.peer_resolved(
+                    peer, node.address, node.instance, now, takes_offer_ahead=self.world.takes_offer_ahead
+                )
+            )

@@ -21,6 +21,7 @@ from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import Send
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import UndecodableFrames
+from embedding_relay.protocol.language.room import SMALLEST_HALF
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import PROTOCOL_VERSION, Address, Handshake
 from embedding_relay.protocol.plan import Run
@@ -48,6 +49,8 @@ class World:
         language_blocks: Sequence[int] = (64,),
         default_tokens: int | Sequence[int | None] | None = 1024,
         encodes: int = 1,
+        takes_offer_ahead: bool = True,
+        smallest_half: int = SMALLEST_HALF,
         timing: Timing | None = None,
         make_encode_side: Callable[..., EncodeSide] = EncodeSide,
         make_language_side: Callable[..., LanguageSide] = LanguageSide,
@@ -55,6 +58,8 @@ class World:
         """One language rank for each entry of `language_blocks`, with its own default if several are given."""
         self.block_size = block_size
         self.ranks = len(language_blocks)
+        self.takes_offer_ahead = takes_offer_ahead
+        self.smallest_half = smallest_half
         self.timing = timing or Timing(forget_session=700.0)
         self._encode_side = make_encode_side
         self._language_side = make_language_side

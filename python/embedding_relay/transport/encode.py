@@ -8,6 +8,8 @@ import logging
 import uuid
 from collections.abc import Iterable, Sequence
 
+import msgspec
+
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import SourceRows
 from embedding_relay.memory.layout import BufferLayout
@@ -120,7 +122,7 @@ class EncodeManager(MooncakeEmbeddingManager):
     ) -> None:
         super().__init__(opened, observer)
         self.instance = instance
-        handshake, config = self.layout.handshake(), self.config
+        handshake, config = msgspec.structs.replace(self.layout.handshake(), takes_offer_ahead=True), self.config
         self._core: EncodeSide = EncodeSide(
             handshake=handshake,
             instance=self.instance,

@@ -34,9 +34,10 @@ from embedding_relay.protocol.effects import (
 )
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.side import LanguageSide
-from embedding_relay.protocol.messages import Address, Register, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import Register, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import PeerLookup
+from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, data_plane, open_rank
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,9 @@ class LanguageManager(MooncakeEmbeddingManager):
         self._receivers[receiver.room] = receiver
         self._run(self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows), now)
 
-    def peer_resolved(self, peer: str, address: Address, instance: str, now: float) -> None:
-        self._run(self._core.peer_resolved(peer, address, instance, now), now)
+    def peer_resolved(self, peer: str, rank: EncodeRank, now: float) -> None:
+        ahead = rank.handshake.takes_offer_ahead
+        self._run(self._core.peer_resolved(peer, rank.address, rank.instance, now, takes_offer_ahead=ahead), now)
 
     def peer_unreachable(self, peer: str, reason: str, now: float) -> None:
         self._run(self._core.peer_unreachable(peer, reason, now), now)

@@ -168,6 +168,9 @@ class Stranger:
         return Register(self._address(), self._session(), tuple(pointers), self._handshake())
 
     def _offer(self) -> TransferEmbeddingInfo:
+        honest = [offer for language in self._world.languages for offer in language.offers[-3:]]
+        if honest and self.chance(4):
+            return self._next_after(self.pick(honest))
         first, count = self._choices.number(0, 4), self._choices.number(1, 4)
         blocks = (first,) * count if self.chance(12) else tuple(range(first, first + count))
         fits = self._choices.number(1, count * self._world.block_size)
@@ -181,6 +184,16 @@ class Stranger:
             required_dst_info_num=self.pick([self._world.ranks, self._world.ranks, 1, 2, 3]),
             sent_tokens=self._number() if self.chance(3) else 0,
             allocated_tokens=self._number() if self.chance(4) else fits,
+        )
+
+    def _next_after(self, offer: TransferEmbeddingInfo) -> TransferEmbeddingInfo:
+        """What its rank may offer next, in blocks of the stranger's choice."""
+        first, count = self._choices.number(0, 4), self._choices.number(1, 2)
+        return msgspec.structs.replace(
+            offer,
+            dst_embedding_indices=tuple(range(first, first + count)),
+            sent_tokens=offer.sent_tokens + offer.allocated_tokens,
+            allocated_tokens=self._choices.number(1, count * self._world.block_size),
         )
 
     def to_encode(self) -> ToEncode:

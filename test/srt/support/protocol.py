@@ -122,7 +122,12 @@ def encode_side_that_writes(
 
 
 def language_side(
-    blocks: int = 8, default: int | None = 8, ranks: int = 1, max_rows: int = 1000, timing: Timing = TIMING
+    blocks: int = 8,
+    default: int | None = 8,
+    ranks: int = 1,
+    max_rows: int = 1000,
+    timing: Timing = TIMING,
+    smallest_half: int = 1,
 ) -> LanguageSide:
     return LanguageSide(
         register=register(blocks=blocks),
@@ -131,6 +136,7 @@ def language_side(
         max_rows=max_rows,
         ranks=ranks,
         timing=timing,
+        smallest_half=smallest_half,
     )
 
 
@@ -145,11 +151,13 @@ def language_side_with_proven_peer(
     return side
 
 
-def request_and_resolve(side: LanguageSide, *rooms: int, now: float = 0.0) -> list[LanguageEffect]:
+def request_and_resolve(
+    side: LanguageSide, *rooms: int, now: float = 0.0, takes_offer_ahead: bool = False
+) -> list[LanguageEffect]:
     """The rooms are requested, then their peer is found."""
     for room in rooms or (ROOM,):
         side.request(room, PEER, now)
-    return side.peer_resolved(PEER, ENCODE, "encode-1", now)
+    return side.peer_resolved(PEER, ENCODE, "encode-1", now, takes_offer_ahead=takes_offer_ahead)
 
 
 def first_offers(side: LanguageSide, *rooms: int) -> dict[int, TransferEmbeddingInfo]:
@@ -164,6 +172,16 @@ def receive_chunk(side: LanguageSide, rows: int, total: int, now: float = 0.0) -
     effects = side.receive(report(Status.SUCCESS if last else Status.TRANSFERRING, rows), now)
     (copy,) = only(effects, CopyOut)
     return side.copied(ROOM, min(copy.capacity, total - copy.first_row), total, now)
+
+
+def language_side_with_two_offers(total: int = 100) -> LanguageSide:
+    """Of a room's four blocks, all there are, two are on offer for rows 24 to 31, and two for 32 to 39."""
+    side = language_side(blocks=4, default=16)
+    request_and_resolve(side, takes_offer_ahead=True)
+    effects = [*receive_chunk(side, 16, total), *receive_chunk(side, 24, total)]
+    offers = [message for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)]
+    assert [(one.sent_tokens, one.dst_embedding_indices) for one in offers[1:]] == [(24, (2, 3)), (32, (0, 1))]
+    return side
 
 
 def waiting_room(room: int = 8) -> LanguageSide:

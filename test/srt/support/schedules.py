@@ -57,6 +57,7 @@ class Shape:
     language_blocks: tuple[int, ...]
     defaults: tuple[int | None, ...]
     encodes: int
+    takes_offer_ahead: bool = True
 
     def build(self, timing: Timing = TIMING, **sides: Any) -> World:
         return World(
@@ -65,6 +66,8 @@ class Shape:
             language_blocks=self.language_blocks,
             default_tokens=self.defaults,
             encodes=self.encodes,
+            takes_offer_ahead=self.takes_offer_ahead,
+            smallest_half=1,
             timing=timing,
             **sides,
         )
@@ -79,6 +82,7 @@ class Shape:
             language_blocks=tuple(rng.randint(8, 20) for _ in range(ranks)),
             defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
             encodes=2,
+            takes_offer_ahead=rng.random() < 0.8,
         )
 
     @classmethod
@@ -90,6 +94,7 @@ class Shape:
             language_blocks=tuple(rng.randint(1, 5) for _ in range(ranks)),
             defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
             encodes=rng.choice(ENCODES),
+            takes_offer_ahead=rng.random() < 0.8,
         )
 
 

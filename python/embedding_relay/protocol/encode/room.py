@@ -64,6 +64,8 @@ class Destination:
     blocks: tuple[int, ...] = ()
     allocated: int = 0
     finished: bool = False
+    ahead: TransferEmbeddingInfo | None = None
+    """What comes when the offer is used up: an offer of rows that begin where those of the first end."""
     last_offer: Hashable = None
     """The identity of the offer that it has, or that was used up last."""
 
@@ -72,14 +74,22 @@ class Destination:
         return self.allocated > 0
 
     def has_answered(self, info: TransferEmbeddingInfo) -> bool:
-        """It comes again because its report was lost: every row that it asked for is over there."""
+        """It comes again because its report was lost: every row that it asked for is over there.
+
+        An offer before the last needs no answer: the report of the last says that those rows are over there too.
+        """
         return not self.has_offer and info.identity == self.last_offer
 
     def waits_for(self, info: TransferEmbeddingInfo) -> bool:
-        """No transfer twice: only a resume that goes on exactly where this is, and only if there is no offer yet."""
-        return not (self.has_offer or self.finished) and info.is_resume and info.sent_tokens == self.sent
+        """No transfer twice: only a resume that goes on exactly where what is known ends, and only one ahead."""
+        if self.finished or self.ahead or not info.is_resume:
+            return False
+        return info.sent_tokens == self.sent + self.allocated
 
     def offer(self, info: TransferEmbeddingInfo) -> None:
+        if self.has_offer:
+            self.ahead = info
+            return
         self.blocks, self.allocated = info.dst_embedding_indices, info.allocated_tokens
         self.last_offer = info.identity
 
@@ -109,6 +119,13 @@ class Destination:
         self.finished = self.is_last(total)
         self.sent = self.goal(total)
         self.blocks, self.allocated = (), 0
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and not self.finished:
+            self.offer(ahead)
+
+    @property
+    def offered_blocks(self) -> tuple[int, ...]:
+        return self.blocks + (self.ahead.dst_embedding_indices if self.ahead else ())
 
     def report(self, room: int) -> StatusReport:
         return StatusReport(room, Status.SUCCESS if self.finished else Status.TRANSFERRING, rows=self.sent)
@@ -207,20 +224,29 @@ class EncodeRoom:
         counts = f"{self.required} and {info.required_dst_info_num}"
         return Failure(BAD_GATEWAY, f"the ranks of room {self.room} disagree about their number: {counts}")
 
+    def waits_for(self, info: TransferEmbeddingInfo) -> bool:
+        """An offer ahead claims its blocks at once, and for that the request must be here and every rank known."""
+        destination = self.destinations.get(info.session_id)
+        if destination is None:
+            return not info.is_resume
+        return destination.waits_for(info) and not (destination.has_offer and self.status is Status.BOOTSTRAPPING)
+
     def accept(self, info: TransferEmbeddingInfo, session: Session, now: float) -> list[EncodeEffect]:
         """Take an offer down, and do what has become possible."""
         shared = self._shared
         self._note_asked()
         self.required = info.required_dst_info_num
         new = Destination(info.session_id, info.address)
-        self.destinations.setdefault(info.session_id, new).offer(info)
+        destination = self.destinations.setdefault(info.session_id, new)
+        is_ahead = destination.has_offer
+        destination.offer(info)
         if not self.expected:
             shared.unexpected.add(self.room, len(info.dst_embedding_indices))
         self._bind(session, now)
         self.queued.pop(info.session_id, None)
         if self.is_complete:
             self._unbind_queued()  # it is for nobody else, and need not care who else falls silent
-        if info.is_resume:
+        if info.is_resume and not is_ahead:
             shared.alarms.set(self.room, now + shared.timing.waiting)
         return self.advance(now)
 
@@ -344,11 +370,11 @@ class EncodeRoom:
     def _report_chunk(self, now: float) -> list[EncodeEffect]:
         effects: list[EncodeEffect] = []
         for destination in self.unfinished:
-            blocks = destination.blocks
+            blocks = destination.offered_blocks
             destination.use_up_offer(self._known_total())
             effects.append(Send(destination.address, destination.report(self.room)))
             if session := self._shared.sessions.get(destination.session_id):
-                session.end_offer(self.room, blocks)
+                session.end_offer(self.room, set(blocks).difference(destination.blocks))
                 if destination.finished:
                     # It may fall silent now, while another rank still gets rows.
                     session.leave(self.room)
@@ -359,8 +385,8 @@ class EncodeRoom:
         if self.is_over:
             answered = frozenset(destination.last_offer for destination in self.destinations.values())
             self._shared.ended.succeed(self.room, now, self._known_total(), answered)
-            effects += self._close()
-        return effects
+            return effects + self._close()
+        return effects + self.advance(now)
 
     # ---- the end
 
@@ -388,7 +414,7 @@ class EncodeRoom:
         shared.alarms.cancel(self.room)
         for destination in self.destinations.values():
             if session := shared.sessions.get(destination.session_id):
-                session.end_offer(self.room, destination.blocks)
+                session.end_offer(self.room, destination.offered_blocks)
                 session.leave(self.room)
         self._unbind_queued()
         shared.pool.give_back(self.blocks, self.room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final
 
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, Failure
@@ -78,7 +79,7 @@ class Session:
         self.rooms.discard(room)
         self.served.discard(room)
 
-    def end_offer(self, room: int, blocks: tuple[int, ...]) -> None:
+    def end_offer(self, room: int, blocks: Iterable[int]) -> None:
         for block in blocks:
             if self._offered.get(block) == room:
                 del self._offered[block]

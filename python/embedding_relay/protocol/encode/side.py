@@ -181,7 +181,7 @@ class EncodeSide:
         if destination is not None and destination.has_answered(info):
             self._count(Event.REPORT_REPEATED)
             return [Send(destination.address, destination.report(info.room))]
-        if destination is not None and not destination.waits_for(info):
+        if known is not None and not known.waits_for(info):
             self._count(Event.RESUME_IGNORED if info.is_resume else Event.INIT_REPEATED)
             return []
         room = self._room(info.room, now)

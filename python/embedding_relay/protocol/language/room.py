@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
@@ -41,6 +43,9 @@ from embedding_relay.protocol.messages import (
 from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
 
+# In bytes. What a half hides (a round trip, and copying its end) must be more than what one more chunk costs.
+SMALLEST_HALF: Final = 2 << 20
+
 
 @dataclasses.dataclass
 class Shared:
@@ -52,6 +57,8 @@ class Shared:
     share: PeerShare
     ranks: int
     max_rows: int
+    smallest_half: int
+    """A room whose blocks make no two halves of so many bytes has one offer at a time."""
     timing: Timing
     alarms: Alarms[int | str]
     """By room number, or by the name of a peer."""
@@ -83,6 +90,18 @@ class Shared:
         return len(self.queue) - self.looked_up - self.held_back
 
 
+class Offer(NamedTuple):
+    """Rows `[first_row, end)` of the room may be written into these blocks, row `first_row` at offset 0."""
+
+    blocks: tuple[int, ...]
+    first_row: int
+    allocated: int
+
+    @property
+    def end(self) -> int:
+        return self.first_row + self.allocated
+
+
 class LanguageRoom:
     """From the queue through offers and copies to its end, and then to the proof that nothing more can land."""
 
@@ -94,8 +113,8 @@ class LanguageRoom:
         self.address: Address | None = None
         """Where its messages go, once it has left the queue."""
         self.instance = ""
-        self.blocks: tuple[int, ...] = ()
-        self.allocated = 0
+        self.offers: tuple[Offer, ...] = ()
+        """What is being written, from row `received` on; then what comes next, if the peer takes an offer ahead."""
         self.received = 0
         self.ahead = 0
         """Rows of the room that may have been copied before their report came."""
@@ -106,7 +125,7 @@ class LanguageRoom:
         self.misdirected = 0
         """Answers that this session is not registered there; each introduction may have one."""
         self.copying: StatusReport | None = None
-        """The report whose rows are being copied out."""
+        """The newest report, while rows of the first offer are being copied out."""
         self.acknowledged = False
         """No write of this room can land any more."""
         self.failure: Failure | None = None
@@ -129,6 +148,16 @@ class LanguageRoom:
     @property
     def is_queued(self) -> bool:
         return self.address is None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """All that it has."""
+        return tuple(block for offer in self.offers for block in offer.blocks)
+
+    @property
+    def end(self) -> int:
+        """The row up to which there are offers."""
+        return self.offers[-1].end if self.offers else self.received
 
     def move(self, wanted: Status) -> None:
         self.status = move(self.status, wanted)
@@ -170,7 +199,8 @@ class LanguageRoom:
     def begin(self, count: int, address: Address, now: float) -> list[LanguageEffect]:
         """Leave the queue with `count` blocks, and offer them."""
         shared = self._shared
-        self._offer(self._lease(count), self.wanted_rows)
+        blocks = self._lease(count)
+        self.offers = (Offer(blocks, 0, min(self.wanted_rows, count * shared.block_size)),)
         del shared.queue[self.room]
         shared.peers.begin(self.peer, self.room, now)
         if not self.peer.is_proven:
@@ -181,8 +211,8 @@ class LanguageRoom:
         self.move(Status.WAITING_FOR_INPUT)
         return [
             *self.peer.registration(shared.register),
-            ClearAux(self.blocks[0]),
-            self._send(self._info()),
+            ClearAux(blocks[0]),
+            *self._say(self.offers),
             StatusChanged(self.room, self.status),
         ]
 
@@ -194,45 +224,60 @@ class LanguageRoom:
         self._shared.pool.give_back(blocks, self.room)
         self.peer.held -= len(blocks)
 
-    def _offer(self, blocks: tuple[int, ...], limit: int | None = None) -> None:
-        capacity = len(blocks) * self._shared.block_size
-        self.blocks = blocks
-        self.allocated = capacity if limit is None else min(limit, capacity)
+    def _say(self, offers: Iterable[Offer]) -> list[LanguageEffect]:
+        return [self._send(self._info(offer)) for offer in offers]
 
-    def _info(self) -> TransferEmbeddingInfo:
-        """An init as long as nothing has been received, then a resume: where the next rows may go."""
+    def _info(self, offer: Offer) -> TransferEmbeddingInfo:
+        """An init if it is for the first row, else a resume: where the next rows may go."""
         register = self._shared.register
         return TransferEmbeddingInfo(
             room=self.room,
             endpoint=register.address.host,
             dst_port=register.address.port,
             mooncake_session_id=register.session_id,
-            dst_embedding_indices=self.blocks,
+            dst_embedding_indices=offer.blocks,
             required_dst_info_num=self._shared.ranks,
-            sent_tokens=self.received,
-            allocated_tokens=self.allocated,
+            sent_tokens=offer.first_row,
+            allocated_tokens=offer.allocated,
         )
 
-    def resume(self, now: float) -> list[LanguageEffect]:
+    def _resume(self, now: float) -> list[LanguageEffect]:
+        """The blocks of the first offer are read. They are offered for the rows for which there is no offer yet."""
         self._wait_for(self._shared.timing.waiting, now)
-        self._refill()
-        return [self._send(self._info())]
+        used_up, self.offers = self.offers[0], self.offers[1:]
+        offers = self._divide(self._refill(used_up.blocks))
+        self.offers += offers
+        return self._say(offers)
 
     def needed_blocks(self) -> int:
-        """For the rows that are still to come; at least one until their number is known."""
-        left = 1 if self.total is None else self.total - self.received
-        return -(-left // self._shared.block_size)
+        """For the rows for which there is no offer yet; at least one until their number is known."""
+        left = 1 if self.total is None else self.total - self.end
+        return max(0, -(-left // self._shared.block_size))
 
-    def _refill(self) -> None:
+    def _refill(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Go on with the blocks in hand: fewer if fewer will do, more if nobody else could want them, never waiting."""
-        shared, needed, blocks = self._shared, self.needed_blocks(), self.blocks
+        shared, needed = self._shared, self.needed_blocks()
         more = min(needed - len(blocks), shared.pool.free - 1, shared.share.left(self.peer))
         if needed < len(blocks):
             self._give_back(blocks[needed:])
-            blocks = blocks[:needed]
-        elif more > 0 and len(shared.queue) == shared.held_back:
-            blocks = tuple(sorted(blocks + self._lease(more)))
-        self._offer(blocks)
+            return blocks[:needed]
+        if more > 0 and len(shared.queue) == shared.held_back:
+            return tuple(sorted(blocks + self._lease(more)))
+        return blocks
+
+    def _divide(self, blocks: tuple[int, ...]) -> tuple[Offer, ...]:
+        """One offer; or two halves, so that rows are written into one while the other is copied out."""
+        shared, half = self._shared, len(blocks) // 2
+        is_small = half * sum(shared.register.handshake.item_lens) < shared.smallest_half
+        is_all = len(blocks) == self.needed_blocks()
+        if not half or is_small or is_all or self.offers or not self.peer.takes_offer_ahead:
+            half = 0
+        offers, row, middle = [], self.end, len(blocks) - half
+        for part in (blocks[:middle], blocks[middle:]):
+            if part:
+                offers.append(Offer(part, row, len(part) * shared.block_size))
+                row = offers[-1].end
+        return tuple(offers)
 
     # ---- what the encode side reports
 
@@ -242,26 +287,33 @@ class LanguageRoom:
         if self._is_stale(report):
             self._shared.counts.events[Event.STATUS_STALE] += 1
             return []
-        if failure := self._contradicts_the_offer(report):
+        if failure := self._contradicts_the_offers(report):
             return self.fail(failure, now)
-        self._wait_for_copy(now)
         effects: list[LanguageEffect] = []
         if report.status is Status.TRANSFERRING:
             if self.status is not Status.TRANSFERRING:
                 effects.append(StatusChanged(self.room, report.status))
             self.move(report.status)
+        if self.copying is None:
+            effects.append(self._copy_out())
         self.copying = report
+        self._wait_for_copy(now)
+        return effects
+
+    def _copy_out(self) -> CopyOut:
         self.rounds += 1
-        return [*effects, CopyOut(self.room, self.blocks, self.received, self.allocated, self._shared.max_rows)]
+        offer = self.offers[0]
+        return CopyOut(self.room, offer.blocks, offer.first_row, offer.allocated, self._shared.max_rows)
 
     def take_progress(self, progress: Progress) -> list[LanguageEffect]:
         """Only a hint: what does not fit the offer that is out is ignored, and the report says what counts."""
-        rows, end = progress.rows, self.received + self.allocated
-        if self.is_queued or self.copying is not None or not max(self.received, self.ahead) < rows < end:
+        rows = progress.rows
+        if self.is_queued or self.copying or not max(self.received, self.ahead) < rows < self.offers[0].end:
             self._shared.counts.events[Event.STATUS_STALE] += 1
             return []
         self.ahead = rows
-        return [CopyAhead(self.room, self.blocks, self.received, rows, self._shared.max_rows)]
+        offer = self.offers[0]
+        return [CopyAhead(self.room, offer.blocks, offer.first_row, rows, self._shared.max_rows)]
 
     def _is_stale(self, report: StatusReport) -> bool:
         """A repetition, or of no consequence here: no rows have landed that are not known."""
@@ -271,17 +323,17 @@ class LanguageRoom:
             return self.copying is not None
         if report.rows <= self.received:
             return True
-        # The next offer has not been made, so this can only be what is being copied, once more.
-        return self.copying is not None and report.rows <= self.received + self.allocated
+        # What is being copied has been reported, so this can only be the same once more.
+        return self.copying is not None and report.rows <= max(self.offers[0].end, self.copying.rows or 0)
 
-    def _contradicts_the_offer(self, report: StatusReport) -> Failure | None:
-        """A report uses up exactly the offer that is out; only the last one may leave some of it."""
-        end = self.received + self.allocated
-        is_short = report.status is Status.TRANSFERRING and report.rows != end
-        if report.rows is None or not (is_short or report.rows > end):
+    def _contradicts_the_offers(self, report: StatusReport) -> Failure | None:
+        """A report uses up exactly an offer that is out, and those before it; only the last may leave some of it."""
+        ends = [offer.end for offer in self.offers]
+        is_short = report.status is Status.TRANSFERRING and report.rows not in ends
+        if report.rows is None or not (is_short or report.rows > self.end):
             return None
-        text = f"room {self.room} is said to have {report.rows} rows, but rows {self.received}..{end} were on offer"
-        return Failure(BAD_GATEWAY, text)
+        on_offer = f"rows {self.received}..{self.end} were on offer"
+        return Failure(BAD_GATEWAY, f"room {self.room} is said to have {report.rows} rows, but {on_offer}")
 
     def _take_failure(self, report: StatusReport, now: float) -> list[LanguageEffect]:
         failure = report.failure or Failure(BAD_GATEWAY, f"room {self.room} failed at the encode side")
@@ -304,7 +356,7 @@ class LanguageRoom:
         """The encode side has forgotten this session. With the same blocks it does not matter which init it takes."""
         register = self._shared.register
         if not self.is_queued:
-            return [self._send(register), self._send(self._info())]
+            return [self._send(register), *self._say(self.offers)]
         if self.peer.address is None:
             return []  # it is announced again when the peer is found again
         return [Send(self.peer.address, register), Send(self.peer.address, self._queued_message())]
@@ -320,7 +372,14 @@ class LanguageRoom:
         self.total = total
         self.received += rows
         self.peer.is_proven = True
-        return self._deliver(now) if report.status is Status.SUCCESS else self.resume(now)
+        if self.received == total:
+            return self._deliver(now)
+        effects = self._resume(now)
+        if report.rows is not None and report.rows > self.received:
+            effects.append(self._copy_out())
+            self.copying = report
+            self._wait_for_copy(now)
+        return effects
 
     def copy_failed(self, text: str, now: float) -> list[LanguageEffect]:
         return self._fail_copy(Failure(INTERNAL, f"the rows of room {self.room} could not be copied: {text}"), now)
@@ -352,11 +411,12 @@ class LanguageRoom:
         return None
 
     def _problem_with_count(self, report: StatusReport, rows: int, total: int) -> str | None:
-        left = total - self.received
-        due = min(left, self.allocated)
-        is_last = report.status is Status.SUCCESS
-        if is_last is not (left <= self.allocated):
-            return f"{report.status.name} was reported with {left} rows to come and space for {self.allocated}"
+        offer, left = self.offers[0], total - self.received
+        due = min(left, offer.allocated)
+        # It may be about the offer behind this one too: then that this one was used up is all that it says of it.
+        is_last = report.status is Status.SUCCESS and (report.rows is None or report.rows <= offer.end)
+        if is_last is not (left <= offer.allocated):
+            return f"{report.status.name} was reported with {left} rows to come and space for {offer.allocated}"
         if is_last and report.rows not in (None, total):
             return f"row {report.rows} was reported as the last, but there are {total}"
         if rows != due:
@@ -486,10 +546,11 @@ class LanguageRoom:
         address = self.peer.address if self.is_queued else self.address
         if address is None:
             return []  # the peer is looked up again, and then told of the room
-        self._shared.counts.events[Event.OFFER_REPEATED] += 1
         if not self.received:
             self.introductions += 1
-        return [Send(address, self._queued_message() if self.is_queued else self._info())]
+        again = self._say(self.offers) or [Send(address, self._queued_message())]
+        self._shared.counts.events[Event.OFFER_REPEATED] += len(again)
+        return again
 
     def _repeat_abort(self, now: float) -> list[LanguageEffect]:
         if now >= self._deadline:

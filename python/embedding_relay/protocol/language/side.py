@@ -8,7 +8,7 @@ from embedding_relay.protocol.effects import LanguageEffect, Note, Send, StatusC
 from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
-from embedding_relay.protocol.language.room import LanguageRoom, Shared
+from embedding_relay.protocol.language.room import SMALLEST_HALF, LanguageRoom, Shared
 from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
@@ -35,7 +35,9 @@ class LanguageSide:
         max_rows: int,
         ranks: int,
         timing: Timing,
+        smallest_half: int = SMALLEST_HALF,
     ) -> None:
+        """`smallest_half`: how many bytes must fit into each half of a room's blocks for it to offer them in halves."""
         alarms: Alarms[int | str] = Alarms()
         capacity = pool.count * register.handshake.block_size
         self._peers = Peers(timing, alarms)
@@ -46,6 +48,7 @@ class LanguageSide:
             share=PeerShare(pool.count),
             ranks=ranks,
             max_rows=max_rows,
+            smallest_half=smallest_half,
             timing=timing,
             alarms=alarms,
             peers=self._peers,
@@ -147,11 +150,14 @@ class LanguageSide:
 
     # ---- about peers
 
-    def peer_resolved(self, peer: str, address: Address, instance: str, now: float) -> list[LanguageEffect]:
+    def peer_resolved(
+        self, peer: str, address: Address, instance: str, now: float, *, takes_offer_ahead: bool = False
+    ) -> list[LanguageEffect]:
+        """`takes_offer_ahead`: so says its handshake."""
         source = self._peers.get(peer)
         if source is None:
             return []
-        self._peers.resolved(source, address, instance, now)
+        self._peers.resolved(source, address, instance, takes_offer_ahead, now)
         effects: list[LanguageEffect] = []
         for number in sorted(source.untold):
             effects += self._rooms[number].tell(address, now)

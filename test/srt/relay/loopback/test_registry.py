@@ -283,18 +283,18 @@ def test_a_process_is_gone_when_the_data_plane_agrees_about_that_very_one(
     lookup = PeerLookup(answers, lambda call: call(0.0), has_read_everything=lambda writer: writer not in may_write)
     peer = str(registry)
     with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
-        where = Address(HOST, first.getsockname()[1])
-        announce(registry, EncodeRank(0, HOST, where.port, "a1", RANK.handshake))
+        known = EncodeRank(0, HOST, first.getsockname()[1], "a1", RANK.handshake)
+        announce(registry, known)
         lookup._find(peer)
-        assert answers.heard.pop() == ("peer_resolved", peer, where, "a1")
+        assert answers.heard.pop() == ("peer_resolved", peer, known)
         first.close()
-        successor = Address(HOST, second.getsockname()[1])
+        successor = EncodeRank(0, HOST, second.getsockname()[1], "a2", RANK.handshake)
         if moves:
-            announce(registry, EncodeRank(0, HOST, successor.port, "a2", RANK.handshake))
+            announce(registry, successor)
         lookup._find(peer)
         assert [name for name, *_ in answers.heard] == ["peer_unreachable"]
         may_write.clear()
         lookup._find(peer)
         assert answers.heard[1] == ("peer_dead", peer)
-        assert (("peer_resolved", peer, successor, "a2") in answers.heard) is moves
+        assert (("peer_resolved", peer, successor) in answers.heard) is moves
     lookup.close()

@@ -85,6 +85,17 @@ def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
 
 
 @both_planes
+def test_large_blocks_are_on_offer_in_two_halves() -> None:
+    """All four blocks for the first 1024 rows, then two at a time; undivided they would take three rounds."""
+    layout = small_layout(hidden_size=2048, block_size=256, blocks=4)
+    with encode_instance(layout) as encode, language_rank(layout, DEFAULT_1024) as language:
+        [spec] = requests(1, 3000)
+        received = language.receive(encode, spec)
+        assert received[spec.room].rounds == 1 + 4
+        assert_all_given_back(encode, language)
+
+
+@both_planes
 def test_an_encode_pool_smaller_than_one_request() -> None:
     with encode_instance(small_layout(blocks=3)) as encode, language_rank(LAYOUT, DEFAULT_1024) as language:
         language.receive(encode, *requests(8, 2000))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_relay.protocol.blocks import BlockPool
-from embedding_relay.protocol.effects import Send, TransferEmbeddingChunk
+from embedding_relay.protocol.effects import EncodeEffect, Send, TransferEmbeddingChunk
 from embedding_relay.protocol.encode.room import Destination, EncodeRoom, Shared
 from embedding_relay.protocol.encode.sessions import Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
@@ -35,8 +35,11 @@ def room_of(total: int, window: int, ranks: int, block_size: int) -> EncodeRoom:
     return room
 
 
-def offer(destination: Destination, rows: int) -> None:
-    destination.offer(TransferEmbeddingInfo(7, "l", 1, destination.session_id, (0,), 1, destination.sent, rows))
+def offer(destination: Destination, rows: int) -> int:
+    """For the rows after those for which there is an offer. Return where it ends."""
+    first = destination.sent + destination.allocated
+    destination.offer(TransferEmbeddingInfo(7, "l", 1, destination.session_id, (0,), 1, first, rows))
+    return first + rows
 
 
 @given(
@@ -51,39 +54,39 @@ def test_every_rank_gets_every_row_once_and_in_order(
     total: int, block_size: int, window: int, ranks: int, data: st.DataObject
 ) -> None:
     room = room_of(total, window, ranks, block_size)
-    arrived = dict.fromkeys(room.destinations, 0)
-    aux = dict.fromkeys(room.destinations, 0)
+    arrived, reported, aux = (dict.fromkeys(room.destinations, 0) for _ in range(3))
+    ends: dict[str, list[int]] = {session_id: [] for session_id in room.destinations}
     staged_rows = 0
     offers = st.integers(1, data.draw(st.sampled_from((3, 30, 300))))
-    while room.unfinished:
-        for destination in room.unfinished:
-            offer(destination, data.draw(offers))
-        assert room.can_start_chunk
-        promised = {d.session_id: min(total - d.sent, d.allocated) for d in room.unfinished}
-        before = dict(arrived)
-        effects = room.begin_step()
-        while steps := only(effects, TransferEmbeddingChunk):
-            [step] = steps
-            assert step.destinations
-            assert 1 <= step.window.rows <= window * block_size
-            staged_rows += step.window.rows if step.window.stage else 0
-            for part in step.destinations:
-                assert part.start_row == arrived[part.session_id]
-                assert step.window.first_row <= part.start_row < part.stop_row
-                assert part.stop_row <= step.window.first_row + step.window.rows
-                assert part.first_row == before[part.session_id]
-                arrived[part.session_id] = part.stop_row
-                aux[part.session_id] += part.with_aux
-                assert not part.with_aux or step.window.first_row == 0, "the aux row is in the block of row 0"
-            effects = room.transferred(step.transfer_id, {}, 0.0)
+    ahead = st.booleans() if data.draw(st.booleans()) else st.just(False)
+    effects: list[EncodeEffect] = []
+    while waiting := room.unfinished:
+        for destination in waiting:
+            if not destination.has_offer or (destination.ahead is None and data.draw(ahead)):
+                ends[destination.session_id].append(offer(destination, data.draw(offers)))
+        if not only(effects, TransferEmbeddingChunk):
+            assert room.can_start_chunk
+            effects = room.begin_step()
+        [step] = only(effects, TransferEmbeddingChunk)
+        assert step.destinations
+        assert 1 <= step.window.rows <= window * block_size
+        staged_rows += step.window.rows if step.window.stage else 0
+        for part in step.destinations:
+            assert part.start_row == arrived[part.session_id]
+            assert step.window.first_row <= part.start_row < part.stop_row
+            assert part.stop_row <= step.window.first_row + step.window.rows
+            assert part.first_row == reported[part.session_id]
+            arrived[part.session_id] = part.stop_row
+            aux[part.session_id] += part.with_aux
+            assert not part.with_aux or step.window.first_row == 0, "the aux row is in the block of row 0"
+        effects = room.transferred(step.transfer_id, {}, 0.0)
         reports = {effect.to.port - 1: effect.message for effect in only(effects, Send)}
-        assert reports.keys() == {int(session_id) for session_id in promised}
-        for session_id, rows in promised.items():
-            report, destination = reports[int(session_id)], room.destinations[session_id]
+        assert not reports or len(reports) == len(waiting), "all of them have a part in every chunk"
+        for rank, report in reports.items():
             assert isinstance(report, StatusReport)
-            assert report.rows == arrived[session_id] == before[session_id] + rows
+            assert report.rows == arrived[str(rank)] == min(total, ends[str(rank)].pop(0))
             assert (report.status is Status.SUCCESS) == (report.rows == total)
-            assert not destination.has_offer
+            reported[str(rank)] = report.rows
     assert set(arrived.values()) == {total}
     assert set(aux.values()) == {1}
     if ranks == 1:

@@ -12,6 +12,7 @@ import pytest
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (
     CopyAhead,
+    CopyOut,
     EncodeEffect,
     LanguageEffect,
     Send,
@@ -27,7 +28,7 @@ from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, Peers
 from embedding_relay.protocol.language.reserve import PeerShare
-from embedding_relay.protocol.language.room import LanguageRoom
+from embedding_relay.protocol.language.room import LanguageRoom, Offer
 from embedding_relay.protocol.language.room import Shared as LanguageShared
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
@@ -36,6 +37,7 @@ from embedding_relay.protocol.messages import (
     Progress,
     Queued,
     Register,
+    StatusReport,
     TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.status import EndedRooms, Status
@@ -79,12 +81,12 @@ def allocate_before_release(patch: Patch) -> None:
                 waiting.remove(room)
                 blocks = pool.lease(wanted, room.room)
                 pool.give_back(room.blocks, room.room)
-                room._offer(blocks)
-                effects.append(room._send(room._info()))
+                room.offers = (Offer(blocks, room.received, wanted * self._shared.block_size),)
+                effects += room._say(room.offers)
         return effects + original_serve_queue(self, now)
 
     original_serve_queue = LanguageSide._serve_queue
-    patch.setattr(LanguageRoom, "resume", resume)
+    patch.setattr(LanguageRoom, "_resume", resume)
     patch.setattr(LanguageSide, "_serve_queue", serve_queue)
 
 
@@ -93,8 +95,8 @@ def status_reset_on_resume_at_language(patch: Patch) -> None:
         self.status = Status.WAITING_FOR_INPUT
         return [*original(self, now), StatusChanged(self.room, self.status)]
 
-    original = LanguageRoom.resume
-    patch.setattr(LanguageRoom, "resume", resume)
+    original = LanguageRoom._resume
+    patch.setattr(LanguageRoom, "_resume", resume)
 
 
 def status_reset_on_resume_at_encode(patch: Patch) -> None:
@@ -131,6 +133,64 @@ def repeated_resume_accepted(patch: Patch) -> None:
 
     original = Destination.waits_for
     patch.setattr(Destination, "waits_for", waits_for)
+
+
+def offer_ahead_accepted_at_a_wrong_row(patch: Patch) -> None:
+    """One that repeats the offer in use, or that comes late, is taken for what comes next."""
+
+    def waits_for(self: Destination, info: TransferEmbeddingInfo) -> bool:
+        if not self.has_offer:
+            return original(self, info)
+        return info.is_resume and not (self.ahead or self.finished) and info.sent_tokens >= self.sent
+
+    original = Destination.waits_for
+    patch.setattr(Destination, "waits_for", waits_for)
+
+
+def blocks_offered_again_before_they_are_copied_out(patch: Patch) -> None:
+    """As soon as a report says that they are used up."""
+
+    def take_report(self: LanguageRoom, report: StatusReport, now: float) -> list[LanguageEffect]:
+        effects = take(self, report, now)
+        is_taken = any(isinstance(effect, CopyOut) for effect in effects)
+        if not (is_taken and self.peer.takes_offer_ahead and self.total and self.end < self.total):
+            return effects
+        blocks = self.offers[0].blocks
+        early = Offer(blocks, self.end, len(blocks) * self._shared.block_size)
+        self.offers += (early,)
+        return [*effects, *self._say([early])]
+
+    def resume_(self: LanguageRoom, now: float) -> list[LanguageEffect]:
+        first, *others = self.offers
+        if not any(offer.blocks == first.blocks for offer in others):
+            return resume(self, now)
+        self.offers = tuple(others)
+        return []
+
+    take, resume = LanguageRoom.take_report, LanguageRoom._resume
+    patch.setattr(LanguageRoom, "take_report", take_report)
+    patch.setattr(LanguageRoom, "_resume", resume_)
+
+
+def only_the_first_of_two_offers_repeated(patch: Patch) -> None:
+    def repeat(self: LanguageRoom, now: float) -> list[LanguageEffect]:
+        return original(self, now)[:1]
+
+    original = LanguageRoom._repeat
+    patch.setattr(LanguageRoom, "_repeat", repeat)
+
+
+def only_the_blocks_of_the_first_offer_quarantined(patch: Patch) -> None:
+    """What was offered ahead is free at once when its room fails, though its turn may have come."""
+
+    def fail(self: LanguageRoom, failure: Failure, now: float) -> list[LanguageEffect]:
+        for offer in self.offers[1:]:
+            self._give_back(offer.blocks)
+        self.offers = self.offers[:1]
+        return original(self, failure, now)
+
+    original = LanguageRoom.fail
+    patch.setattr(LanguageRoom, "fail", fail)
 
 
 def cleanup_at_transferring(patch: Patch) -> None:
@@ -245,10 +305,11 @@ def progress_of_a_used_up_offer_believed(patch: Patch) -> None:
     """A late one is taken for one about the offer that is out, counted from its beginning."""
 
     def take_progress(self: LanguageRoom, progress: Progress) -> list[LanguageEffect]:
-        stop = self.received + progress.rows % max(1, self.allocated)
-        if self.is_queued or self.copying is not None or stop <= self.received:
+        if self.is_queued or self.copying is not None:
             return []
-        return [CopyAhead(self.room, self.blocks, self.received, stop, self._shared.max_rows)]
+        offer = self.offers[0]
+        stop = offer.first_row + progress.rows % offer.allocated
+        return [CopyAhead(self.room, offer.blocks, offer.first_row, stop, self._shared.max_rows)]
 
     patch.setattr(LanguageRoom, "take_progress", take_progress)
 
@@ -259,10 +320,11 @@ def used_up_offers_kept(patch: Patch) -> None:
 
 
 def growth_into_the_last_block(patch: Patch) -> None:
-    def refill(self: LanguageRoom) -> None:
-        original(self)
-        if self._shared.pool.free == 1 and self.needed_blocks() > len(self.blocks):
-            self._offer(self.blocks + self._shared.pool.lease(1, self.room))
+    def refill(self: LanguageRoom, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        blocks = original(self, blocks)
+        if self._shared.pool.free == 1 and self.needed_blocks() > len(blocks):
+            return blocks + self._shared.pool.lease(1, self.room)
+        return blocks
 
     original = LanguageRoom._refill
     patch.setattr(LanguageRoom, "_refill", refill)
@@ -584,6 +646,10 @@ FAULTS = [
     Planted(is_last_from_the_default, run_orderly, ("L1", "S1", "refused")),
     Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(offer_ahead_accepted_at_a_wrong_row, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(blocks_offered_again_before_they_are_copied_out, run_orderly, ("S1",)),
+    Planted(only_the_first_of_two_offers_repeated, run_offers_and_reports_lost, ("L1",)),
+    Planted(only_the_blocks_of_the_first_offer_quarantined, run_chaos, ("S2", "S3")),
     Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
     Planted(progress_reported_before_it_is_made, run_orderly, ("S1",)),
     Planted(progress_of_a_used_up_offer_believed, run_chaos, ("S1",)),

@@ -25,6 +25,7 @@ shapes = st.sampled_from(RANKS).flatmap(
         language_blocks=st.tuples(*[st.integers(1, 5)] * ranks),
         defaults=st.tuples(*[st.sampled_from((None, 1, 3, 8, 20))] * ranks),
         encodes=st.sampled_from(ENCODES),
+        takes_offer_ahead=st.booleans(),
     )
 )
 

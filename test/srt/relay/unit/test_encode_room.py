@@ -9,6 +9,7 @@ from embedding_relay.protocol.effects import (
     StatusChanged,
     TransferEmbeddingChunk,
 )
+from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import (
     Abort,
@@ -25,6 +26,7 @@ from support.protocol import (
     KNOWN_AT,
     RIVAL_AT,
     ROOM,
+    SESSION,
     TIMING,
     counted,
     encode_side,
@@ -245,6 +247,127 @@ def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
     (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
     assert chunk.destinations[0].blocks == (0, 1)
     assert counted(side) == {"resume_ignored": 1}
+
+
+# ---- an offer ahead of the one in use
+
+
+def encode_side_with_an_offer_ahead(total: int = 30) -> tuple[EncodeSide, TransferEmbeddingChunk]:
+    """Rows 0 to 7 are being written; there is an offer for 8 to 15."""
+    side, chunk = encode_side_that_writes(total=total)
+    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
+    return side, chunk
+
+
+def test_an_offer_ahead_is_used_as_soon_as_the_one_before_it_is_used_up() -> None:
+    side, chunk = encode_side_with_an_offer_ahead()
+    effects = side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert sent(effects) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)], "each offer has a report"
+    (chunk,) = only(effects, TransferEmbeddingChunk)
+    (part,) = chunk.destinations
+    assert (part.blocks, part.first_row, part.start_row, part.stop_row) == ((2, 3), 8, 8, 16)
+    assert side.receive(offer(8, 0, 1, sent=16), 0.0) == [], "the next one ahead, in the blocks of the first"
+    effects = side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert sent(effects) == [StatusReport(ROOM, Status.TRANSFERRING, rows=16)]
+    (chunk,) = only(effects, TransferEmbeddingChunk)
+    assert chunk.destinations[0].blocks == (0, 1)
+    assert counted(side) == {}
+
+
+@pytest.mark.parametrize("wrong", [offer(8, 2, 3, sent=7), offer(8, 2, 3, sent=9), offer(8, 2, 3, sent=16)])
+def test_an_offer_ahead_begins_exactly_where_the_one_in_use_ends(wrong: TransferEmbeddingInfo) -> None:
+    side, chunk = encode_side_that_writes(total=30)
+    assert side.receive(wrong, 0.0) == []
+    assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert counted(side) == {"resume_ignored": 1}
+
+
+def test_there_is_one_offer_ahead_at_most_and_it_is_not_replaced() -> None:
+    side, chunk = encode_side_with_an_offer_ahead()
+    for other in (offer(8, 2, 3, sent=8), offer(4, 4, sent=8), offer(8, 4, 5, sent=16)):
+        assert side.receive(other, 0.0) == []
+    assert counted(side) == {"resume_ignored": 3}
+    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert chunk.destinations[0].blocks == (2, 3)
+    assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+
+
+def test_an_offer_ahead_waits_until_its_room_has_begun() -> None:
+    """It claims its blocks, and before the request is here anybody could do that in anybody's name."""
+    side = encode_side_with()
+    side.receive(offer(8, 0, 1), 0.0)
+    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
+    assert counted(side) == {"resume_ignored": 1}
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 2, 3, sent=8), 0.0)
+    (chunk,) = only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)
+    assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+
+
+def test_a_chunk_with_offers_ahead_begins_when_all_ranks_have_one() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    for rank in (0, 1):
+        side.receive(offer(8, 0, 1, rank=rank, ranks=2), 0.0)
+    (chunk,) = only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)
+    side.receive(offer(8, 2, 3, sent=8, rank=0, ranks=2), 0.0)
+    assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    side.receive(offer(8, 0, 1, sent=16, rank=0, ranks=2), 0.0)
+    (chunk,) = only(side.receive(offer(4, 0, sent=8, rank=1, ranks=2), 0.0), TransferEmbeddingChunk)
+    assert [(part.start_row, part.stop_row) for part in chunk.destinations] == [(8, 16), (8, 12)]
+
+
+def test_what_was_offered_ahead_and_not_needed_is_free_for_other_rooms() -> None:
+    side, chunk = encode_side_with_an_offer_ahead(total=8)
+    side.expect(9, 0.0)
+    assert failure_of(side.receive(offer(8, 2, 3, room=9), 0.0)) is not None, "not yet"
+    assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
+    side.expect(10, 0.0)
+    assert only(side.receive(offer(8, 2, 3, room=10), 0.0), StatusChanged)
+
+
+def test_blocks_that_are_offered_again_ahead_stay_those_of_the_room() -> None:
+    """The offer that is used up had some of them too."""
+    side, chunk = encode_side_that_writes(total=30)
+    side.receive(offer(8, 1, 2, sent=8), 0.0)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    side.expect(9, 0.0)
+    failure = failure_of(side.receive(offer(4, 1, room=9), 0.0))
+    assert failure is not None
+    assert failure.text == f"session {SESSION} offers room 9 block 1, which room {ROOM} has"
+    side.expect(10, 0.0)
+    assert failure_of(side.receive(offer(4, 0, room=10), 0.0)) is None
+
+
+def test_a_flaw_of_an_offer_ahead_fails_the_room_when_the_write_has_come_back() -> None:
+    side, chunk = encode_side_that_writes(total=30)
+    effects = side.receive(offer(8, 2, 99, sent=8), 0.0)
+    (failure,) = reported_failures(effects)
+    assert "has only 8 blocks" in failure.text
+    assert not side.is_empty()
+    assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), DropRows)
+    assert side.is_empty()
+
+
+def test_of_two_offers_whose_reports_were_lost_the_last_is_answered_and_that_says_all() -> None:
+    side, chunk = encode_side_with_an_offer_ahead(total=24)
+    init, second, third = offer(8, 0, 1), offer(8, 2, 3, sent=8), offer(8, 0, 1, sent=16)
+    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert side.receive(init, 1.0) == side.receive(second, 1.0) == [], "the next report is on its way"
+    side.transferred(ROOM, chunk.transfer_id, {}, 2.0)
+    assert side.receive(init, 3.0) == []
+    assert sent(side.receive(second, 3.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=16)]
+    (chunk,) = only(side.receive(third, 4.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 5.0)
+    assert side.receive(second, 6.0) == []
+    assert sent(side.receive(third, 6.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=24)], "the room is over"
+
+
+def test_an_offer_ahead_does_not_move_the_deadline_of_the_write_under_way() -> None:
+    side, _ = encode_side_that_writes(total=30)
+    side.receive(offer(8, 2, 3, sent=8), 30.0)
+    ping(side, 59.0)
+    assert failure_of(side.tick(60.0)) == Failure(502, f"a write of room {ROOM} did not end within 60 s")
 
 
 # ---- an offer comes again because its answer may be lost

@@ -35,6 +35,7 @@ from support.protocol import (
     failure_of,
     first_offers,
     language_side,
+    language_side_with_two_offers,
     offer_in,
     only,
     queued,
@@ -330,6 +331,157 @@ def test_blocks_that_are_not_needed_any_more_go_to_the_room_that_waits() -> None
     first, second = (m for m in sent(receive_chunk(side, 8, 9)) if isinstance(m, TransferEmbeddingInfo))
     assert (first.room, len(first.dst_embedding_indices)) == (ROOM, 1)
     assert (second.room, len(second.dst_embedding_indices)) == (8, 1)
+
+
+# ---- two offers
+
+
+def test_half_of_the_blocks_is_on_offer_while_the_other_half_is_copied_out() -> None:
+    side = language_side_with_two_offers()
+    assert side.receive(report(Status.TRANSFERRING, 32), 0.0) == [CopyOut(ROOM, (2, 3), 24, 8, 1000)]
+    resume = offer_in(side.copied(ROOM, 8, 100, 0.0))
+    assert (resume.sent_tokens, resume.allocated_tokens, resume.dst_embedding_indices) == (40, 8, (2, 3))
+    assert side.receive(report(Status.TRANSFERRING, 40), 0.0) == [CopyOut(ROOM, (0, 1), 32, 8, 1000)]
+    assert offer_in(side.copied(ROOM, 8, 100, 0.0)).dst_embedding_indices == (0, 1)
+    assert counted(side) == {}
+
+
+def offers_after_the_first(side: LanguageSide, total: int, takes_offer_ahead: bool = True) -> list[tuple[int, int]]:
+    """From which row on how many blocks are offered, when everything that was on offer has been copied out."""
+    init = offer_in(request_and_resolve(side, takes_offer_ahead=takes_offer_ahead))
+    messages = sent(receive_chunk(side, init.allocated_tokens, total))
+    offers = [message for message in messages if isinstance(message, TransferEmbeddingInfo)]
+    return [(offer.sent_tokens, len(offer.dst_embedding_indices)) for offer in offers]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "total", "offers"),
+    [
+        (1, 100, [(4, 1)]),
+        (2, 100, [(8, 1), (12, 1)]),
+        (3, 100, [(12, 2), (20, 1)]),
+        (3, 24, [(12, 3)]),
+        (3, 25, [(12, 2), (20, 1)]),
+        (3, 13, [(12, 1)]),
+    ],
+)
+def test_blocks_are_divided_unless_they_take_all_that_is_left(
+    blocks: int, total: int, offers: list[tuple[int, int]]
+) -> None:
+    side = language_side(blocks=blocks, default=blocks * 4)
+    assert offers_after_the_first(side, total) == offers
+
+
+@pytest.mark.parametrize(("takes_offer_ahead", "smallest_half"), [(False, 160), (True, 161)])
+def test_blocks_are_not_divided_for_a_peer_of_another_version_nor_if_their_halves_are_small(
+    takes_offer_ahead: bool, smallest_half: int
+) -> None:
+    """A block has 80 bytes. With 160, and a peer that takes an offer ahead, there would be two offers."""
+    side = language_side(blocks=4, default=16, smallest_half=smallest_half)
+    assert offers_after_the_first(side, 100, takes_offer_ahead) == [(16, 4)]
+
+
+@pytest.mark.parametrize(("status", "total"), [(Status.TRANSFERRING, 100), (Status.SUCCESS, 38)])
+def test_a_report_of_the_second_offer_is_one_of_the_first_too(status: Status, total: int) -> None:
+    """The other one was lost. An offer goes out before rows are copied, because somebody waits for it."""
+    side = language_side_with_two_offers(total)
+    assert side.receive(report(status, min(40, total)), 0.0) == [CopyOut(ROOM, (2, 3), 24, 8, 1000)]
+    effects = side.copied(ROOM, 8, total, 0.0)
+    assert effects[-1] == CopyOut(ROOM, (0, 1), 32, 8, 1000)
+    assert len(sent(effects)) == (1 if total > 40 else 0)
+    effects = side.copied(ROOM, min(8, total - 32), total, 0.0)
+    assert only(effects, Deliver) == ([] if total > 40 else [Deliver(ROOM, total, 4)])
+
+
+def test_a_report_that_comes_while_rows_are_copied_waits_for_their_end() -> None:
+    side = language_side_with_two_offers(total=39)
+    assert only(side.receive(report(Status.TRANSFERRING, 32), 0.0), CopyOut)
+    assert side.receive(report(Status.SUCCESS, 39), 1.0) == []
+    failed = StatusReport(ROOM, Status.FAILED, failure=Failure(409, "used before"))
+    for late in (report(Status.TRANSFERRING, 32), report(Status.SUCCESS, 39), failed):
+        assert side.receive(late, 1.0) == []
+    assert side.copied(ROOM, 8, 39, 2.0) == [CopyOut(ROOM, (0, 1), 32, 8, 1000)]
+    assert only(side.copied(ROOM, 7, 39, 3.0), Deliver)
+    assert side.is_empty()
+    assert side.sizes()["blocks_free"] == 4
+    assert counted(side) == {"status_stale": 3}
+
+
+def test_blocks_that_no_rows_are_left_for_are_given_back_before_the_end() -> None:
+    side = language_side_with_two_offers(total=38)
+    side.receive(report(Status.TRANSFERRING, 32), 0.0)
+    assert sent(side.copied(ROOM, 8, 38, 0.0)) == []
+    assert side.sizes()["blocks_free"] == 2
+    assert [message.sent_tokens for message in offers_repeated(side)] == [32]
+    assert only(receive_chunk(side, 38, 38), Deliver)
+
+
+def offers_repeated(side: LanguageSide) -> list[TransferEmbeddingInfo]:
+    return [message for _, message in repeated(side, 1) if isinstance(message, TransferEmbeddingInfo)]
+
+
+def test_both_offers_are_repeated_in_their_order() -> None:
+    side = language_side_with_two_offers()
+    assert [message.sent_tokens for message in offers_repeated(side)] == [24, 32]
+    assert counted(side) == {"offer_repeated": 2}
+
+
+@pytest.mark.parametrize(
+    ("status", "rows"),
+    [(Status.TRANSFERRING, 28), (Status.TRANSFERRING, 36), (Status.TRANSFERRING, 41), (Status.SUCCESS, 41)],
+)
+def test_a_report_that_contradicts_both_offers_fails_the_room(status: Status, rows: int) -> None:
+    side = language_side_with_two_offers()
+    failure = failure_of(side.receive(report(status, rows), 0.0))
+    assert failure == Failure(502, f"room {ROOM} is said to have {rows} rows, but rows 24..40 were on offer")
+
+
+@pytest.mark.parametrize(
+    ("status", "rows", "total"),
+    [
+        (Status.SUCCESS, 28, 100),
+        (Status.SUCCESS, 32, 38),
+        (Status.SUCCESS, 38, 100),
+        (Status.SUCCESS, 38, 39),
+        (Status.SUCCESS, None, 39),
+        (Status.TRANSFERRING, 40, 39),
+    ],
+)
+def test_reports_of_two_offers_that_do_not_add_up_never_reach_the_model(
+    status: Status, rows: int | None, total: int
+) -> None:
+    side = language_side_with_two_offers(total)
+    effects = side.receive(report(status, rows), 0.0)
+    while copies := only(effects, CopyOut):
+        (copy,) = copies
+        effects = side.copied(ROOM, min(copy.capacity, total - copy.first_row), total, 0.0)
+    failure = failure_of(effects)
+    assert failure is not None
+    assert "does not add up" in failure.text
+    assert not only(effects, Deliver)
+
+
+def test_rows_are_copied_ahead_of_the_first_offer_only() -> None:
+    side = language_side_with_two_offers()
+    assert side.receive(Progress(ROOM, 28), 0.0) == [CopyAhead(ROOM, (2, 3), 24, 28, 1000)]
+    assert side.receive(Progress(ROOM, 36), 0.0) == [], "the report of the first is not here yet, or lost"
+    receive_chunk(side, 32, 100)
+    assert side.receive(Progress(ROOM, 36), 0.0) == [CopyAhead(ROOM, (0, 1), 32, 36, 1000)]
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_the_blocks_of_both_offers_wait_for_the_proof_when_the_room_fails(copying: bool) -> None:
+    side = language_side_with_two_offers()
+    if copying:
+        side.receive(report(Status.TRANSFERRING, 32), 0.0)
+    side.cancel(ROOM, 0.0)
+    assert side.sizes()["blocks_quarantined"] == 4
+    side.receive(AbortAck(ROOM), 0.0)
+    if copying:
+        assert side.sizes()["blocks_quarantined"] == 4, "rows are being read"
+        side.copied(ROOM, 8, 100, 0.0)
+    assert side.sizes()["blocks_free"] == 4
+    assert side.is_empty()
 
 
 # ---- what does not add up
