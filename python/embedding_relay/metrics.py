@@ -104,7 +104,12 @@ METRICS: Final = (
         "Ranks of the other side, on this host, with which memory is shared: their rows take no network.",
     ),
     _gauge("borrowing_ranks", "borrowers", "Ranks of this host that read the rows which this rank receives.", LANGUAGE),
-    _gauge("lent_rooms", "lent", "Rooms whose rows some of those ranks still have.", LANGUAGE),
+    _gauge(
+        "lent_rooms",
+        "lent",
+        "Rooms whose rows some of those ranks still have, as SGLang has them of its last requests until the next ones.",
+        LANGUAGE,
+    ),
     _gauge("connections", "connections", "Control connections to the other side that are open."),
     REQUESTS,
     _counter("chunks_total", "chunks", "Chunks that were written (encode) or copied out (language)."),

@@ -15,7 +15,7 @@ from embedding_relay.tools.local_process import LocalProcess
 EMPTY_AT_REST: Final = (
     *("rooms", "waiting_rooms", "followed_rooms", "open_requests", "parked_requests", "shared_rooms", "transfers"),
     *("source_rooms", "leased_blocks", "quarantined_blocks", "quarantined_rooms", "unquiet_rooms"),
-    *("unexpected_rooms", "contested_sessions", "lent_rooms"),
+    *("unexpected_rooms", "contested_sessions"),
     *("sglang:num_running_reqs", "sglang:num_queue_reqs"),
 )
 
