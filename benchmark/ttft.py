@@ -1,13 +1,15 @@
 """Time to first token and requests per second: an undivided server, SGLang's own split, and a pair of this plugin.
 
     .venv/bin/python benchmark/ttft.py [--candidates split pair ...] [--sides 112 224] [--at-once 1 8] [--images 1 8]
-                                       [--turns 2] [--quick] [--out FOLDER]
+                                       [--turns 2] [--add] [--quick] [--out FOLDER]
 
 In each turn the candidates are started one after the other and asked about the same pictures, which no cache knows;
 what is idle beside them costs nothing, because nothing is there. `pair` is asked through SGLang's router, `no router`
 are the same two servers, of which the language instance knows its encode instance (`--encoder-urls`) and is asked
 itself: about other pictures, because its caches know the first. The client is `sglang.bench_serving`. One thread of
 OpenMP in each process. The medians of a point are those of all its requests in all turns, its rates those of the turns.
+`--add` adds to what the folder of an earlier run has: further turns, or other points. What other work takes of the
+machine is noted of each point: where that is much, read no ratio that is near 1.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ LARGE: Final = 600
 IDLE_S: Final = 3.0
 TOKENS: Final = 4
 SPENT: Final = "processor_seconds"
-"""What is noted of a run beside what `bench_serving` says."""
+OTHERS: Final = "others_share"
+KEPT: Final = ("ttfts", "request_throughput", "completed", SPENT, OTHERS)
+"""Of what `bench_serving` says of a run, and of what is noted beside it."""
 
 
 class Point(NamedTuple):
@@ -64,7 +68,8 @@ class Point(NamedTuple):
         return f"{self.side}²{f' x {self.images}' if self.images > 1 else ''}, {self.at_once} at once"
 
 
-Measured = dict[tuple[str, Point], list[Mapping[str, Any]]]
+Run = Mapping[str, Any]
+Measured = dict[tuple[str, Point], list[Run]]
 
 
 # ---- candidates
@@ -109,7 +114,7 @@ def url_of(candidate: str, cluster: LocalCluster) -> str:
 # ---- one measurement
 
 
-def ask(url: str, model: Path, point: Point, requests: int, seed: int) -> Mapping[str, Any]:
+def ask(url: str, model: Path, point: Point, requests: int, seed: int) -> Run:
     """What `bench_serving` writes down of one run."""
     from sglang.benchmark import serving
 
@@ -157,6 +162,23 @@ def idle_share(cluster: LocalCluster) -> float:
     return (sum(processor_seconds(cluster).values()) - before) / IDLE_S
 
 
+def machine_seconds() -> tuple[float, float]:
+    """Of all cores together, since the start of the machine: how long they worked, and how long they were there."""
+    user, nice, system, idle, io_wait, *more = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    worked = user + nice + system + sum(more)
+    ticks = os.sysconf("SC_CLK_TCK")
+    return worked / ticks, (worked + idle + io_wait) / ticks
+
+
+def ask_and_note(cluster: LocalCluster, url: str, model: Path, point: Point, requests: int, seed: int) -> Run:
+    before, began, ours = processor_seconds(cluster), machine_seconds(), time.process_time()
+    result = ask(url, model, point, requests, seed)
+    taken = {name: after - before[name] for name, after in processor_seconds(cluster).items()}
+    ours = time.process_time() - ours + sum(taken.values())
+    worked, there = (after - earlier for after, earlier in zip(machine_seconds(), began, strict=True))
+    return {**result, SPENT: taken, OTHERS: max(0.0, (worked - ours) / there)}
+
+
 def processor_seconds(cluster: LocalCluster) -> dict[str, float]:
     """By member of the cluster: what its processes have had."""
     ticks = dict.fromkeys((member.name for member in cluster.members), 0)
@@ -193,10 +215,9 @@ def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle:
                 seeds = itertools.count(1000 * (2 * turn + number) + 1)
                 ask(url, model, Point(112, 1, 4), 8, next(seeds))  # connections, first passes of the models
                 for point in points(arguments):
-                    before = processor_seconds(cluster)
-                    result = ask(url, model, point, point.requests(arguments.quick), next(seeds))
-                    taken = {name: after - before[name] for name, after in processor_seconds(cluster).items()}
-                    measured.setdefault((candidate, point), []).append({**result, SPENT: taken})
+                    requests = point.requests(arguments.quick)
+                    run = ask_and_note(cluster, url, model, point, requests, next(seeds))
+                    measured.setdefault((candidate, point), []).append(run)
             idle.setdefault(name, []).append(idle_share(cluster))
         servers.finish_stopping()
 
@@ -215,13 +236,19 @@ def spent(measured: Measured, candidate: str, point: Point) -> Figures:
     return Figures.of(1000 * sum(result[SPENT].values()) / result["completed"] for result in every)
 
 
+def others(measured: Measured, candidate: str, point: Point) -> Figures:
+    return Figures.of(100 * result[OTHERS] for result in measured[candidate, point])
+
+
 def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) -> None:
     for title, figures_of in (
         ("Time to first token in ms", time_to_first),
         ("Requests per second", rate),
         ("Processor time of the servers for one request in ms", spent),
+        ("Of the machine, what other work took meanwhile, in %", others),
     ):
-        compared = [one for one in candidates if SPLIT in candidates and one in (PAIR, NO_ROUTER)]
+        is_ours = figures_of in (time_to_first, rate)
+        compared = [one for one in candidates if is_ours and SPLIT in candidates and one in (PAIR, NO_ROUTER)]
         table = Table(title, "pictures", *candidates, *(f"{one} / split" for one in compared))
         for point in every:
             figures = {one: figures_of(measured, one, point) for one in candidates}
@@ -240,31 +267,43 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and stop the servers on the way out
     facts = report.machine()
     print(report.describe(facts))
-    measured: Measured = {}
-    idle: dict[str, list[float]] = {}
+    measured, idle = earlier(arguments)
+    first = max(map(len, idle.values()), default=0)
     warm_start.fork_server()  # imports while this process does
     with scratch_for_logs(arguments):
-        for turn in range(arguments.turns):
+        for turn in range(first, first + arguments.turns):
             one_turn(turn, arguments, measured, idle)
-    every = points(arguments)
+    every = sorted({point for _, point in measured})
     show(measured, arguments.candidates, every)
     for name, shares in idle.items():
         print(
             f"\nThe servers of `{name}` take {100 * Figures.of(shares).median:.1f} % of a core while nobody asks them."
         )
-    results = [
-        {
-            "candidate": candidate,
-            **point._asdict(),
-            "first_token_ms": time_to_first(measured, candidate, point),
-            "requests_per_s": rate(measured, candidate, point),
-            "processor_ms": spent(measured, candidate, point),
-            "processor_s_by_server": [result[SPENT] for result in measured[candidate, point]],
-        }
-        for candidate, point in measured
-    ]
-    drawn = plot(measured, arguments.candidates, every, min(arguments.at_once))
+    results = {"points": [summary(measured, *one) for one in measured], "idle": idle}
+    drawn = plot(measured, arguments.candidates, every, min(point.at_once for point in every))
     report.save(arguments.out, "ttft", facts, results, drawn)
+
+
+def summary(measured: Measured, candidate: str, point: Point) -> Mapping[str, Any]:
+    return {
+        "candidate": candidate,
+        **point._asdict(),
+        "first_token_ms": time_to_first(measured, candidate, point),
+        "requests_per_s": rate(measured, candidate, point),
+        "processor_ms": spent(measured, candidate, point),
+        "others_percent": others(measured, candidate, point),
+        "runs": [{name: run[name] for name in KEPT} for run in measured[candidate, point]],
+    }
+
+
+def earlier(arguments: argparse.Namespace) -> tuple[Measured, dict[str, list[float]]]:
+    """What this run adds to."""
+    if not arguments.add:
+        return {}, {}
+    found = report.load(arguments.out, "ttft")["results"]
+    names = (*Point._fields, "candidate", "runs")
+    read = [[one[name] for name in names] for one in found["points"]]
+    return {(candidate, Point(*where)): runs for *where, candidate, runs in read}, found["idle"]
 
 
 @contextlib.contextmanager
@@ -282,6 +321,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="to what --out has already")
     parser.add_argument("--argument", action="append", default=[], help="one more for each server; may be repeated")
     report.add_options(parser)
     arguments = parser.parse_args()
