@@ -1,12 +1,14 @@
 """Requests answered in time, against the memory of the receive pool and against how much of it each request reserves.
 
-    .venv/bin/python benchmark/pool.py [--pools 1 4 8 16] [--reserve auto 1024 exact maximum ...] [--load 0.5]
+    .venv/bin/python benchmark/pool.py [--pools 1 4 8 16] [--reserve auto 1024 exact maximum ...] [--load 0.6]
                                        [--requests 64] [--turns 4] [--add] [--quick] [--out FOLDER]
 
 Two processes with both sides of the transfer, over Mooncake and ZMQ; the rows are real, tower and model are not. The
-requests are those of `workload.py`, open loop. The tower is a clock: it takes one request after the other, in the order
-in which their language halves offered blocks, each for as long as its pictures have tokens, in the mean for 40 ms
-(`--tower`). `--load` is the share of its time that it is busy. Rows that are there are taken at once.
+requests are those of `workload.py`, open loop. The towers are clocks, four of them (`--towers`), as if so many encode
+instances worked for one language instance. Each takes one request after the other, in the order in which their language
+halves offered blocks, for as long as its pictures have tokens, in the mean for 320 ms (`--tower`): long, so that the
+result is not about this machine. `--load` is the share of their time that they are busy. Rows that are there are taken
+at once.
 
 A request is answered in time if its last row is there within twice the time that it takes alone. `unlimited` is a pool
 in which nobody waits, and where each request reserves exactly what it needs; the most blocks that were in use then are
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import heapq
 import itertools
 import logging
 import multiprocessing
@@ -61,7 +64,6 @@ MOST_ROWS: Final = 32768
 PLENTY: Final = 2048
 """Blocks of a pool in which nobody waits."""
 UNSEEN: Final = 8192
-SEED: Final = 1
 AUTO, EXACT, MAXIMUM = "auto", "exact", "maximum"
 UNLIMITED: Final = "unlimited"
 
@@ -102,24 +104,26 @@ def main() -> None:
         for _ in range(options.turns):
             found["turns"].append(one_turn(len(found["turns"]), pipe, peer, options))
     results = found | {"requests": options.requests, "load": options.load, "summary": summary(found["turns"])}
-    show(results)
     report.save(options.out, "pool", facts, results, drawing(results["summary"]))
+    show(results)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 4, 8, 16], help="1/N of what is needed at most")
     parser.add_argument("--reserve", nargs="+", default=[AUTO, "256", "1024", "4096", "8192", EXACT, MAXIMUM])
-    parser.add_argument("--load", type=float, default=0.5)
-    parser.add_argument("--tower", type=float, default=40.0, help="ms for a request")
+    parser.add_argument("--load", type=float, default=0.6)
+    parser.add_argument("--towers", type=int, default=4)
+    parser.add_argument("--tower", type=float, default=320.0, help="ms for a request")
     parser.add_argument("--requests", type=int, default=64, help="in a turn")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1, help="of the first turn's requests; each turn has the next")
     parser.add_argument("--add", action="store_true", help="to the turns that --out has already")
     report.add_options(parser)
     options = parser.parse_args()
     if options.quick:
         options.pools, options.reserve = [1, 8], [AUTO, MAXIMUM]
-        options.requests, options.turns, options.tower = 12, 1, 10.0
+        options.requests, options.turns, options.tower = 12, 1, 40.0
     return options
 
 
@@ -127,14 +131,14 @@ def parsed() -> argparse.Namespace:
 
 
 def one_turn(turn: int, pipe: Connection, peer: str, options: argparse.Namespace) -> dict[str, Any]:
-    drawn = jobs(options.requests, SEED + turn)
-    pipe.send(1e-3 * options.tower * len(drawn) / sum(job.media for job in drawn))
-    rate = 1e3 * options.load / options.tower
+    drawn = jobs(options.requests, options.seed + turn)
+    pipe.send((options.towers, 1e-3 * options.tower * len(drawn) / sum(job.media for job in drawn)))
+    rate = 1e3 * options.load * options.towers / options.tower
     with language(EXACT, PLENTY) as unlimited:
         unlimited.warm_up(pipe, peer)
         alone = unlimited.one_by_one(pipe, peer, drawn)
         run = unlimited.run(pipe, peer, drawn, rate)
-    points = [point_of(UNLIMITED, 1, PLENTY, run, alone, rate)]
+    points = [point_of(UNLIMITED, 0, PLENTY, run, alone, rate)]
     order = list(itertools.product(options.reserve, options.pools))
     first = turn * len(order) // 3 % len(order)
     for reserve, fraction in order[first:] + order[:first]:
@@ -225,6 +229,8 @@ class Candidate:
         """A room that leaves the queue says so, which is when it gets its blocks."""
         for room in self.manager.drain_events():
             self.most_blocks = max(self.most_blocks, self.manager.pool.leased)
+            if room not in under_way:  # it had ended when it was looked at for an earlier change
+                continue
             at, receiver = under_way[room]
             if is_final(receiver.poll()):
                 del under_way[room]
@@ -293,66 +299,61 @@ def encode_instance(pipe: Connection) -> None:
     manager = EncodeManager.open(layout(PLENTY), config(), host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
     pipe.send(registry.port)
-    Tower(manager).serve(pipe)
+    Towers(manager).serve(pipe)
     manager.close()
     registry.close()
 
 
-class Tower:
-    """An encode scheduler whose tower computes nothing: the rows are there when it would have been done with them."""
+class Towers:
+    """An encode scheduler whose towers compute nothing: the rows are there when they would have been done with them."""
 
     def __init__(self, manager: EncodeManager) -> None:
         self.manager = manager
         self.made = torch.randn(MOST_ROWS, HIDDEN).to(torch.bfloat16)
-        self.per_token = 0.0
+        self.number, self.per_token = 1, 0.0
         self.parked: dict[int, tuple[Job, MooncakeEmbeddingSender]] = {}
         self.queue: deque[int] = deque()
-        self.done_at: float | None = None
-        """When the first of the queue has been in the tower for long enough; None while nothing is in it."""
+        self.inside: list[tuple[float, int]] = []
+        """When a tower is done with a room."""
 
     def serve(self, pipe: Connection) -> None:
         while True:
-            patience = None if self.done_at is None else max(0.0, self.done_at - time.perf_counter())
+            patience = max(0.0, self.inside[0][0] - time.perf_counter()) if self.inside else None
             readable, _, _ = select.select([pipe.fileno(), self.manager.wakeup_fd], [], [], patience)
             if pipe.fileno() in readable:
-                order = pipe.recv()
-                if order is None:
-                    return
-                self.take(order)
-            self.step()
+                match pipe.recv():
+                    case None:
+                        return
+                    case int(number), float(per_token):
+                        self.number, self.per_token = number, per_token
+                    case room, job:
+                        self.park(room, job)
+            self.listen()
+            self.work(time.perf_counter())
 
-    def take(self, order: float | tuple[int, Job]) -> None:
-        if isinstance(order, float):
-            self.per_token = order
-            return
-        room, job = order
+    def park(self, room: int, job: Job) -> None:
         sender = MooncakeEmbeddingSender(self.manager, room)
-        sender.init()
         self.parked[room] = job, sender
+        sender.init()
 
-    def step(self) -> None:
+    def listen(self) -> None:
         for room in self.manager.drain_events():
-            if room not in self.parked:
-                continue
-            status = self.parked[room][1].poll()
-            if status is Status.WAITING_FOR_INPUT and room not in self.queue:
+            if room in self.parked and self.parked[room][1].poll() is Status.WAITING_FOR_INPUT:
                 self.queue.append(room)
-            elif is_final(status):  # only a room that failed: those that were encoded are not parked any more
-                del self.parked[room]
-                if room in self.queue:
-                    self.done_at = None if self.queue[0] == room else self.done_at
-                    self.queue.remove(room)
-        now = time.perf_counter()
-        while self.queue:
-            job, sender = self.parked[self.queue[0]]
-            if self.done_at is None:
-                self.done_at = now + self.per_token * job.media
-            if self.done_at > now:
-                return
-            # It has been busy since then, also if this process was not looked at.
-            now, self.done_at = self.done_at, None
-            del self.parked[self.queue.popleft()]
+
+    def work(self, now: float) -> None:
+        while self.inside and self.inside[0][0] <= now:
+            done_at, room = heapq.heappop(self.inside)
+            job, sender = self.parked.pop(room)
             sender.send_embedding(source_rows(self.made[: job.media], job.rows))
+            self.begin(done_at)  # also if this process was looked at only later
+        while self.queue and len(self.inside) < self.number:
+            self.begin(now)
+
+    def begin(self, at: float) -> None:
+        if self.queue:
+            room = self.queue.popleft()
+            heapq.heappush(self.inside, (at + self.per_token * self.parked[room][0].media, room))
 
 
 def source_rows(made: torch.Tensor, rows: int) -> SourceRows:
@@ -399,14 +400,14 @@ def summary(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def show(results: Mapping[str, Any]) -> None:
     every = {(one["reserve"], one["fraction"]): one for one in results["summary"]}
-    unlimited = every[UNLIMITED, 1]
+    unlimited = every[UNLIMITED, 0]
     turns = results["turns"]
     print(
         f"\n{len(turns)} turns of {results['requests']} requests, {turns[0]['rate']:.1f} per second."
         f" In an unlimited pool {unlimited['goodput']} per second are in time, with a median of"
         f" {unlimited['median_ms']} ms. {sum(one['failed'] for one in results['summary'])} failed."
     )
-    fractions = sorted({fraction for _, fraction in every})
+    fractions = sorted({fraction for _, fraction in every if fraction})
     pools = [f"1/{one}" if one > 1 else "1" for one in fractions]
     for title, name in (
         ("Requests in time, beside those of an unlimited pool", "of_unlimited"),

@@ -1,6 +1,6 @@
 """Requests answered in time, as ever more arrive: an undivided server, SGLang's own split, and a pair of this plugin.
 
-    .venv/bin/python benchmark/trace.py [--candidates undivided split pair ...] [--loads 0.3 0.6 1 1.5] [--requests 40]
+    .venv/bin/python benchmark/trace.py [--candidates undivided split pair ...] [--loads 0.5 1 2] [--requests 32]
                                         [--reuse 0] [--turns 1] [--add] [--quick] [--out FOLDER]
 
 The requests are those of `workload.py`, open loop: pictures, text and answers as a published trace has them, with all
@@ -297,8 +297,8 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", nargs="+", choices=list(SERVERS), default=[SPLIT, PAIR, UNDIVIDED])
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 1.0, 1.5])
-    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--shrink", type=int, default=16)
     parser.add_argument("--reuse", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=1)
