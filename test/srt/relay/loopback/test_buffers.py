@@ -166,9 +166,10 @@ def test_which_embeddings_no_model_may_have(dtype: torch.dtype) -> None:
         rows = torch.randn(9, 33).to(dtype)
         rows[4, 7] = value
         target = SimpleNamespace(embeddings=rows, flaw=None)
-        buffers_module._look_at(target, 0, 9)  # type: ignore[arg-type]
+        numbers = buffers_module._as_integers(rows)
+        buffers_module._look_at(target, numbers, 0, 9)  # type: ignore[arg-type]
         assert (target.flaw is not None) is is_flaw, (value, target.flaw)
-        assert buffers_module._are_small(rows) is not is_flaw, "no second look at what is fine"
+        assert buffers_module._are_small(numbers, dtype) is not is_flaw, "no second look at what is fine"
 
 
 def test_untouched_blocks_take_no_memory() -> None:

@@ -181,7 +181,7 @@ def test_no_more_rows_are_copied_than_there_is_room_for(manager: Any, receiver: 
 def test_a_length_that_cannot_be_takes_no_memory(
     manager: Any, receiver: MooncakeEmbeddingReceiver, total: int, is_possible: bool
 ) -> None:
-    manager._buffers._rows[AUX][0, 0] = total
+    manager._buffers._small[AUX][0, 0, 0] = total
     assert (copy_out(manager, capacity=1)[2:4] == (0, total)) is not is_possible
     assert (receiver.target is not None) is is_possible
 
@@ -266,7 +266,7 @@ def test_what_is_wrong_with_rows_that_were_copied_early_is_said_with_their_repor
 def test_early_rows_of_a_length_that_cannot_be_take_no_memory(
     manager: Any, receiver: MooncakeEmbeddingReceiver, total: int
 ) -> None:
-    manager._buffers._rows[AUX][0, 0] = total
+    manager._buffers._small[AUX][0, 0, 0] = total
     manager._copy_ahead(CopyAhead(1, (0,), 0, 4, 100))
     manager._copy_ahead(CopyAhead(9, (0,), 0, 4, 100))
     assert receiver.target is None
