@@ -6,12 +6,14 @@ nobody else, and after a failed write the engine can be thrown away, which is th
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from embedding_relay.memory.handshake import EngineFacts, address_of, ask, find_data_port
@@ -29,6 +31,16 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 _FIRST_BYTES: Final = 8
 _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
+# Mooncake's blocking call spins, on a core that the threads which move the bytes may need. What takes longer than a
+# few sleeps is waited for asleep, with pieces on their way while the one before them is waited for.
+_SPIN_BELOW: Final = 256 << 10
+_SLEEP: Final = 50e-6
+_AHEAD: Final = 2
+# An engine confirms entry by entry, and does nothing meanwhile. So many are divided between two.
+_SCATTERED: Final = 8
+# As Mooncake has them, in seconds.
+_PATIENCE: Final = 30
+_LEAST_PATIENCE: Final = 5
 # An engine keeps a connection to each peer that it has written to, whether the peer is still there or not.
 _MOST_PEERS: Final = 8
 # What correctness over TCP needs, so not an operator's to set. A write is done when the peer confirms it. And the proof
@@ -51,6 +63,9 @@ class MooncakeDataPlane:
         self._transport = transport or ("rdma" if _devices() else "tcp")
         self._device = device
         self._receives = receives
+        self.patience = max(_LEAST_PATIENCE, int(os.environ.get("MC_TRANSFER_TIMEOUT") or _PATIENCE))
+        """In seconds, with a write of which nothing is confirmed: as long as Mooncake's own, which is only asked in its
+        blocking call."""
         self._regions: tuple[Region, ...] = ()
         self._engine: Any = None
         self._spare: Sender | None = None
@@ -222,20 +237,81 @@ class MooncakeLink:
         self._peer: EngineFacts | None = None
         self._data_port: frozenset[tuple[str, int]] = frozenset()
         self._connections = HeldConnections()
+        self._second: MooncakeLink | None = None
+        """Another engine for entries that are many."""
 
     def write(self, entries: Sequence[Entry]) -> None:
+        for _ in self.write_in_turn([entries]):
+            pass
+
+    def write_in_turn(self, pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+        on_the_way: deque[list[_Submitted]] = deque()
+        used: set[MooncakeLink] = set()
+        for entries in pieces:
+            if len(entries) > BATCH_LIMIT:
+                raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
+            if entries and not self._is_proven and not on_the_way:
+                self._prove_the_way(entries[0])
+            if not on_the_way and not (self._plane.is_tcp and sum(one.length for one in entries) >= _SPIN_BELOW):
+                self._write_spinning(entries)
+                yield
+                continue
+            on_the_way.append(self._submit(entries))
+            used.update(link for link, _ in on_the_way[-1])
+            if len(on_the_way) > _AHEAD:
+                self._wait_for(on_the_way.popleft())
+                yield
+        while on_the_way:
+            self._wait_for(on_the_way.popleft())
+            if not on_the_way:
+                for link in used:
+                    link._is_proven = True
+            yield
+
+    def _write_spinning(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        if len(entries) > BATCH_LIMIT:
-            raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
-        if not self._is_proven:
-            self._prove_the_way(entries[0])
         sources, destinations, lengths = (list(column) for column in zip(*entries, strict=True))
         self._is_proven = False
         code = self._engine.batch_transfer_sync_write(self._session_id, sources, destinations, lengths)
         if code:
             raise TransferError(f"Mooncake could not write {sum(lengths)} bytes to {self._session_id} (code {code})")
         self._is_proven = True
+
+    def _submit(self, entries: Sequence[Entry]) -> list[_Submitted]:
+        links = [self]
+        if len(entries) >= _SCATTERED and (second := self._take_second(entries[0])) is not None:
+            links.append(second)
+        submitted: list[_Submitted] = []
+        for link, entry in zip(itertools.cycle(links), entries, strict=False):
+            link._is_proven = False
+            number = link._engine.transfer_submit_write(self._session_id, *entry)
+            if not number:
+                raise TransferError(f"Mooncake does not take {entry.length} bytes for {self._session_id}")
+            submitted.append((link, number))
+        return submitted
+
+    def _take_second(self, entry: Entry) -> MooncakeLink | None:
+        """None if another engine cannot reach the peer: this one can."""
+        if self._second is None:
+            self._second = self._plane.link(self._session_id)
+        try:
+            if self._second._sender is None:
+                self._second._prove_the_way(entry)
+        except Unreachable:
+            return None
+        return self._second
+
+    def _wait_for(self, submitted: Sequence[_Submitted]) -> None:
+        for link, number in submitted:
+            deadline = time.monotonic() + self._plane.patience
+            while not (status := link._engine.transfer_check_status(number)):
+                if time.monotonic() > deadline:
+                    text = f"{self._session_id} has confirmed nothing for {self._plane.patience} s"
+                    raise TransferError(f"a write was given up: {text}")
+                time.sleep(_SLEEP)
+            if status != 1:
+                raise TransferError(f"Mooncake could not write to {self._session_id} (status {status})")
 
     @property
     def _engine(self) -> Any:
@@ -294,6 +370,8 @@ class MooncakeLink:
 
     def renew(self) -> None:
         """The new engine is made by the next write; dropping the old one ends its sending."""
+        if self._second is not None:
+            self._second.renew()
         if self._sender is None:
             return
         if self._plane.is_tcp:
@@ -315,18 +393,24 @@ class MooncakeLink:
 
     def is_quiet(self) -> bool:
         """Over RDMA a destroyed queue pair sends nothing; over TCP the peer has to have read to the end."""
-        return self._connections.is_quiet(self._peer_is_gone)
+        return (self._second is None or self._second.is_quiet()) and self._connections.is_quiet(self._peer_is_gone)
 
     def _peer_is_gone(self) -> bool:
         return self._peer is not None and is_gone(address_of(self._session_id), self._peer)
 
     def close(self) -> None:
+        if self._second is not None:
+            self._second.close()
         if self._sender is not None and self._is_proven:
             self._plane.give_back(self._sender)
             self._sender = None
         self._drop_sender()
         self._connections.close()
         self._plane.forget(self)
+
+
+_Submitted = tuple[MooncakeLink, int]
+"""An entry that an engine has been given, and the number by which it knows it."""
 
 
 def _devices() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from embedding_relay.protocol.errors import RelayError
@@ -46,6 +46,15 @@ class Link(Protocol):
         At most `plan.BATCH_LIMIT` entries. As long as nothing has been written to the peer over this link (again, after
         `renew`), the first few bytes go alone: a peer that does not answer is an error within seconds.
         """
+
+    def write_in_turn(self, pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+        """As if `write` were called with each of them, and go on each time when it is in the peer's memory.
+
+        Some later ones may be on their way by then: whoever stops in between has to `renew` the link. Here none is.
+        """
+        for entries in pieces:
+            self.write(entries)
+            yield
 
     def renew(self) -> None:
         """After a failed write: stop sending what is left of it, and make the link usable again.

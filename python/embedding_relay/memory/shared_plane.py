@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from embedding_relay.memory.plane import DataPlane, Entry, Link, Region, Unreachable, private_memory
@@ -145,10 +145,14 @@ class PairLink:
         self._link: Link | None = None
 
     def write(self, entries: Sequence[Entry]) -> None:
+        for _ in self.write_in_turn([entries]):
+            pass
+
+    def write_in_turn(self, pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
         if self._link is None:
             self._link = self._plane.choose(self._session_id, self._memory_name)
         try:
-            self._link.write(entries)
+            yield from self._link.write_in_turn(pieces)
         except Unreachable:
             if isinstance(self._link, SharedMemoryLink):  # the next write finds out what there is now
                 self._link.close()
@@ -167,7 +171,7 @@ class PairLink:
             self._link.close()
 
 
-class SharedMemoryLink:
+class SharedMemoryLink(Link):
     """Writes to a peer's memory by copying."""
 
     def __init__(self, plane: SharedMemoryDataPlane, segment: MappedSegment) -> None:

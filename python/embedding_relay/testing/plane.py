@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from embedding_relay.memory.plane import Entry, Region, TransferError, private_memory
+from embedding_relay.memory.plane import Entry, Link, Region, TransferError, private_memory
 from embedding_relay.protocol.errors import LocalError
 from embedding_relay.protocol.plan import BATCH_LIMIT
 
@@ -147,7 +147,7 @@ class MemoryDataPlane:
             raise LocalError(f"{length} bytes at {address:#x} are not in the registered memory of {self._session_id}")
 
 
-class MemoryLink:
+class MemoryLink(Link):
     """A `memory.plane.Link`."""
 
     def __init__(self, plane: MemoryDataPlane, session_id: str) -> None:

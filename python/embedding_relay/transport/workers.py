@@ -9,6 +9,7 @@ import enum
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
@@ -91,18 +92,32 @@ class ChunkJob:
         """Raise TransferError if some of it may be missing at the peer; may then be called again."""
         with self._staging:
             self._stage()
-        written = 0
-        entries = self._small_entries(destination, pointers)
-        for start, stop in self._pieces(destination):
-            entries += self._media_entries(destination, pointers, start, stop)
-            for batch in batches(entries):
-                link.write(batch)
-            written += sum(entry.length for entry in entries)
-            entries = []
-            if stop < destination.stop_row:
+        written, arriving = 0, deque[tuple[int, int]]()
+        for _ in link.write_in_turn(self._batches(destination, pointers, arriving)):
+            length, stop = arriving.popleft()
+            written += length
+            if destination.start_row < stop < destination.stop_row:
                 self._progressed(destination.session_id, stop)
         with self._counting:
             self.bytes += written
+
+    def _batches(
+        self, destination: ChunkDestination, pointers: Sequence[int], arriving: deque[tuple[int, int]]
+    ) -> Iterator[Sequence[Entry]]:
+        """What to write, planned when it is its turn. `arriving` gets of each batch how many bytes it has, and the row
+        before which all are there with it.
+        """
+        stop = destination.start_row
+        entries = self._small_entries(destination, pointers)
+        for start, end in self._pieces(destination):
+            entries += self._media_entries(destination, pointers, start, end)
+            *most, last = batches(entries) if entries else ((),)
+            for batch in most:
+                arriving.append((sum(entry.length for entry in batch), stop))
+                yield batch
+            arriving.append((sum(entry.length for entry in last), end))
+            yield last
+            stop, entries = end, []
 
     def _pieces(self, destination: ChunkDestination) -> Iterator[tuple[int, int]]:
         """A large chunk goes in pieces, so that the peer copies out what is there while more is on its way."""

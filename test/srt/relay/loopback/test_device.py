@@ -53,8 +53,10 @@ def test_a_chunk_is_staged_only_after_the_event_that_made_its_rows() -> None:
     written: list[Any] = []
 
     class Records:
-        def write(self, entries: Any) -> None:
-            written.extend(entries)
+        def write_in_turn(self, pieces: Any) -> Iterator[None]:
+            for entries in pieces:
+                written.extend(entries)
+                yield
 
     job = ChunkJob(chunk, source, buffers, lambda _: None, lambda *_: None, from_where_they_are=False)
     job.write(chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -45,10 +45,12 @@ class Other:
         self.told.append(("link", session_id))
         return self
 
-    def write(self, entries: Sequence[Entry]) -> None:
-        self.told.append(("write", len(entries)))
-        if self.problem is not None:
-            raise self.problem
+    def write_in_turn(self, pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+        for entries in pieces:
+            self.told.append(("write", len(entries)))
+            if self.problem is not None:
+                raise self.problem
+            yield
 
     def renew(self) -> None:
         self.told.append("renew")

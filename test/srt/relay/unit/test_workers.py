@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -49,7 +49,7 @@ class ScriptedPlane:
         return ScriptedLink(self, session_id)
 
 
-class ScriptedLink:
+class ScriptedLink(Link):
     def __init__(self, plane: ScriptedPlane, session_id: str) -> None:
         self._plane = plane
         self._session_id = session_id
@@ -144,8 +144,10 @@ class Records:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
 
-    def write(self, entries: Sequence[Entry]) -> None:
-        self.entries += entries
+    def write_in_turn(self, pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+        for entries in pieces:
+            self.entries += entries
+            yield
 
 
 def job_of(
