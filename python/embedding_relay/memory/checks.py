@@ -76,11 +76,10 @@ class SmallColumns:
         if differs.size:
             one, other = starts[first[index[differs[0]]]], starts[differs[0]]
             return f"rows {one} and {other} describe media item {index[differs[0]]} differently"
-        strange = np.flatnonzero(~np.isin(known[:, 1], list(limits.modalities)))
-        if strange.size:
-            allowed = ", ".join(map(str, sorted(limits.modalities)))
-            modality = known[strange[0], 1]
-            return f"media item {strange[0]} has modality {modality}, and this model has only {allowed or 'none'}"
+        for item, modality in enumerate(known[:, 1].tolist()):
+            if modality not in limits.modalities:
+                allowed = ", ".join(map(str, sorted(limits.modalities)))
+                return f"media item {item} has modality {modality}, and this model has only {allowed or 'none'}"
         return None
 
     def _flaw_of_positions(self, limits: ModelLimits) -> str | None:
