@@ -3,10 +3,12 @@
     .venv/bin/python benchmark/transfer.py [--planes mooncake shared_memory] [--repeat 9] [--quick] [--out FOLDER]
 
 Each point is one request: registry known, blocks free, rows ready at the encode side; the time runs from the language
-side's request to the last row in its tensor. `raw` is Mooncake over TCP alone: as many bytes, as one entry, from
-registered memory to registered memory. All points of one block size and the raw engine take turns, one request each, so
-that what else the machine does falls on all of them; a ratio is taken within a turn. `best` is the quickest of the raw
-engine's turns over the quickest of the point's: what is left when nobody else was at work. With `--device cuda` the
+side's request to the last row in its tensor. `raw` is Mooncake over TCP alone, by its own blocking call: as many bytes,
+as one entry, from registered memory to registered memory. `asleep` is the same as the plugin does it: its blocking call
+spins, and what waits asleep leaves a core to the threads that move the bytes. All points of one block size and both of
+these take turns, one request each, so that what else the machine does falls on all of them; a ratio is taken within a
+turn. `best` is the quickest of the raw engine's turns over the quickest of the point's: what is left when nobody else
+was at work. With `--device cuda` the
 rows begin on that device and the time ends when they are there again; only one size is measured then. `to host` and
 `to device` are what its own copies of the same bytes take, from and to page-locked memory.
 """
@@ -51,6 +53,7 @@ MIB: Final = 2**20
 ROWS_PER_MIB: Final = MIB // (2 * HIDDEN)
 WARM_UP: Final = 2  # turns that pay for connections and fresh pages
 RAW: Final = "raw"
+ASLEEP: Final = "asleep"
 
 
 class Point(NamedTuple):
@@ -120,6 +123,13 @@ def main() -> None:
 # ---- the language side, and who takes turns
 
 
+Seconds = dict[Point | tuple[str, int], list[float]]
+
+
+def shares(seconds: Seconds, how: str, point: Point) -> Iterator[float]:
+    return (alone / one for one, alone in zip(seconds[point], seconds[how, point.mib], strict=True))
+
+
 def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> Iterator[dict[str, Any]]:
     most = max(point.rows for point in chosen)
     block = chosen[0].block
@@ -140,23 +150,26 @@ def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> It
             **point._asdict(),
             "rounds": point.rounds,
             "milliseconds": report.Figures.of(map(in_ms, seconds[point])),
-            "raw_milliseconds": report.Figures.of(map(in_ms, seconds[point.mib])),
-            "of_raw": report.Figures.of(r / one for one, r in zip(seconds[point], seconds[point.mib], strict=True)),
-            "best_of_raw": min(seconds[point.mib]) / min(seconds[point]),
+            "raw_milliseconds": report.Figures.of(map(in_ms, seconds[RAW, point.mib])),
+            "asleep_milliseconds": report.Figures.of(map(in_ms, seconds[ASLEEP, point.mib])),
+            "of_raw": report.Figures.of(shares(seconds, RAW, point)),
+            "of_asleep": report.Figures.of(shares(seconds, ASLEEP, point)),
+            "best_of_raw": min(seconds[RAW, point.mib]) / min(seconds[point]),
             "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
         }
 
 
 def take_turns(
     manager: LanguageManager, pipe: Connection, chosen: Sequence[Point], repeat: int, device: str
-) -> dict[Point | int, list[float]]:
-    """By point, and the raw engine's by the number of MiB."""
-    seconds: dict[Point | int, list[float]] = {one: [] for point in chosen for one in (point, point.mib)}
+) -> Seconds:
+    """By point, and the engine's alone by how it is waited for and the number of MiB."""
+    seconds: Seconds = {one: [] for point in chosen for one in (point, (RAW, point.mib), (ASLEEP, point.mib))}
     room, peer = 0, f"{HOST}:{pipe.recv()}"
     for turn in range(repeat + WARM_UP):
         for mib in sorted({point.mib for point in chosen}):
-            pipe.send(("write", mib * MIB))
-            seconds[mib].append(pipe.recv())
+            for how in (RAW, ASLEEP):
+                pipe.send((how, mib * MIB))
+                seconds[how, mib].append(pipe.recv())
             for point in (one for one in chosen if one.mib == mib):
                 room += 1
                 seconds[point].append(one_request(manager, pipe, peer, room, point, device))
@@ -240,12 +253,15 @@ def encode_instance(pipe: Connection, plane: str, layout: BufferLayout, most: in
     memory = torch.ones(most * HIDDEN * 2, dtype=torch.uint8)
     raw = MooncakeDataPlane(HOST, "tcp", receives=False)
     raw.start([Region(memory.data_ptr(), memory.numel())])
-    link = raw.link(session_id)
+    link, engine = raw.link(session_id), raw.make_engine()
     pipe.send(registry.port)
     while (order := pipe.recv())[0] != "end":
-        if order[0] == "write":
+        if order[0] in (RAW, ASLEEP):
             started = time.perf_counter()
-            link.write([Entry(memory.data_ptr(), pointer, order[1])])
+            if order[0] == ASLEEP:
+                link.write([Entry(memory.data_ptr(), pointer, order[1])])
+            else:
+                assert not engine.batch_transfer_sync_write(session_id, [memory.data_ptr()], [pointer], [order[1]])
             pipe.send(time.perf_counter() - started)
         else:
             _, room, rows, fragmented = order
@@ -253,6 +269,7 @@ def encode_instance(pipe: Connection, plane: str, layout: BufferLayout, most: in
                 serve(manager, pipe, room, source_rows(source[:rows]))
             pipe.send("ended")
     link.close()
+    del engine
     raw.close()
     manager.close()
     registry.close()
@@ -288,11 +305,13 @@ def source_rows(made: torch.Tensor) -> SourceRows:
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
-    columns = "plane", "MiB", "rounds", "block", "pool", "ms", "raw ms", "GB/s", "of raw", "best"
+    columns = "plane", "MiB", "rounds", "block", "pool", "ms", "raw ms", "asleep ms", "of raw", "of asleep", "best"
     table = report.Table("Medians, and the quarters on either side.", *columns)
     for one in results:
         state = "fragmented" if one["fragmented"] else "fresh"
-        figures = one["milliseconds"], one["raw_milliseconds"], one["gb_per_s"], one["of_raw"]
+        figures = [
+            one[key] for key in ("milliseconds", "raw_milliseconds", "asleep_milliseconds", "of_raw", "of_asleep")
+        ]
         table.row(one["plane"], one["mib"], one["rounds"], one["block"], state, *figures, f"{one['best_of_raw']:.2f}")
 
 
