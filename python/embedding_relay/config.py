@@ -36,6 +36,7 @@ HEARTBEAT_MAX_FAILURES: Final = "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE"
 # The transport is Mooncake's choice; these are the names its users know.
 MOONCAKE_PROTOCOL: Final = "MOONCAKE_PROTOCOL"
 MOONCAKE_FORCE_TCP: Final = "MC_FORCE_TCP"
+MOONCAKE_TRANSFER_TIMEOUT: Final = "MC_TRANSFER_TIMEOUT"
 TRANSPORTS: Final = ("tcp", "rdma", "efa")
 
 AUTO: Final = "auto"
@@ -63,6 +64,8 @@ class RelayConfig:
     waiting_timeout: float = 300.0
     heartbeat_interval: float = 5.0
     heartbeat_max_failures: int = 2
+    write_timeout: float = 30.0
+    """For how long nothing of a write may be confirmed. Mooncake's own name and limits: it has no less than five."""
     transport: str | None = None
     """None takes RDMA where the machine has a device for it, else TCP."""
     data_plane: str = AUTO
@@ -90,6 +93,7 @@ class RelayConfig:
             waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),
             heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
+            write_timeout=max(5, reader.count(MOONCAKE_TRANSFER_TIMEOUT, int(cls.write_timeout))),
             transport=reader.transport(),
             data_plane=reader.data_plane(),
             allowed_media_dir=reader.directory(ALLOWED_MEDIA_DIR),

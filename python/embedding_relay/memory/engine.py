@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from embedding_relay.memory.handshake import EngineFacts, address_of, ask, find_data_port
-from embedding_relay.memory.plane import Entry, Region, TransferError, Unreachable, private_memory
+from embedding_relay.memory.plane import (
+    WRITE_TIMEOUT,
+    Entry,
+    Region,
+    TransferError,
+    Unreachable,
+    private_memory,
+)
 from embedding_relay.memory.quiet import HeldConnections, has_read_everything, is_gone, shorten_accept
 from embedding_relay.protocol.errors import LocalError, SettingError
 from embedding_relay.protocol.messages import Address
@@ -38,9 +45,6 @@ _SLEEP: Final = 50e-6
 _AHEAD: Final = 2
 # An engine confirms entry by entry, and does nothing meanwhile. So many are divided between two.
 _SCATTERED: Final = 8
-# As Mooncake has them, in seconds.
-_PATIENCE: Final = 30
-_LEAST_PATIENCE: Final = 5
 # An engine keeps a connection to each peer that it has written to, whether the peer is still there or not.
 _MOST_PEERS: Final = 8
 # What correctness over TCP needs, so not an operator's to set. A write is done when the peer confirms it. And the proof
@@ -57,15 +61,25 @@ _TCP_SETTINGS: Final = {
 class MooncakeDataPlane:
     """What `plane.DataPlane` promises, by Mooncake over RDMA or TCP."""
 
-    def __init__(self, host: str, transport: str | None = None, device: str = "", *, receives: bool = True) -> None:
-        """Unless `transport` says which: RDMA if the machine has it. Whoever only sends has no session of its own."""
+    def __init__(
+        self,
+        host: str,
+        transport: str | None = None,
+        device: str = "",
+        *,
+        receives: bool = True,
+        patience: float = WRITE_TIMEOUT,
+    ) -> None:
+        """Unless `transport` says which: RDMA if the machine has it. Whoever only sends has no session of its own.
+
+        `patience`: for how many seconds nothing of a write may be confirmed. Only Mooncake's blocking call has such a
+        limit itself.
+        """
         self._host = host
         self._transport = transport or ("rdma" if _devices() else "tcp")
         self._device = device
         self._receives = receives
-        self.patience = max(_LEAST_PATIENCE, int(os.environ.get("MC_TRANSFER_TIMEOUT") or _PATIENCE))
-        """In seconds, with a write of which nothing is confirmed: as long as Mooncake's own, which is only asked in its
-        blocking call."""
+        self.patience = patience
         self._regions: tuple[Region, ...] = ()
         self._engine: Any = None
         self._spare: Sender | None = None
@@ -307,7 +321,7 @@ class MooncakeLink:
             deadline = time.monotonic() + self._plane.patience
             while not (status := link._engine.transfer_check_status(number)):
                 if time.monotonic() > deadline:
-                    text = f"{self._session_id} has confirmed nothing for {self._plane.patience} s"
+                    text = f"{self._session_id} has confirmed nothing for {self._plane.patience:g} s"
                     raise TransferError(f"a write was given up: {text}")
                 time.sleep(_SLEEP)
             if status != 1:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from embedding_relay.protocol.errors import RelayError
+
+WRITE_TIMEOUT: Final = 30.0
+"""Seconds; Mooncake's own."""
 
 
 class TransferError(RelayError):

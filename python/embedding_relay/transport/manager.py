@@ -169,7 +169,7 @@ def warn_if_open(config: RelayConfig, host: str) -> None:
 
 def data_plane(config: RelayConfig, host: str, device: str = "", writer: str = "") -> DataPlane:
     """`writer`: the name of the instance whose rank writes to others; without it, of one that is written to."""
-    mooncake = MooncakeDataPlane(host, config.transport, device, receives=not writer)
+    mooncake = MooncakeDataPlane(host, config.transport, device, receives=not writer, patience=config.write_timeout)
     if config.data_plane == MOONCAKE:
         return mooncake
     return SharedMemoryDataPlane(mooncake if config.data_plane == AUTO else None, writer)

@@ -64,7 +64,7 @@ def link_to(target: Target) -> Iterator[Linked]:
 @contextmanager
 def sending_plane() -> Iterator[tuple[MooncakeDataPlane, int]]:
     memory = torch.ones(SIZE, dtype=torch.uint8)
-    plane = MooncakeDataPlane(HOST, "tcp", receives=False)
+    plane = MooncakeDataPlane(HOST, "tcp", receives=False, patience=5)
     plane.start([Region(memory.data_ptr(), SIZE)])
     yield plane, memory.data_ptr()
     plane.close()
@@ -76,6 +76,15 @@ def test_a_write_has_landed_when_it_returns(linked: Linked) -> None:
     assert target.ones() == 1024
     link.write([])
     assert link.is_quiet()
+
+
+def test_many_entries_land_where_they_belong(linked: Linked) -> None:
+    target, link, ones = linked
+    length = 4000
+    link.write([Entry(ones, target.pointer + 2 * at * length, length) for at in range(300)])
+    assert target.ones() == 300 * length
+    assert link._second is not None
+    assert link._second._is_proven
 
 
 def test_a_write_outside_of_registered_memory_is_refused_and_the_link_can_be_renewed(linked: Linked) -> None:
@@ -122,20 +131,26 @@ def test_a_dead_peer_is_an_error_at_once_and_proven_quiet(linked_to_mortal: Link
     assert _becomes_quiet(link)
 
 
-def test_a_failed_write_lands_late_and_quiet_is_claimed_only_after_it_has(linked_to_mortal: Linked) -> None:
-    """The reason for the quarantine, with the real engine: `-1`, a new engine, and megabytes that land afterwards."""
+@pytest.mark.parametrize("entries", [1, 64], ids=["one engine", "two engines"])
+def test_a_failed_write_lands_late_and_quiet_is_claimed_only_after_it_has(
+    linked_to_mortal: Linked, entries: int
+) -> None:
+    """The reason for the quarantine, with the real engine: an error, a new engine, and megabytes that land later."""
     target, link, ones = linked_to_mortal
-    link.write([Entry(ones, target.pointer, 8)])
+    length = SIZE // entries
+    everything = [Entry(ones + at, target.pointer + at, length) for at in range(0, SIZE, length)]
+    link.write(everything)
+    target.clear()
     target.signal(signal.SIGSTOP)
     with pytest.raises(TransferError):
-        link.write([Entry(ones, target.pointer, SIZE)])
+        link.write(everything)
     link.renew()
     time.sleep(0.3)
     assert not link.is_quiet()
     target.signal(signal.SIGCONT)
     assert _becomes_quiet(link)
     landed = target.ones()
-    assert landed > 8, "the late write that this test is about did not happen"
+    assert landed, "the late write that this test is about did not happen"
     time.sleep(0.3)
     assert target.ones() == landed
     link.write([Entry(ones, target.pointer, SIZE)])

@@ -128,6 +128,10 @@ def test_a_pool_that_no_index_can_name_is_refused(blocks: str, size: str, named:
 def test_mooncakes_own_settings_choose_the_transport() -> None:
     assert RelayConfig.from_environment({config.MOONCAKE_FORCE_TCP: "1"}).transport == "tcp"
     assert RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "tcp"}).transport == "tcp"
+    seconds = [
+        RelayConfig.from_environment({config.MOONCAKE_TRANSFER_TIMEOUT: text}).write_timeout for text in ("", "2", "60")
+    ]
+    assert seconds == [30, 5, 60], "Mooncake has no less than five"
     with pytest.raises(SettingError, match=config.MOONCAKE_PROTOCOL):
         RelayConfig.from_environment({config.MOONCAKE_PROTOCOL: "no-such-transport"})
 

@@ -419,6 +419,74 @@ def test_over_tcp_nothing_follows_a_first_write_that_is_not_confirmed(
     assert len(used.calls) == 1
 
 
+LARGE = [Entry(100, 200, 1 << 20)]
+
+
+def test_over_tcp_large_pieces_are_on_their_way_while_the_one_before_is_waited_for(over_tcp: OverTcp) -> None:
+    used, link = over_tcp
+    looks: list[int] = []
+    in_turn = link.write_in_turn([ROWS, LARGE, LARGE, LARGE, LARGE])
+    for _ in in_turn:
+        looks.append(len(used.calls))
+    assert looks == [2, 5, 6, 6, 6], "small ones at once, of large ones two more than are waited for"
+    assert link._is_proven
+
+
+@pytest.mark.parametrize(("statuses", "problem"), [([1, 0, -1], "status -1"), ([1, 0], "confirmed nothing for 0.05 s")])
+def test_over_tcp_a_large_write_fails_with_its_status_or_when_time_is_up(
+    over_tcp: OverTcp, statuses: list[int], problem: str
+) -> None:
+    used, link = over_tcp
+    link._plane.patience = 0.05
+    used.statuses = statuses
+    with pytest.raises(TransferError, match=problem):
+        link.write(LARGE)
+    assert not link._is_proven
+
+
+def test_over_tcp_a_large_write_that_mooncake_does_not_take_has_failed(over_tcp: OverTcp) -> None:
+    used, link = over_tcp
+    link.write(ROWS)
+    used.number = 0
+    with pytest.raises(TransferError, match="does not take 1048576 bytes"):
+        link.write(LARGE)
+
+
+MANY = [Entry(100 + at, 200 + at, 1 << 16) for at in range(16)]
+
+
+def test_over_tcp_many_entries_are_divided_between_two_engines_which_are_renewed_and_closed_together(
+    over_tcp: OverTcp, peer: Peer
+) -> None:
+    _, link = over_tcp
+    link.write(ROWS)
+    peer.accept()
+    link.write(MANY)
+    second = link._second
+    assert second is not None
+    assert second._engine is not link._engine
+    assert len(link._engine._connections) == len(second._engine._connections) == 1 + len(MANY) // 2
+    assert second._is_proven
+    link.renew()
+    assert (link._sender, second._sender) == (None, None)
+    assert not link.is_quiet(), "the peer has not read to the end of either"
+    assert not second.is_quiet()
+    peer.close()
+    peer.theirs.says["buffers"] = [{"addr": 1, "length": 1}]
+    assert link.is_quiet(), "its engine is another one"
+    link.close()
+    assert link._plane._links == []
+
+
+def test_over_tcp_one_engine_will_do_if_there_is_no_second(over_tcp: OverTcp, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, link = over_tcp
+    link.write(ROWS)
+    monkeypatch.setattr(link._plane, "make_engine", lambda: (_ for _ in ()).throw(SettingError("no more")))
+    link.write(MANY)
+    assert len(used.calls) == 2 + len(MANY)
+    assert len(link._engine._connections) == 1 + len(MANY)
+
+
 def fail(over_tcp: OverTcp, peer: Peer) -> socket.socket:
     """A write that fails, after the first; the peer's end of its connection."""
     used, link = over_tcp
