@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
@@ -21,6 +22,8 @@ from embedding_relay.memory.plane import Region, private_memory
 from embedding_relay.memory.reuse import ReusedMemory
 from embedding_relay.protocol.errors import LocalError
 from embedding_relay.protocol.plan import Segment
+
+logger = logging.getLogger(__name__)
 
 # No model makes such embeddings, and sums of larger ones end up as infinite: in a model as something that is no number,
 # on which its sampler raises. A little more than 1e30, because bfloat16 has only a little more.
@@ -153,8 +156,16 @@ def _pinned_memory(length: int) -> torch.Tensor:
 
 
 def page_locked(rows: ReceivedRows, layout: BufferLayout) -> ReceivedRows:
-    """A copy from which a device can read beside other work: torch uses its memory again when the device has."""
-    copy = rows_in(_pinned_memory(bytes_for(rows.total, layout)), rows.aux, layout)
+    """A copy from which a device can read beside other work: torch uses its memory again when the device has.
+
+    The rows themselves, if no such memory is left: from other memory, torch copies before it returns.
+    """
+    try:
+        memory = _pinned_memory(bytes_for(rows.total, layout))
+    except RuntimeError as error:
+        logger.warning("relay: %d rows go to the device from memory that is not page-locked: %s", rows.total, error)
+        return rows
+    copy = rows_in(memory, rows.aux, layout)
     for here, there in zip(copy.columns, rows.columns, strict=True):
         here.copy_(there)
     return copy

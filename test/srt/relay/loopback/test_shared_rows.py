@@ -236,6 +236,16 @@ def test_many_may_be_given_back_before_anybody_listens() -> None:
         until(lambda: made.lender.lent == 0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the lane of a card has the rows in page-locked memory")
+def test_where_no_memory_can_be_page_locked_rows_are_read_where_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    with host() as made:
+        made.borrowers[0]._is_copied = True
+        made.lender.lend(0, filled(made.lender, 10, 1))
+        assert is_all(made.heard[0].wait_for(0), 1)
+        assert made.lender.lent == 1
+    assert "10 rows go to the device from memory that is not page-locked" in caplog.text
+
+
 # ---- random schedules, and the faults that they must notice
 
 
