@@ -4,12 +4,14 @@
                                         [--reuse 0] [--turns 1] [--add] [--quick] [--out FOLDER]
 
 The requests are those of `workload.py`, open loop: pictures, text and answers as a published trace has them, with all
-numbers of tokens divided by `--shrink`, and no more than nine pictures in one. In each turn the candidates are started
-one after the other. Each is asked for every request alone, and then, with other pictures of the same sizes, for all of
-them at each rate. A rate is a multiple of what the first candidate answers one request after the other, in the first
-turn. A request is answered in time if its first token comes within twice the time that it takes alone, which is the
-median of the candidates, so that all have the same limit. One that fails is not, and whatever has no answer ten seconds
-after the last arrival is given up. `split, 1` is the split whose encoder takes one request at a time
+numbers of tokens divided by `--shrink`, and no more than nine pictures in one. Each turn has requests of its own, and
+starts the candidates one after the other. Each of these is asked for every request alone, and then, with other pictures
+of the same sizes, for all of them at each rate. A rate is a multiple of what the first candidate answers one request
+after the other, in the first turn.
+
+A request is answered in time if its first token comes within twice the time that it takes alone, which is the median of
+the candidates, so that all have the same limit. One that fails is not, and whatever has no answer ten seconds after the
+last arrival is given up. `split, 1` is the split whose encoder takes one request at a time
 (SGLANG_ENCODER_MAX_BATCH_SIZE=1), as an encode instance of this plugin does on a CPU. `--reuse` is the share of
 pictures that an earlier request of the same rate has shown. `--add` counts the turns that are in the folder already,
 with their rates. The client is that of `sglang.bench_serving`; one thread of OpenMP in each process.
@@ -159,10 +161,10 @@ def ask_all(
 # ---- the run
 
 
-def one_turn(
-    turn: int, drawn: Sequence[workload.Request], options: argparse.Namespace, found: dict[str, Any]
-) -> dict[str, Any]:
+def one_turn(turn: int, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     model = tiny_model.cached()
+    trace = workload.requests(options.requests, SEED + turn, options.reuse, MOST_PICTURES)
+    drawn = [shrunk(request, options.shrink) for request in trace]
     outcomes: dict[str, Asked] = {}
     spent: dict[str, float] = {}
     names = options.candidates
@@ -279,15 +281,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and stop the servers on the way out
     facts = report.machine()
     print(report.describe(facts))
-    drawn = [
-        shrunk(request, options.shrink)
-        for request in workload.requests(options.requests, SEED, options.reuse, MOST_PICTURES)
-    ]
     found = report.load(options.out, "trace")["results"] if options.add else {"turns": []}
     warm_start.fork_server()  # imports while this process does
     with ttft.scratch_for_logs(options):
         for _ in range(options.turns):
-            found["turns"].append(one_turn(len(found["turns"]), drawn, options, found))
+            found["turns"].append(one_turn(len(found["turns"]), options, found))
     asked = {"requests": options.requests, "reuse": options.reuse, "shrink": options.shrink}
     results = found | asked | {"summary": summary(found["turns"])}
     show(results, options.candidates)
