@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from embedding_relay.config import AUTO, MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.messages import Handshake
 from embedding_relay.tools import tiny_model
+from embedding_relay.transport.neighbours import ALONE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.multimodal import instance
 from sglang.srt.managers.schedule_batch import Modality
@@ -118,3 +120,21 @@ def test_all_addresses_become_one_that_others_reach(host: str, monkeypatch: pyte
 def test_the_operators_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instance, "get_serving", lambda: SimpleNamespace(host="localhost"))
     assert instance.reachable_host() == "localhost"
+
+
+# ---- which ranks receive
+
+
+def test_an_instance_of_one_rank_asks_nobody() -> None:
+    assert instance._neighbours(SimpleNamespace(world_size=1), RelayConfig()) is ALONE
+
+
+@pytest.mark.parametrize(("plane", "may_share"), [(AUTO, True), (SHARED_MEMORY, True), (MOONCAKE, False)])
+def test_ranks_share_rows_where_memory_may_be_shared(
+    plane: str, may_share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(instance, "meet", lambda *arguments, **options: asked.append((arguments, options)))
+    group = SimpleNamespace(world_size=4, rank_in_group=2, all_gather_object=list)
+    instance._neighbours(group, RelayConfig(data_plane=plane))
+    assert asked == [((2, list), {"may_share": may_share})]
