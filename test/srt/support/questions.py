@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import Answer, chat_body, data_uri, picture, post
 
 TOLERANCE = 2e-3
@@ -43,6 +44,14 @@ def squares(family: str, wide: int, high: int, seed: int) -> Image:
     """A picture of `wide * high` tokens."""
     side = PIXELS_PER_TOKEN[family]
     return picture(wide * side, high * side, seed=seed)
+
+
+def token_ids(family: str, text: str) -> list[int]:
+    """By the model's own tokenizer, without the imports that servers need for it."""
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(tiny_model.cached(family) / "tokenizer.json")).encode(text).ids
+    return ids
 
 
 def filler_for(question: Question, rows: int, url: str) -> int:

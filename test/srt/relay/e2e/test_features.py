@@ -22,12 +22,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import Answer, data_uri, post
 from embedding_relay.tools.local_process import LocalProcess
 from support.pairs import ADAPTER, CHUNK, DEADLINE, MOST_RUNNING, MOST_WAITING, SMALL, Pair
 from support.patience import wait_until
-from support.questions import TOLERANCE, Question, difference, squares, stories
+from support.questions import TOLERANCE, Question, difference, squares, stories, token_ids
 from support.server_numbers import not_at_rest, numbers_of, scheduler_of
 from support.sglang_ci import register_cpu_ci, run_tests
 
@@ -195,11 +194,8 @@ def test_image_data_is_a_list(both: Both) -> None:
 
 def test_image_data_is_a_list_of_lists(both: Both) -> None:
     """A batch; the router takes none of texts."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model.cached(SMALL.family))
     texts = (f"{IMAGE}what is this", f"{IMAGE}or{IMAGE}?", f"tell me {IMAGE}")
-    ids = [tokenizer(text)["input_ids"] for text in texts]
+    ids = [token_ids(SMALL.family, text) for text in texts]
     images = [[uri(6, 7, 8)], [uri(5, 5, 9), uri(4, 8, 10)], [uri(7, 7, 11)]]
     ours, theirs = both.ask(partial(generate, text=ids, images=images))
     assert ours.status == theirs.status == 200, (ours.body, theirs.body)

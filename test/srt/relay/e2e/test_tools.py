@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,17 +19,19 @@ import pytest
 
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import ask, data_uri, post
-from support import servers
+from embedding_relay.tools.local_cluster import COMMON_ENVIRON
 from support.pairs import LARGE, Pair
 from support.patience import wait_until
-from support.questions import TOLERANCE, Question, difference, squares, stories
+from support.questions import TOLERANCE, Question, difference, squares, stories, token_ids
 from support.server_numbers import not_at_rest, numbers_of
 from support.sglang_ci import register_cpu_ci, run_tests
+from support.warm_start import WarmProcess
 
 register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 
 REQUESTS = 12
 BURST = 200
+FEW = 4
 
 # Two tokenizer workers at each half, and a pool that a burst has to wait for.
 pytestmark = pytest.mark.parametrize("pair", [LARGE], ids=[LARGE.name], indirect=True, scope="session")
@@ -62,10 +64,7 @@ def test_two_tokenizer_workers(pair: Pair) -> None:
 
 def test_a_batch_of_token_ids(pair: Pair) -> None:
     """Several rooms in one request. (The router takes no batch of texts.)"""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model.cached(pair.family))
-    ids = tokenizer("<|vision_start|><|image_pad|><|vision_end|>what is this")["input_ids"]
+    ids = token_ids(pair.family, "<|vision_start|><|image_pad|><|vision_end|>what is this")
     pictures = [data_uri(squares(pair.family, 5, 5, seed)) for seed in (2, 3)]
     # Log-probabilities of the prompt too: the router looks for them in the answers of both halves.
     options = {
@@ -93,15 +92,20 @@ def test_a_constrained_answer(pair: Pair) -> None:
 
 
 def test_bench_serving(pair: Pair, tmp_path: Path) -> None:
+    """A client, started as servers are here: it imports as much as they do."""
     result = tmp_path / "bench.jsonl"
     model = str(tiny_model.cached(pair.family))
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", pair.url]
     command += ["--model", model, "--tokenizer", model, "--dataset-name", "image", "--image-count", "2"]
     command += ["--image-resolution", "112x112", "--num-prompts", str(REQUESTS), "--max-concurrency", "4"]
     command += ["--random-input-len", "32", "--random-output-len", "8", "--output-file", str(result)]
-    environ = os.environ | servers.QUICK_START
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    benchmark = WarmProcess("benchmark", command, "", tmp_path / "log", COMMON_ENVIRON)
+    benchmark.start()
+    try:
+        wait_until(lambda: benchmark.returncode() is not None, 300)
+    finally:
+        benchmark.kill_group()
+    assert benchmark.returncode() == 0, benchmark.log_text()
     assert json.loads(result.read_text().splitlines()[-1])["completed"] == REQUESTS
 
 
@@ -154,9 +158,19 @@ def burst_questions(family: str) -> list[Question]:
     ]
 
 
+def show_few_at_a_time(questions: list[Question]) -> Iterator[Question]:
+    """What the tower has seen it remembers, and on a CPU what it does is quadratic in the pictures of a request."""
+    for question in questions:
+        pictures = question.parts[:-1]
+        for at in range(0, len(pictures), FEW):
+            yield Question("few", (*pictures[at : at + FEW], "look"))
+
+
 def test_two_hundred_at_once(pair: Pair) -> None:
     """The pool takes 1024 rows. Nobody is refused, nobody starves, and every answer is the one to its own question."""
     questions = burst_questions(pair.family)
+    for few in show_few_at_a_time(questions):
+        assert few.ask(pair.url, max_tokens=1).ok
     alone = [question.ask(pair.url) for question in questions]
     assert [answer.status for answer in alone] == [200] * len(questions), [answer.body for answer in alone]
     assert max(answer.prompt_tokens for answer in alone) > 3000
