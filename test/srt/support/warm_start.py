@@ -39,6 +39,7 @@ from embedding_relay import cores
 from embedding_relay.tools.local_cluster import COMMON_ENVIRON, CPU_ENVIRON
 from embedding_relay.tools.local_process import LocalProcess
 from support.repo import REPO
+from support.side_by_side import NAME
 
 PRELOADED: Final = (
     "sglang.cli.main",
@@ -132,7 +133,7 @@ class ForkServer:
 @functools.cache
 def fork_server() -> ForkServer:
     """Started when the first server is, or earlier by whoever has something else to do meanwhile."""
-    server = ForkServer(REPO / "test-output" / "warm-start.log")
+    server = ForkServer(REPO / "test-output" / f"warm-start-{NAME}.log")
     atexit.register(server.stop)
     return server
 
@@ -144,9 +145,11 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It looks for the place of the title when it is first asked for one, and cannot find it after `become`.
     setproctitle.setproctitle("what servers of tests are forked from")
+    gc.disable()  # nothing of what is imported could be freed
     with low_numbers_taken():
         preload()
     gc.freeze()
+    gc.enable()
     with socket.socket(fileno=descriptor) as tests:
         while True:
             message, descriptors, _, _ = socket.recv_fds(tests, LARGEST_MESSAGE, 1)
