@@ -266,7 +266,9 @@ class LanguageNode:
             elif isinstance(effect, ClearAux):
                 self._clear_aux(effect.block)
             elif isinstance(effect, CopyAhead):
-                self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
+                total = self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
+                if effect.room in self.targets:
+                    self.run(self.core.copied_ahead(effect.room, total))
             elif isinstance(effect, CopyOut):
                 self.copies.append(effect)
             elif isinstance(effect, Resolve):

@@ -425,10 +425,12 @@ def run_lossy(seed: int, steps: int = 80, **sides: Any) -> World:
     return world
 
 
-def run_offers_and_reports_lost(seed: int, steps: int = 80, **sides: Any) -> World:
+def run_offers_and_reports_lost(
+    seed: int, steps: int = 80, shape: Callable[[random.Random], Shape] = Shape.random, **sides: Any
+) -> World:
     """Offers and reports are lost, and every room succeeds nevertheless, soon after the last loss."""
     rng = random.Random(seed)
-    world = Shape.random(rng).build(**sides)
+    world = shape(rng).build(**sides)
     schedule = Schedule(world)
     if rng.random() < 0.7:
         schedule.warm_up()

@@ -11,7 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from embedding_relay.testing.world import World
 from support.effort import DAILY, SCHEDULES, effort, unhurried
-from support.schedules import ENCODES, KINDS_OF_SCHEDULES, RANKS, Schedule, Shape, run_orderly
+from support.schedules import (
+    ENCODES,
+    KINDS_OF_SCHEDULES,
+    RANKS,
+    Schedule,
+    Shape,
+    run_chaos,
+    run_offers_and_reports_lost,
+    run_orderly,
+)
 
 pytestmark = unhurried
 
@@ -156,6 +165,8 @@ def test_schedules_by_seed(schedule: Callable[[int], World]) -> None:
         schedule(seed)
 
 
-def test_orderly_schedules_of_large_pools_by_seed() -> None:
-    for seed in range(SEEDS // 4):
-        run_orderly(seed, shape=Shape.wide)
+@pytest.mark.parametrize("schedule", [run_orderly, run_chaos, run_offers_and_reports_lost])
+def test_schedules_of_large_pools_by_seed(schedule: Callable[..., World]) -> None:
+    """Where blocks are free, a room offers them ahead."""
+    for seed in range(SEEDS // 8):
+        schedule(seed, shape=Shape.wide)
