@@ -221,5 +221,5 @@ def receive(manager: LanguageManager | BorrowingManager, peer: str, number: int,
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("fork")  # before anything is open here; so that six processes import once
     main()

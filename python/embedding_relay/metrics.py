@@ -107,7 +107,7 @@ METRICS: Final = (
     _gauge(
         "lent_rooms",
         "lent",
-        "Rooms whose rows some of those ranks still have, as SGLang has them of its last requests until the next ones.",
+        "Rooms whose rows some of those ranks still have. When idle, those that SGLang has not let go.",
         LANGUAGE,
     ),
     _gauge("connections", "connections", "Control connections to the other side that are open."),

@@ -253,8 +253,6 @@ def test_many_at_once(part: Part) -> None:
         assert max(difference(one, other) for one, other in zip(together, alone, strict=True)) <= TOLERANCE
         for size in (encode, language):
             wait_until(lambda server=part.instances.servers[size]: not_at_rest(numbers_of(server)) == [])
-        # SGLang's last batches are still there, and no more than that.
-        assert numbers_of(part.instances.servers[language])["lent_rooms"] < len(crowd)
 
 
 @each_part

@@ -6,7 +6,9 @@ broadcast is a list that all of them are given; each has a transfer of its own, 
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -379,6 +381,24 @@ def test_a_room_is_handed_over_when_the_last_rank_has_heard_of_it(sharing: Shari
     first = rows[0].precomputed_embeddings
     assert all(torch.equal(one.precomputed_embeddings, first) for one in rows)
     assert sharing.tables() == {"parked": 0, "shared": 0}
+
+
+def test_when_sglang_lets_a_request_go_so_does_everything_else(sharing: SharingRanks) -> None:
+    """Without the collector of cycles, for which the memory of the rank that receives would have to wait."""
+    gc.disable()
+    try:
+        sharing.turn(request("a", 7))
+        for rank in range(len(sharing.transfers)):
+            sharing.has_rows(rank, 7)
+        sharing.turn()
+        for scheduler in sharing.schedulers:
+            req = scheduler.waiting_queue.pop()
+            rows = weakref.ref(req.multimodal_inputs.mm_items[0].precomputed_embeddings)
+            assert rows() is not None
+            del req
+            assert rows() is None
+    finally:
+        gc.enable()
 
 
 def test_a_room_that_fails_at_the_first_rank_of_a_host_fails_on_all(sharing: SharingRanks) -> None:
