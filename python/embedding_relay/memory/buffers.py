@@ -8,7 +8,7 @@ import itertools
 import logging
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from embedding_relay.memory import device as devices
 from embedding_relay.memory import layout as columns
+from embedding_relay.memory.copying import PIECE_BYTES, CopyThreads
 from embedding_relay.memory.device import HOST, Synchronizes
 from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region, private_memory
@@ -34,10 +35,17 @@ _AS_INTEGERS: Final = {
     torch.float16: (torch.int16, np.uint16, 0x7BFF),
     torch.float32: (torch.int32, np.uint32, 0x7149F2C9),
 }
-# Of embeddings, what is looked at while it is still in a processor's cache.
-_PIECE_BYTES: Final = 1 << 20
 
 _PAGE: Final = 4096
+
+
+class _Piece(NamedTuple):
+    """`rows` rows: from row `at` of the buffer on, and from row `row` of the request on."""
+
+    at: int
+    row: int
+    rows: int
+    is_media: bool
 
 
 @dataclasses.dataclass
@@ -188,6 +196,7 @@ class EmbeddingBuffers:
         self._small: dict[str, NDArray[np.int32]] = {}
         self._wide: dict[str, NDArray[Any]] = {}
         self._pinned: list[torch.Tensor] = []
+        self._threads = CopyThreads()
         self._targets = ReusedMemory(self.total_bytes)
         self._take: Callable[[int], torch.Tensor] = _pinned_memory if self._is_pinned else self._targets.take
 
@@ -215,6 +224,7 @@ class EmbeddingBuffers:
         return self.layout.blocks * sum(self.layout.item_lens)
 
     def release(self) -> None:
+        self._threads.close()
         while self._pinned:
             devices.unpin(self._pinned.pop())
         self._memory.clear()
@@ -322,27 +332,38 @@ class EmbeddingBuffers:
         target.items.numpy()[there] = items
         target.mrope.numpy()[there] = self._get(columns.MROPE, *where)
         target.fill_ids.numpy()[there, None] = self._get(columns.FILL_IDS, *where)
-        values, media, looked_at = _as_integers(target.embeddings), 0, begin
-        for at, row, count, is_media in self._pieces(self._spans(blocks, first_row, rows, begin_row), items[:, 0] >= 0):
+        is_media = items[:, 0] >= 0
+        pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), is_media))
+        length = (stop - begin) * self._row_bytes
+        self._threads.run(functools.partial(self._copy_embeddings, target), pieces, length)
+        return self._bytes(stop - begin, int(is_media.sum()), with_aux=begin_row <= first_row == 0)
+
+    def _copy_embeddings(self, target: ReceivedRows, pieces: Sequence[_Piece]) -> None:
+        """Neighbours in the target, looked at while they are still in this processor's cache."""
+        values, looked_at = _as_integers(target.embeddings), pieces[0].row
+        last = pieces[-1].row + pieces[-1].rows
+        for at, row, count, is_media in pieces:
+            stop = row + count
             if is_media:
-                self._read_media(values[row : row + count], at)
-                media += count
+                self._read_media(values[row:stop], at)
             else:
                 # It did not travel: what lies in its place belongs to some earlier request.
-                values[row : row + count] = 0
-            if row + count - looked_at >= self._piece_rows or row + count == stop:
-                _look_at(target, values, looked_at, row + count)
-                looked_at = row + count
-        return self._bytes(stop - begin, media, with_aux=begin_row <= first_row == 0)
+                values[row:stop] = 0
+            if stop - looked_at >= self._piece_rows or stop == last:
+                _look_at(target, values, looked_at, stop)
+                looked_at = stop
 
     @functools.cached_property
     def _piece_rows(self) -> int:
-        return max(1, _PIECE_BYTES // int(self.layout.width * self._dtype.itemsize))
+        return max(1, PIECE_BYTES // self._row_bytes)
 
-    def _pieces(
-        self, spans: Iterable[tuple[int, int, int]], flags: NDArray[np.bool_]
-    ) -> Iterator[tuple[int, int, int, bool]]:
-        """(row of the buffer, row of the request, count, flag): spans cut where the flag changes, and long ones."""
+    @property
+    def _row_bytes(self) -> int:
+        """Of embeddings and deepstack values."""
+        return int(self.layout.width * self._dtype.itemsize)
+
+    def _pieces(self, spans: Iterable[tuple[int, int, int]], flags: NDArray[np.bool_]) -> Iterator[_Piece]:
+        """Spans cut where the flag changes, and long ones."""
         runs = _runs(flags)
         left, flag = 0, False
         for at, row, count in spans:
@@ -350,7 +371,7 @@ class EmbeddingBuffers:
                 if not left:
                     left, flag = next(runs)
                 length = min(count, left, self._piece_rows)
-                yield at, row, length, flag
+                yield _Piece(at, row, length, flag)
                 at, row, count, left = at + length, row + length, count - length, left - length
 
     def _bytes(self, rows: int, media_rows: int, with_aux: bool) -> int:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
+from embedding_relay.memory.copying import CopyThreads
 from embedding_relay.memory.plane import DataPlane, Entry, Link, Region, Unreachable, private_memory
 from embedding_relay.memory.shared_segment import MappedSegment, NotShared, Segment, attach, check_user
 from embedding_relay.protocol.errors import SettingError
@@ -37,6 +38,7 @@ class SharedMemoryDataPlane:
         self.on_death: Callable[[str], None] = logger.error
         self._segment = None if writer else Segment()
         self._mapped: set[SharedMemoryLink] = set()
+        self.threads = CopyThreads()
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
@@ -97,6 +99,7 @@ class SharedMemoryDataPlane:
     def close(self) -> None:
         for link in list(self._mapped):
             link.close()
+        self.threads.close()
         if self._segment is not None:
             self._segment.close()
         if self._other is not None:
@@ -179,7 +182,7 @@ class SharedMemoryLink(Link):
         self._segment = segment
 
     def write(self, entries: Sequence[Entry]) -> None:
-        self._segment.write(entries)
+        self._segment.write(entries, self._plane.threads)
 
     def renew(self) -> None:
         """There is nothing that could be on its way."""

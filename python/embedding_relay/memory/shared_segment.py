@@ -23,9 +23,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
+from embedding_relay.memory.copying import PIECE_BYTES, CopyThreads
 from embedding_relay.memory.plane import Entry, Unreachable
 from embedding_relay.protocol.errors import LocalError, RelayError
 from embedding_relay.threads import WatchedThread
@@ -259,7 +260,7 @@ class MappedSegment:
         """Have its pages mapped now, and not one by one as they are first written to."""
         populate(self._here, self._length)
 
-    def write(self, entries: Sequence[Entry]) -> None:
+    def write(self, entries: Sequence[Entry], threads: CopyThreads) -> None:
         """Copy; raises Unreachable if nothing was, because it must not be."""
         if _has_hung_up(self._connection):
             raise Unreachable("the process whose memory this is has gone")
@@ -267,8 +268,7 @@ class MappedSegment:
         for _, destination, length in entries:
             if not 0 <= destination - self._base <= self._length - length:
                 raise Unreachable(f"{length} bytes at {destination:#x} are not in the memory that the peer shares")
-        for source, destination, length in entries:
-            (_copy if length > _SMALL else _copy_small)(destination + shift, source, length)
+        threads.run(_copy_each, list(_cut(entries, shift)), sum(entry.length for entry in entries))
 
     def close(self) -> None:
         """The connection ends when nothing can be written here any more: its end is proof of that."""
@@ -277,6 +277,18 @@ class MappedSegment:
             self._memory.close()
             self._memory = None
             self._connection.close()
+
+
+def _cut(entries: Iterable[Entry], shift: int) -> Iterator[Entry]:
+    """None longer than what another thread may have; `shift`: from their addresses there to those here."""
+    for source, destination, length in entries:
+        for at in range(0, length, PIECE_BYTES):
+            yield Entry(source + at, destination + shift + at, min(PIECE_BYTES, length - at))
+
+
+def _copy_each(entries: Iterable[Entry]) -> None:
+    for source, destination, length in entries:
+        (_copy if length > _SMALL else _copy_small)(destination, source, length)
 
 
 def attach(name: str, owner: str, writer: str) -> MappedSegment:

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from embedding_relay.memory import shared_segment
+from embedding_relay.memory.copying import CopyThreads
 from embedding_relay.memory.plane import Entry
 from embedding_relay.memory.shared_segment import NotShared, Segment, attach
 from support.forks import fork
@@ -73,7 +74,7 @@ def write_for_ever(pipe: Connection, name: str, base: int) -> None:
     while True:
         number += 1
         source[:] = struct.pack("<Q", number) * (SIZE // 8)
-        mapped.write([Entry(here, base, SIZE // 2)])
+        mapped.write([Entry(here, base, SIZE // 2)], CopyThreads(1))
 
 
 def own(pipe: Connection) -> None:

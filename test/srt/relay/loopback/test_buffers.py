@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from embedding_relay.memory import buffers as buffers_module
 from embedding_relay.memory.buffers import EmbeddingBuffers
+from embedding_relay.memory.copying import CopyThreads
 from embedding_relay.protocol.errors import LocalError
 from support.loopback import small_layout
 from support.rows import Spec, difference, make_rows
@@ -204,9 +205,11 @@ def test_memory_of_a_request_that_is_over_is_used_for_the_next() -> None:
     assert buffers.make_target(aux).embeddings.data_ptr() == pointer
 
 
-def test_what_is_copied_in_pieces_is_looked_at_in_pieces() -> None:
-    layout = small_layout(hidden_size=4096, blocks=4)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_is_copied_in_pieces_is_looked_at_in_pieces(threads: int) -> None:
+    layout = small_layout(hidden_size=8192, blocks=4)
     buffers = EmbeddingBuffers(layout)
+    buffers._threads = CopyThreads(threads)
     buffers.allocate()
     source = make_rows(layout, Spec(room=1, total=512))
     source.segments[-1][1][-1, -1] = float("inf")
@@ -218,6 +221,7 @@ def test_what_is_copied_in_pieces_is_looked_at_in_pieces() -> None:
     assert target.flaw is not None
     assert target.flaw.endswith("to inf")
     assert difference(layout, source, target) is None
+    buffers.release()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -69,7 +69,7 @@ NARROW = {
     "batch.workbook": ("batch.workbook", "batch.errors", "batch.tasks", "public_addresses"),
     "batch.asking": ("batch.asking", "batch.errors", "batch.tasks", "batch.session.records"),
     "batch.store": ("batch.store", "batch.errors"),
-    "memory": ("memory", "protocol", "threads"),
+    "memory": ("memory", "protocol", "threads", "cores"),
     "registry": ("registry", "memory.quiet", "protocol", "config", "threads"),
 }
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.memory import shared_segment
+from embedding_relay.memory.copying import CopyThreads
 from embedding_relay.memory.plane import Entry, Unreachable
 from embedding_relay.memory.shared_segment import NotShared, Segment, attach, check_user
 from embedding_relay.protocol.errors import LocalError
@@ -34,6 +35,8 @@ from support.segment_processes import (
     process,
     write_for_ever,
 )
+
+ALONE = CopyThreads(1)
 
 Owned = tuple[Segment, mmap.mmap]
 
@@ -70,10 +73,10 @@ def test_what_is_written_is_there(owned: Owned, ones: int) -> None:
     segment, memory = owned
     base = address_of(memory)
     mapped = attach(segment.name, "s1", "a1")
-    mapped.write([Entry(ones, base + 10, 5), Entry(ones, base + SIZE - 7, 7)])
+    mapped.write([Entry(ones, base + 10, 5), Entry(ones, base + SIZE - 7, 7)], ALONE)
     assert memory[:].count(1) == 12
     assert (memory[10:15], memory[-7:]) == (b"\1" * 5, b"\1" * 7)
-    mapped.write([Entry(ones, base, SIZE)])
+    mapped.write([Entry(ones, base, SIZE)], ALONE)
     assert memory[:] == b"\1" * SIZE, "a large one, which is copied without the interpreter's lock"
     mapped.close()
     mapped.close()
@@ -85,7 +88,7 @@ def test_nothing_is_written_outside_of_the_memory(owned: Owned, ones: int, where
     segment, memory = owned
     mapped = attach(segment.name, "s1", "a1")
     with pytest.raises(Unreachable, match=r"8 bytes at .* are not in the memory that the peer shares"):
-        mapped.write([Entry(ones, address_of(memory), 8), Entry(ones, address_of(memory) + where, 8)])
+        mapped.write([Entry(ones, address_of(memory), 8), Entry(ones, address_of(memory) + where, 8)], ALONE)
     assert not any(memory[:]), "not even what comes before it"
     mapped.close()
 
@@ -416,7 +419,7 @@ def test_a_writer_whose_owner_is_gone_writes_nothing(owned: Owned, ones: int) ->
     mapped = attach(segment.name, "s1", "a1")
     segment.close()
     with pytest.raises(Unreachable, match="has gone"):
-        mapped.write([Entry(ones, address_of(memory), 8)])
+        mapped.write([Entry(ones, address_of(memory), 8)], ALONE)
     assert not any(memory[:])
     mapped.close()
 
@@ -449,9 +452,9 @@ def test_memory_outlives_its_owner_for_those_who_have_mapped_it(ones: int) -> No
     """An encode rank in the middle of a copy is not ended by the end of the language rank."""
     with process(own) as (_, (name, base)):
         mapped = attach(name, "s1", "a1")
-        mapped.write([Entry(ones, base, SIZE)])
+        mapped.write([Entry(ones, base, SIZE)], ALONE)
     ctypes.memset(mapped._here, 7, SIZE)
     assert ctypes.string_at(mapped._here, SIZE) == b"\7" * SIZE
     with pytest.raises(Unreachable, match="has gone"):
-        mapped.write([Entry(ones, base, SIZE)])
+        mapped.write([Entry(ones, base, SIZE)], ALONE)
     mapped.close()
