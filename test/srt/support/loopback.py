@@ -230,18 +230,19 @@ class _EncodeLoop:
     def _poison(self) -> None:
         """Have the engine of the only link reject a batch just before its next write, of garbage to the same place."""
         [link] = self._manager.plane._links  # type: ignore[attr-defined]
-        session_id, pointer, write = link._session_id, self._manager._buffers.pointers[0], link.write
+        session_id, pointer, write = link._session_id, self._manager._buffers.pointers[0], link.write_in_turn
 
-        def write_after_rejection(entries: Sequence[Entry]) -> None:
-            link.write = write
-            where = [entries[0].destination]
+        def write_after_rejection(pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+            link.write_in_turn = write
+            pieces = list(pieces)
+            where = [pieces[0][0].destination]
             # A rejection does not always make it refuse what comes next.
             while not link._engine.batch_transfer_sync_write(session_id, [pointer], where, [64]):
                 what = [pointer] * TOO_MANY_ENTRIES, where * TOO_MANY_ENTRIES, [64] * TOO_MANY_ENTRIES
                 assert link._engine.batch_transfer_sync_write(session_id, *what) == -1
-            write(entries)
+            yield from write(pieces)
 
-        link.write = write_after_rejection
+        link.write_in_turn = write_after_rejection
         self._pipe.send(None)
 
     def _metrics(self) -> None:

@@ -39,7 +39,9 @@ from support.rows import LIMITS, Spec
 
 LAYOUT = small_layout()
 # Seconds, not minutes: every deadline is waited for.
-QUICK = RelayConfig(bootstrap_timeout=2, waiting_timeout=4, heartbeat_interval=0.5, heartbeat_max_failures=3)
+QUICK = RelayConfig(
+    bootstrap_timeout=2, waiting_timeout=4, heartbeat_interval=0.5, heartbeat_max_failures=3, write_timeout=5
+)
 _rooms = itertools.count(1)
 
 
