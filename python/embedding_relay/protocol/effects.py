@@ -118,9 +118,8 @@ class CopyOut(msgspec.Struct, frozen=True):
 class CopyAhead(msgspec.Struct, frozen=True):
     """Rows before `stop_row` of an offer that is still out have landed: copy them out already, if that is possible now.
 
-    The `CopyOut` that follows names them again, and need not copy them twice. Answer with `copied_ahead` if they were
-    copied; what goes wrong with them goes wrong again with the `CopyOut`. `first_row` is the row of the room at offset
-    0 of `blocks`; `max_rows` is as for `CopyOut`.
+    The `CopyOut` that follows names them again, and need not copy them twice. No answer: what goes wrong with them goes
+    wrong then. `first_row` is the row of the room at offset 0 of `blocks`; `max_rows` is as for `CopyOut`.
     """
 
     room: int

@@ -266,9 +266,7 @@ class LanguageNode:
             elif isinstance(effect, ClearAux):
                 self._clear_aux(effect.block)
             elif isinstance(effect, CopyAhead):
-                total = self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
-                if effect.room in self.targets:
-                    self.run(self.core.copied_ahead(effect.room, total))
+                self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
             elif isinstance(effect, CopyOut):
                 self.copies.append(effect)
             elif isinstance(effect, Resolve):

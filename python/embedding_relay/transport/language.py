@@ -227,7 +227,7 @@ class LanguageManager(MooncakeEmbeddingManager):
                 case ClearAux():
                     self._buffers.clear_aux(effect.block)
                 case CopyAhead():
-                    waiting.extend(self._copy_ahead(effect))
+                    self._copy_ahead(effect)
                 case CopyOut():
                     waiting.extend(self._copy_out(effect, now))
                 case Deliver():
@@ -267,21 +267,20 @@ class LanguageManager(MooncakeEmbeddingManager):
         self._rows += rows
         return self._core.copied(effect.room, rows, receiver.target.total, now)
 
-    def _copy_ahead(self, effect: CopyAhead) -> list[LanguageEffect]:
+    def _copy_ahead(self, effect: CopyAhead) -> None:
         """What stands against it stands against the `CopyOut` that follows, and is said then."""
         if (receiver := self._receivers.get(effect.room)) is None:
-            return []
+            return
         try:
             if receiver.target is None:
                 aux = self._buffers.read_aux(effect.blocks[0])
                 if not 1 <= aux.total <= effect.max_rows:
-                    return []
+                    return
                 receiver.target = self._buffers.make_target(aux)
             stop = min(effect.stop_row, receiver.target.total)
             self._copy(receiver, receiver.target, effect.blocks, effect.first_row, stop)
         except (RuntimeError, MemoryError):
-            return []
-        return [] if receiver.target.flaw else self._core.copied_ahead(effect.room, receiver.target.total)
+            return
 
     def _copy(
         self, receiver: MooncakeEmbeddingReceiver, target: ReceivedRows, blocks: Sequence[int], first: int, stop: int

@@ -66,10 +66,8 @@ class Destination:
     finished: bool = False
     ahead: TransferEmbeddingInfo | None = None
     """What comes when the offer is used up: an offer of rows that begin where those of the first end."""
-    identity: Hashable = None
-    """Of the offer that it has."""
-    used_up: tuple[Hashable, ...] = ()
-    """The identities of its last two offers before that: it has no more than two out, so no others come again."""
+    last_offer: Hashable = None
+    """The identity of the offer that it has, or that was used up last."""
 
     @property
     def has_offer(self) -> bool:
@@ -78,9 +76,9 @@ class Destination:
     def has_answered(self, info: TransferEmbeddingInfo) -> bool:
         """It comes again because its report was lost: every row that it asked for is over there.
 
-        While the next offer is in use there is no need to say so: its report will.
+        An offer before the last needs no answer: the report of the last says that those rows are over there too.
         """
-        return not self.has_offer and info.identity in self.used_up
+        return not self.has_offer and info.identity == self.last_offer
 
     def waits_for(self, info: TransferEmbeddingInfo) -> bool:
         """No transfer twice: only a resume that goes on exactly where what is known ends, and only one ahead."""
@@ -93,7 +91,7 @@ class Destination:
             self.ahead = info
             return
         self.blocks, self.allocated = info.dst_embedding_indices, info.allocated_tokens
-        self.identity = info.identity
+        self.last_offer = info.identity
 
     def tokens_to_send(self, total: int) -> int:
         return min(total - self.sent, self.allocated)
@@ -121,7 +119,6 @@ class Destination:
         self.finished = self.is_last(total)
         self.sent = self.goal(total)
         self.blocks, self.allocated = (), 0
-        self.used_up = (*self.used_up[-1:], self.identity)
         ahead, self.ahead = self.ahead, None
         if ahead is not None and not self.finished:
             self.offer(ahead)
@@ -386,7 +383,7 @@ class EncodeRoom:
         if self.status is not before:
             effects.append(StatusChanged(self.room, self.status))
         if self.is_over:
-            answered = frozenset(identity for d in self.destinations.values() for identity in d.used_up)
+            answered = frozenset(destination.last_offer for destination in self.destinations.values())
             self._shared.ended.succeed(self.room, now, self._known_total(), answered)
             return effects + self._close()
         return effects + self.advance(now)

@@ -58,7 +58,7 @@ class Shared:
     ranks: int
     max_rows: int
     smallest_half: int
-    """So many bytes must fit into an offer for which there is a choice to make it larger, later."""
+    """A room whose blocks make no two halves of so many bytes has one offer at a time."""
     timing: Timing
     alarms: Alarms[int | str]
     """By room number, or by the name of a peer."""
@@ -72,10 +72,6 @@ class Shared:
     @property
     def block_size(self) -> int:
         return self.register.handshake.block_size
-
-    @property
-    def smallest_half_blocks(self) -> int:
-        return -(-self.smallest_half // sum(self.register.handshake.item_lens))
 
     @property
     def looked_up(self) -> int:
@@ -249,9 +245,7 @@ class LanguageRoom:
         """The blocks of the first offer are read. They are offered for the rows for which there is no offer yet."""
         self._wait_for(self._shared.timing.waiting, now)
         used_up, self.offers = self.offers[0], self.offers[1:]
-        return self._add(self._divide(self._refill(used_up.blocks)))
-
-    def _add(self, offers: tuple[Offer, ...]) -> list[LanguageEffect]:
+        offers = self._divide(self._refill(used_up.blocks))
         self.offers += offers
         return self._say(offers)
 
@@ -262,23 +256,21 @@ class LanguageRoom:
 
     def _refill(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Go on with the blocks in hand: fewer if fewer will do, more if nobody else could want them, never waiting."""
-        needed = self.needed_blocks()
+        shared, needed = self._shared, self.needed_blocks()
+        more = min(needed - len(blocks), shared.pool.free - 1, shared.share.left(self.peer))
         if needed < len(blocks):
             self._give_back(blocks[needed:])
             return blocks[:needed]
-        return tuple(sorted(blocks + self._lease_what_nobody_wants(needed - len(blocks))))
-
-    def _lease_what_nobody_wants(self, most: int, least: int = 1) -> tuple[int, ...]:
-        """So many blocks, and never the last that is free; or none."""
-        shared = self._shared
-        more = min(most, shared.pool.free - 1, shared.share.left(self.peer))
-        return self._lease(more) if more >= max(1, least) and len(shared.queue) == shared.held_back else ()
+        if more > 0 and len(shared.queue) == shared.held_back:
+            return tuple(sorted(blocks + self._lease(more)))
+        return blocks
 
     def _divide(self, blocks: tuple[int, ...]) -> tuple[Offer, ...]:
         """One offer; or two halves, so that rows are written into one while the other is copied out."""
         shared, half = self._shared, len(blocks) // 2
+        is_small = half * sum(shared.register.handshake.item_lens) < shared.smallest_half
         is_all = len(blocks) == self.needed_blocks()
-        if half < shared.smallest_half_blocks or is_all or self.offers or not self.peer.takes_offer_ahead:
+        if not half or is_small or is_all or self.offers or not self.peer.takes_offer_ahead:
             half = 0
         offers, row, middle = [], self.end, len(blocks) - half
         for part in (blocks[:middle], blocks[middle:]):
@@ -322,15 +314,6 @@ class LanguageRoom:
         self.ahead = rows
         offer = self.offers[0]
         return [CopyAhead(self.room, offer.blocks, offer.first_row, rows, self._shared.max_rows)]
-
-    def copied_ahead(self, total: int) -> list[LanguageEffect]:
-        """So the length is known before the offer is used up. Free blocks take what that one does not."""
-        if self.is_over or self.copying is not None or len(self.offers) > 1 or not self.peer.takes_offer_ahead:
-            return []
-        self.total = self.total or total
-        needed = self.needed_blocks()
-        blocks = self._lease_what_nobody_wants(needed, min(needed, self._shared.smallest_half_blocks))
-        return self._add((Offer(blocks, self.end, len(blocks) * self._shared.block_size),)) if blocks else []
 
     def _is_stale(self, report: StatusReport) -> bool:
         """A repetition, or of no consequence here: no rows have landed that are not known."""

@@ -88,11 +88,6 @@ class LanguageSide:
         """The answer to `CopyOut`: how many rows were copied, and the true length as the aux row has it."""
         return [*self._being_copied(room).copied(rows, total, now), *self._serve_queue(now)]
 
-    def copied_ahead(self, room: int, total: int) -> list[LanguageEffect]:
-        """The answer to `CopyAhead`, if rows were copied: the true length as the aux row has it."""
-        known = self._rooms.get(room)
-        return known.copied_ahead(total) if known else []
-
     def copy_failed(self, room: int, text: str, now: float) -> list[LanguageEffect]:
         return [*self._being_copied(room).copy_failed(text, now), *self._serve_queue(now)]
 

@@ -10,7 +10,6 @@ import pytest
 
 from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.layout import Aux
-from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.loopback import (
     EncodeInstance,
     LanguageRank,
@@ -93,23 +92,6 @@ def test_large_blocks_are_on_offer_in_two_halves() -> None:
         [spec] = requests(1, 3000)
         received = language.receive(encode, spec)
         assert received[spec.room].rounds == 1 + 4
-        assert_all_given_back(encode, language)
-
-
-@both_planes
-def test_free_blocks_are_on_offer_before_the_first_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = small_layout(hidden_size=2048, block_size=256, blocks=16)
-    resumed: list[tuple[int, int]] = []
-
-    def resume(self: MooncakeEmbeddingReceiver, blocks: object, sent_tokens: int, allocated_tokens: int) -> None:
-        resumed.append((sent_tokens, self.copied))
-
-    monkeypatch.setattr(MooncakeEmbeddingReceiver, "resume_transfer", resume)
-    with encode_instance(layout) as encode, language_rank(layout, DEFAULT_1024) as language:
-        for spec in requests(2, 3000):
-            received = language.receive(encode, spec)
-            assert received[spec.room].rounds == 2
-        assert resumed == [(1024, 1024), (1024, 512)], "of the second request half of the first rows are here"
         assert_all_given_back(encode, language)
 
 

@@ -180,17 +180,6 @@ def only_the_first_of_two_offers_repeated(patch: Patch) -> None:
     patch.setattr(LanguageRoom, "_repeat", repeat)
 
 
-def only_the_last_offer_remembered_as_answered(patch: Patch) -> None:
-    """An init whose report was lost, with that of the offer behind it, is taken for another use of the room."""
-
-    def use_up_offer(self: Destination, total: int) -> None:
-        original(self, total)
-        self.used_up = self.used_up[-1:]
-
-    original = Destination.use_up_offer
-    patch.setattr(Destination, "use_up_offer", use_up_offer)
-
-
 def only_the_blocks_of_the_first_offer_quarantined(patch: Patch) -> None:
     """What was offered ahead is free at once when its room fails, though its turn may have come."""
 
@@ -639,8 +628,6 @@ def forged_offers(seed: int) -> World:
 lookups = functools.partial(
     run_orderly, warm=0.0, shape=lambda rng: Shape(2, 4, (rng.randint(1, 2), rng.randint(1, 2)), (3, 3), 2)
 )
-# A room takes free blocks as soon as its length is known.
-large_pool_and_losses = functools.partial(run_offers_and_reports_lost, shape=lambda rng: Shape(4, 6, (20,), (8,), 1))
 restarts = functools.partial(run_chaos, focus=("replace encode", "pass time"))
 
 replacements = functools.partial(run_chaos, focus=("replace language",))
@@ -662,7 +649,6 @@ FAULTS = [
     Planted(offer_ahead_accepted_at_a_wrong_row, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(blocks_offered_again_before_they_are_copied_out, run_orderly, ("S1",)),
     Planted(only_the_first_of_two_offers_repeated, run_offers_and_reports_lost, ("L1",)),
-    Planted(only_the_last_offer_remembered_as_answered, large_pool_and_losses, ("L1",)),
     Planted(only_the_blocks_of_the_first_offer_quarantined, run_chaos, ("S2", "S3")),
     Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
     Planted(progress_reported_before_it_is_made, run_orderly, ("S1",)),

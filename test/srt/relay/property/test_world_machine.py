@@ -167,6 +167,6 @@ def test_schedules_by_seed(schedule: Callable[[int], World]) -> None:
 
 @pytest.mark.parametrize("schedule", [run_orderly, run_chaos, run_offers_and_reports_lost])
 def test_schedules_of_large_pools_by_seed(schedule: Callable[..., World]) -> None:
-    """Where blocks are free, a room offers them ahead."""
+    """Where a room has many blocks, it goes through many pairs of halves."""
     for seed in range(SEEDS // 8):
         schedule(seed, shape=Shape.wide)

@@ -29,15 +29,12 @@ from embedding_relay.protocol.status import Status
 from support.protocol import (
     ENCODE,
     PEER,
-    PROVED,
     ROOM,
-    SECOND,
     SESSION,
     counted,
     failure_of,
     first_offers,
     language_side,
-    language_side_with_proven_peer,
     language_side_with_two_offers,
     offer_in,
     only,
@@ -470,91 +467,6 @@ def test_rows_are_copied_ahead_of_the_first_offer_only() -> None:
     assert side.receive(Progress(ROOM, 36), 0.0) == [], "the report of the first is not here yet, or lost"
     receive_chunk(side, 32, 100)
     assert side.receive(Progress(ROOM, 36), 0.0) == [CopyAhead(ROOM, (0, 1), 32, 36, 1000)]
-
-
-def language_side_that_knows_the_length(
-    total: int, others_wait: bool = False, **settings: int
-) -> tuple[LanguageSide, list[LanguageEffect]]:
-    """Half of the first offer, rows 0 to 7 in blocks 0 and 1, is copied; and what that leads to."""
-    side = language_side(**settings)
-    request_and_resolve(side, PROVED, takes_offer_ahead=True)
-    side.receive(report(Status.SUCCESS, 1, room=PROVED), 0.0)
-    side.copied(PROVED, 1, 1, 0.0)
-    if others_wait:
-        side.request(8, SECOND, 0.0)
-    side.request(ROOM, PEER, 0.0)
-    assert only(side.receive(Progress(ROOM, 4), 0.0), CopyAhead)
-    return side, side.copied_ahead(ROOM, total)
-
-
-def test_free_blocks_are_on_offer_as_soon_as_it_is_known_that_more_rows_will_come() -> None:
-    side, effects = language_side_that_knows_the_length(20)
-    ahead = offer_in(effects)
-    assert (ahead.sent_tokens, ahead.allocated_tokens, ahead.dst_embedding_indices) == (8, 12, (2, 3, 4))
-    assert [message.sent_tokens for message in offers_repeated(side)] == [0, 8]
-    effects = receive_chunk(side, 8, 20)
-    assert sent(effects) == []
-    assert side.sizes()["blocks_free"] == 5, "those of the first offer are not needed any more"
-    assert only(receive_chunk(side, 20, 20), Deliver) == [Deliver(ROOM, 20, 2)]
-    assert side.is_empty()
-
-
-def test_free_blocks_that_are_too_few_go_on_with_those_that_come_back() -> None:
-    side, effects = language_side_that_knows_the_length(100)
-    assert len(offer_in(effects).dst_embedding_indices) == 5, "an eighth of the pool is for others"
-    back = offer_in(receive_chunk(side, 8, 100))
-    assert (back.sent_tokens, back.dst_embedding_indices) == (28, (0, 1))
-
-
-@pytest.mark.parametrize(
-    ("total", "settings"),
-    [
-        (8, {}),
-        (100, {"blocks": 3}),
-        (100, {"blocks": 8, "smallest_half": 401}),
-        (100, {"others_wait": True}),
-    ],
-    ids=["all rows fit", "the last block", "blocks for 400 bytes, and not for all rows", "a room is looked up"],
-)
-def test_nothing_is_offered_ahead(total: int, settings: dict[str, int]) -> None:
-    assert language_side_that_knows_the_length(total, **settings)[1] == []
-
-
-def test_a_small_offer_ahead_is_made_if_it_is_the_last() -> None:
-    assert offer_in(language_side_that_knows_the_length(9, smallest_half=401)[1]).allocated_tokens == 4
-
-
-def test_nothing_is_offered_ahead_to_a_peer_of_another_version() -> None:
-    side = language_side_with_proven_peer()
-    side.request(ROOM, PEER, 0.0)
-    side.receive(Progress(ROOM, 4), 0.0)
-    assert side.copied_ahead(ROOM, 100) == []
-
-
-def test_rows_that_were_copied_ahead_of_a_room_that_has_ended_lead_to_nothing() -> None:
-    side = language_side()
-    request_and_resolve(side, takes_offer_ahead=True)
-    side.receive(Progress(ROOM, 4), 0.0)
-    side.cancel(ROOM, 0.0)
-    assert side.copied_ahead(ROOM, 100) == []
-    side.receive(AbortAck(ROOM), 0.0)
-    assert side.copied_ahead(ROOM, 100) == []
-    assert side.is_empty()
-
-
-def test_a_length_that_was_read_early_may_not_change_either() -> None:
-    side, _ = language_side_that_knows_the_length(20)
-    side.receive(report(Status.TRANSFERRING, 8), 0.0)
-    assert failure_of(side.copied(ROOM, 8, 21, 0.0)) == Failure(
-        502, f"room {ROOM} has 21 rows, and 20 were announced before"
-    )
-    assert side.sizes()["blocks_quarantined"] == 5
-
-
-def test_no_third_offer_is_made() -> None:
-    side, _ = language_side_that_knows_the_length(1000, blocks=32)
-    side.receive(Progress(ROOM, 5), 0.0)
-    assert side.copied_ahead(ROOM, 1000) == []
 
 
 @pytest.mark.parametrize("copying", [False, True])
