@@ -71,13 +71,13 @@ def encode() -> Iterator[EncodeInstance]:
 
 
 @contextmanager
-def two_ranks(encode: EncodeInstance, config: RelayConfig = ROOMY, **sizes: int) -> Iterator[Pair]:
-    layout = small_layout(**sizes)
+def two_ranks(encode: EncodeInstance, config: RelayConfig = ROOMY, hosts: int = 1) -> Iterator[Pair]:
+    """Of one host; `hosts`: on how many the instance has ranks."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     receiving = LanguageManager.open(
-        layout, config, host=HOST, ranks=1, max_rows=1_000_000, limits=LIMITS, borrowers={1: ours}
+        LAYOUT, config, host=HOST, ranks=hosts, max_rows=1_000_000, limits=LIMITS, borrowers={1: ours}
     )
-    borrowing = BorrowingManager(Borrower(theirs, layout, ON_THE_HOST), config, LIMITS, NOBODY)
+    borrowing = BorrowingManager(Borrower(theirs, LAYOUT, ON_THE_HOST), config, LIMITS, NOBODY)
     receiving.start()
     borrowing.start()
     try:
@@ -117,6 +117,24 @@ def test_both_have_every_bit_and_one_copy_was_written(
         settle(encode.metrics, lambda now: now.totals["bytes"] - before == received)
         forget(*ends)
         pair.at_rest()
+
+
+def test_two_hosts_receive_a_copy_each(encode: EncodeInstance) -> None:
+    """Four ranks, two on either host; to the encode instance there are two."""
+    spec = Spec(81, 2500)
+    before = encode.metrics().totals["bytes"]
+    with two_ranks(encode, hosts=2) as one, two_ranks(encode, TIGHT, hosts=2) as other:
+        ends = [*one.ask(spec.room), *other.ask(spec.room)]
+        encode.expect(spec)
+        until(lambda: ended(*ends))
+        for (end,) in ends:
+            assert end.poll() is Status.SUCCESS, end.failure()
+            assert difference(LAYOUT, make_rows(LAYOUT, spec), end.rows()) is None
+        received = ends[0][0].bytes + ends[2][0].bytes
+        settle(encode.metrics, lambda now: now.totals["bytes"] - before == received)
+        forget(*ends)
+        one.at_rest()
+        other.at_rest()
 
 
 def test_rows_may_be_there_before_the_second_rank_has_the_request(encode: EncodeInstance) -> None:
