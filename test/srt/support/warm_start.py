@@ -52,6 +52,7 @@ PRELOADED: Final = (
     "sglang_router.mini_lb",
     "sglang_router.router",
 )
+PR_SET_PDEATHSIG: Final = 1
 PR_SET_CHILD_SUBREAPER: Final = 36
 CLONE_NEWNET: Final = 0x40000000
 LARGEST_MESSAGE: Final = 1 << 20
@@ -195,7 +196,10 @@ def status(request: dict[str, int]) -> int | None:
 
 
 def run_server(request: dict[str, Any], log: int) -> NoReturn:
-    """As if this process had just been started with that command."""
+    """As if this process had just been started with that command; but it is told to end when the tests have ended,
+    be it that they were killed. They end what they have started, so that is when there is nobody left to do it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.setsid()
     os.chdir(request["folder"])
     take_places({1: os.dup(log), 2: log})
