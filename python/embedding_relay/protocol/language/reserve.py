@@ -10,6 +10,9 @@ from embedding_relay.protocol.language.peers import Peer
 _UNTIL_LEARNED: Final = 8192
 _REMEMBERED: Final = 256
 _QUANTILE: Final = 0.9
+# Requests that shall have blocks beside each other, however few there are now: blocks are held while pictures wait for
+# the tower, so the first requests of a burst would take all of a small pool (benchmark/pool.py).
+_AT_ONCE: Final = 16
 # Of the pool: what one peer leaves to the others, and how much of it may be in quarantine before it gets no more.
 _SHARES: Final = 8
 
@@ -17,9 +20,11 @@ _SHARES: Final = 8
 class DefaultReservation:
     """A fixed number; or with None, what nine of ten recent requests needed, within a fair share of the pool."""
 
-    def __init__(self, fixed: int | None, capacity: int) -> None:
+    def __init__(self, fixed: int | None, capacity: int, block_size: int = 1) -> None:
+        """`capacity`: rows of the pool."""
         self._fixed = fixed
         self._capacity = capacity
+        self._block_size = block_size
         self._recent: collections.deque[int] = collections.deque(maxlen=_REMEMBERED)
 
     def observe(self, total: int) -> None:
@@ -33,7 +38,8 @@ class DefaultReservation:
         if self._recent:
             ordered = sorted(self._recent)
             learned = ordered[min(len(ordered) - 1, int(len(ordered) * _QUANTILE))]
-        return max(1, min(learned, self._capacity // max(1, rooms)))
+        # A block is the least that there is to have.
+        return min(learned, max(self._block_size, self._capacity // max(_AT_ONCE, rooms)))
 
 
 class PeerShare:

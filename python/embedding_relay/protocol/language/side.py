@@ -44,7 +44,7 @@ class LanguageSide:
         self._shared = Shared(
             register=register,
             pool=pool,
-            reservation=DefaultReservation(default_tokens, capacity),
+            reservation=DefaultReservation(default_tokens, capacity, register.handshake.block_size),
             share=PeerShare(pool.count),
             ranks=ranks,
             max_rows=max_rows,

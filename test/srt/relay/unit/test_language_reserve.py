@@ -23,18 +23,18 @@ def test_a_fixed_default_never_changes() -> None:
 
 
 def test_auto_learns_a_high_quantile_within_a_fair_share() -> None:
-    reservation = DefaultReservation(None, 40_000)
+    reservation = DefaultReservation(None, 160_000, 128)
     assert reservation.rows(1) == 8192
-    assert reservation.rows(10) == 4000
+    assert reservation.rows(40) == 4000
     assert reservation.rows(0) == 8192
     for total in range(1, 101):
         reservation.observe(total)
     assert reservation.rows(1) == 91
     for _ in range(256):
         reservation.observe(30_000)
-    assert reservation.rows(1) == 30_000
-    assert reservation.rows(4) == 10_000
-    assert reservation.rows(100_000) == 1
+    assert reservation.rows(1) == reservation.rows(16) == 10_000, "for fifteen more there is as much"
+    assert reservation.rows(32) == 5_000
+    assert reservation.rows(100_000) == 128, "a block"
 
 
 def test_of_the_first_requests_the_longest_is_learned() -> None:
@@ -46,19 +46,19 @@ def test_of_the_first_requests_the_longest_is_learned() -> None:
     assert learned == [5, 7, 7]
 
 
-def test_auto_shares_the_pool_with_the_rooms_that_are_there() -> None:
-    side = language_side(default=None)
+def test_auto_shares_the_pool_with_the_rooms_that_may_come() -> None:
+    side = language_side(blocks=96, default=None)
     side.request(1, PEER, 0.0, hint_rows=4)
     side.peer_resolved(PEER, ENCODE, "encode-1", 0.0)
     side.request(2, SECOND, 0.0)
     (init,) = sent(side.peer_resolved(SECOND, ENCODE, "encode-2", 0.0))[1:]
     assert isinstance(init, TransferEmbeddingInfo)
-    assert init.allocated_tokens == 16, "half of 32"
+    assert init.allocated_tokens == 24, "a sixteenth of 96 blocks"
 
 
 def test_auto_is_used_for_first_offers() -> None:
-    side = language_side(default=None)
-    assert first_offers(side)[ROOM].allocated_tokens == 28, "seven of eight blocks"
+    side = language_side(blocks=96, default=None)
+    assert first_offers(side)[ROOM].allocated_tokens == 24, "a sixteenth of 96 blocks of four rows"
     receive_chunk(side, 5, 5)
     (init,) = sent(side.request(8, PEER, 1.0))
     assert isinstance(init, TransferEmbeddingInfo)
