@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
@@ -232,9 +232,13 @@ def config(plane: str) -> RelayConfig:
 
 
 @contextmanager
-def encode_process(plane: str, layout: BufferLayout, most: int, device: str) -> Iterator[Connection]:
+def encode_process(
+    plane: str, layout: BufferLayout, most: int, device: str, target: Callable[..., None] | None = None
+) -> Iterator[Connection]:
+    """`target`: in place of `encode_instance`."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=encode_instance, args=(there, plane, layout, most, device), daemon=True)
+    arguments = there, plane, layout, most, device
+    process = multiprocessing.Process(target=target or encode_instance, args=arguments, daemon=True)
     process.start()
     yield here
     here.send(("end",))

@@ -25,7 +25,7 @@ def figures(results: Any) -> Iterator[list[float]]:
 
 @pytest.mark.parametrize(
     ("name", "at_least", "has_plot"),
-    [("transfer", 12, True), ("resume", 12, False), ("scale", 16, True), ("sharing", 32, False)],
+    [("transfer", 12, True), ("resume", 12, False), ("scale", 16, True), ("sharing", 32, False), ("steps", 16, False)],
 )
 def test_quick_form(name: str, at_least: int, has_plot: bool, tmp_path: Path) -> None:
     printed, results = run_quickly(name, tmp_path)
