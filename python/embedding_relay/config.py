@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
 PRIVATE_MEDIA_URLS: Final = "SGLANG_EMBEDDING_ALLOW_PRIVATE_MEDIA_URLS"
 DATA_PLANE: Final = "SGLANG_EMBEDDING_DATA_PLANE"
 UNTESTED_SGLANG: Final = "SGLANG_EMBEDDING_ALLOW_UNTESTED_SGLANG"
+TRACE_EVENTS: Final = "SGLANG_EMBEDDING_TRACE_EVENTS"
 
 # SGLang's own prefill/decode settings, by its own names and with its own defaults (sglang/srt/environ.py).
 BOOTSTRAP_TIMEOUT: Final = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
@@ -44,6 +46,7 @@ MOONCAKE: Final = "mooncake"
 SHARED_MEMORY: Final = "shared_memory"
 DATA_PLANES: Final = (AUTO, MOONCAKE, SHARED_MEMORY)
 
+_PREFIX: Final = "SGLANG_EMBEDDING_"
 # Block indices and row counts travel as int32.
 _LARGEST: Final = 2**31 - 1
 
@@ -78,6 +81,8 @@ class RelayConfig:
     """What is made from the secret of this deployment; None lets everybody in."""
     allowed_hosts: AllowedHosts | None = None
     """The encode instances that a request may have asked; None allows any host."""
+    trace_events: int = 16384
+    """Moments of recent requests that each process remembers for `sglang-relay trace`; with 0 none."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RelayConfig:
@@ -100,6 +105,7 @@ class RelayConfig:
             private_media_urls=reader.flag(PRIVATE_MEDIA_URLS),
             keys=reader.keys(),
             allowed_hosts=reader.allowed_hosts(),
+            trace_events=reader.count_or_zero(TRACE_EVENTS, cls.trace_events),
         )
         if config.cache_blocks > MAX_BLOCKS:
             raise SettingError(f"{CACHE_BLOCKS} must be at most {MAX_BLOCKS} blocks, not {config.cache_blocks}")
@@ -129,6 +135,14 @@ def untested_sglang_allowed(environment: Mapping[str, str] = os.environ) -> bool
     return environment.get(UNTESTED_SGLANG, "").strip().lower() in ("1", "true")
 
 
+def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that nobody reads, and which of ours each may have been meant to be. SGLang has names like ours too."""
+    known = {name: name.removeprefix(_PREFIX) for name in globals().values() if str(name).startswith(_PREFIX)}
+    strange = [name for name in environment if name.startswith(_PREFIX) and name not in known]
+    alike = {name: difflib.get_close_matches(name.removeprefix(_PREFIX), known.values(), 1, 0.75) for name in strange}
+    return {name: _PREFIX + found[0] for name, found in alike.items() if found}
+
+
 class _Reader:
     """An unset or empty variable means its default, as in SGLang."""
 
@@ -146,6 +160,9 @@ class _Reader:
         if not (text.isascii() and text.isdigit()) or not 0 < int(text[:11]) <= _LARGEST or len(text) > 10:
             raise SettingError(f"{name} must be a positive integer, not {_shown(text)}")
         return int(text)
+
+    def count_or_zero(self, name: str, default: int) -> int:
+        return 0 if self._text(name) == "0" else self.count(name, default)
 
     def count_or_auto(self, name: str, default: int | None) -> int | None:
         text = self._text(name)
