@@ -10,6 +10,7 @@ from pathlib import Path
 from embedding_relay import __version__
 from embedding_relay.batch.command_line import add_batch_command
 from embedding_relay.tools import tiny_model
+from embedding_relay.tools.size import add_size_command
 
 # What only SGLang brings along.
 MISSING = "sglang-relay {}: {} is missing: pip install 'sglang-embedding-relay[sglang]'"
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo_arguments(demo)
     demo.set_defaults(run=_demo)
     add_batch_command(commands)
+    add_size_command(commands)
     return parser
 
 

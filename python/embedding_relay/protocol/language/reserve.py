@@ -12,7 +12,7 @@ _REMEMBERED: Final = 256
 _QUANTILE: Final = 0.9
 # Requests that shall have blocks beside each other, however few there are now: blocks are held while pictures wait for
 # the tower, so the first requests of a burst would take all of a small pool (benchmark/pool.py).
-_AT_ONCE: Final = 16
+AT_ONCE: Final = 16
 # Of the pool: what one peer leaves to the others, and how much of it may be in quarantine before it gets no more.
 _SHARES: Final = 8
 
@@ -39,7 +39,7 @@ class DefaultReservation:
             ordered = sorted(self._recent)
             learned = ordered[min(len(ordered) - 1, int(len(ordered) * _QUANTILE))]
         # A block is the least that there is to have.
-        return min(learned, max(self._block_size, self._capacity // max(_AT_ONCE, rooms)))
+        return min(learned, max(self._block_size, self._capacity // max(AT_ONCE, rooms)))
 
 
 class PeerShare:
@@ -47,11 +47,11 @@ class PeerShare:
 
     def __init__(self, capacity: int) -> None:
         self._an_eighth = capacity // _SHARES
-        self._most = capacity - self._an_eighth
+        self.most = capacity - self._an_eighth
 
     def left(self, peer: Peer) -> int:
         """How many more it may have now."""
-        return 0 if self.why_none(peer) else max(0, self._most - peer.held)
+        return 0 if self.why_none(peer) else max(0, self.most - peer.held)
 
     def why_none(self, peer: Peer) -> str:
         """What is wrong with the peer, so that its rooms get no blocks; empty if nothing is."""

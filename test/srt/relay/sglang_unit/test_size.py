@@ -1,0 +1,38 @@
+"""`sglang-relay size` beside what it stands for: the processors of the models, and SGLang's defaults."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+from embedding_relay.tools import size, tiny_model
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.environ import envs
+
+# A few pixels, panoramas, scans; and beyond the limits for the area on either side.
+SIDES = [(28, 28), (56, 84), (100, 100), (333, 777), (640, 480), (1024, 1024), (1920, 1080), (4000, 300), (9000, 7000)]
+GRIDS = ["qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "paddleocr_vl"]
+
+
+@pytest.mark.parametrize("family", GRIDS)
+def test_rows_are_those_of_the_models_own_processor(family: str) -> None:
+    folder = tiny_model.cached(family)
+    settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    processor = getattr(transformers, settings["image_processor_type"]).from_dict(settings)
+    model, merged = size.read_model(str(folder)), settings["merge_size"] ** 2
+    ours = [model.rows_of_picture(width, height) for width, height in SIDES]
+    theirs = [processor.get_number_of_image_patches(height, width, {}) // merged for width, height in SIDES]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_omni", "gemma3", "internvl"])
+def test_widths_and_types_are_those_that_sglang_finds(family: str) -> None:
+    folder = tiny_model.cached(family)
+    model, found = size.read_model(str(folder)), ModelConfig(str(folder))
+    assert (model.hidden_size, f"torch.{model.dtype}") == (found.hidden_size, str(found.dtype))
+
+
+def test_the_row_cache_is_as_large_as_sglang_makes_it() -> None:
+    assert envs.SGLANG_VLM_CACHE_SIZE_MB.get() == size.ROW_CACHE_MB
