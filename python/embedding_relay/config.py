@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from embedding_relay.keys import BadSecret, Keys, read_keys
+from embedding_relay.memory.plane import LEAST_WRITE_TIMEOUT, WRITE_TIMEOUT
 from embedding_relay.pairing import ALLOWED_HOSTS, AllowedHosts
 from embedding_relay.protocol.errors import SettingError
 from embedding_relay.protocol.messages import MAX_BLOCKS
@@ -67,8 +68,8 @@ class RelayConfig:
     waiting_timeout: float = 300.0
     heartbeat_interval: float = 5.0
     heartbeat_max_failures: int = 2
-    write_timeout: float = 30.0
-    """For how long nothing of a write may be confirmed. Mooncake's own name and limits: it has no less than five."""
+    write_timeout: float = WRITE_TIMEOUT
+    """For how long nothing of a write may be confirmed; set by Mooncake's own variable."""
     transport: str | None = None
     """None takes RDMA where the machine has a device for it, else TCP."""
     data_plane: str = AUTO
@@ -98,7 +99,7 @@ class RelayConfig:
             waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),
             heartbeat_interval=reader.seconds(HEARTBEAT_INTERVAL, cls.heartbeat_interval),
             heartbeat_max_failures=reader.count(HEARTBEAT_MAX_FAILURES, cls.heartbeat_max_failures),
-            write_timeout=max(5, reader.count(MOONCAKE_TRANSFER_TIMEOUT, int(cls.write_timeout))),
+            write_timeout=max(LEAST_WRITE_TIMEOUT, reader.count(MOONCAKE_TRANSFER_TIMEOUT, int(cls.write_timeout))),
             transport=reader.transport(),
             data_plane=reader.data_plane(),
             allowed_media_dir=reader.directory(ALLOWED_MEDIA_DIR),

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple, Protocol
 from embedding_relay.protocol.errors import RelayError
 
 WRITE_TIMEOUT: Final = 30.0
-"""Seconds; Mooncake's own."""
+LEAST_WRITE_TIMEOUT: Final = 5.0
+"""Seconds for which nothing of a write may be confirmed: Mooncake's own default, and the least that it takes."""
 
 
 class TransferError(RelayError):
