@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from embedding_relay import __version__
 from embedding_relay.batch.command_line import add_batch_command
@@ -51,6 +53,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_demo_arguments(demo)
     demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check a machine, and a running instance, before there is trouble",
+        description="Check whether this machine can run an instance: versions, wheels, libraries, ports, RDMA, shared "
+        "memory, clock and cores, with a test transfer. With --peer also check an instance that runs: how this machine "
+        "reaches it, its settings and its clock, with a picture whose rows come here. Each line that is not well says "
+        "what to do. Exit status: 0 if nothing failed (whatever was warned of), 1 if something did, 2 for a wrong "
+        "option.",
+    )
+    _add_doctor_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    top = commands.add_parser(
+        "top",
+        help="watch both halves in a terminal: pool, queues, rates, rounds, planes, quarantine",
+        description="Show what instances that run with --enable-metrics are doing, again and again until Ctrl-C. "
+        "Rates, rounds and waits are those of the time since the picture before.",
+    )
+    _add_top_arguments(top)
+    top.set_defaults(run=functools.partial(_top, top))
     add_batch_command(commands)
     add_size_command(commands)
     return parser
@@ -86,6 +109,65 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="leave the servers running until Ctrl-C")
 
 
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer",
+        type=_server,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="an instance that runs, by its HTTP port (better) or by its bootstrap port; it is compared with this "
+        "environment. Several are compared with each other: name both halves of a pair",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="of the peers, if they were started with one")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address of this machine for the test transfer within it (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out the import of SGLang, which takes most time")
+    parser.add_argument("--json", action="store_true", help="write all findings as one JSON object")
+
+
+def _add_top_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "instances",
+        type=_server,
+        nargs="*",
+        metavar="HOST:PORT",
+        help="an encode or language instance, by its HTTP port",
+    )
+    parser.add_argument("--router", type=_server, metavar="HOST:PORT", help="also watch all instances of this router")
+    parser.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="look twice, a second apart, print once and end; status 1 if an instance was not seen",
+    )
+
+
+def _server(text: str) -> str:
+    """The URL of a server: of `host:port`, or of a URL that has no path."""
+    parts = urlsplit(text if "://" in text else f"http://{text}")
+    try:
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/")
+    except ValueError:  # a port that is none
+        is_one = False
+    if not is_one or parts.query or parts.fragment or parts.username:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address of a server: it should be like 10.0.0.1:30000")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0.1 <= number <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0.1 to 3600")
+    return number
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -119,6 +201,20 @@ def _demo(arguments: argparse.Namespace) -> int:
     from embedding_relay.tools import demo
 
     return demo.run(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from embedding_relay.tools import doctor
+
+    return doctor.run(arguments)
+
+
+def _top(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if not arguments.instances and not arguments.router:
+        parser.error("name the instances to watch, or the --router that has them")
+    from embedding_relay.tools import top
+
+    return top.run(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
