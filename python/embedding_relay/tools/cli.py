@@ -13,6 +13,7 @@ from embedding_relay import __version__
 from embedding_relay.batch.command_line import add_batch_command
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.size import add_size_command
+from embedding_relay.tools.trace import add_trace_command
 
 # What only SGLang brings along.
 MISSING = "sglang-relay {}: {} is missing: pip install 'sglang-embedding-relay[sglang]'"
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     top.set_defaults(run=functools.partial(_top, top))
     add_batch_command(commands)
     add_size_command(commands)
+    add_trace_command(commands)
     return parser
 
 

@@ -7,9 +7,11 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
+from embedding_relay import recorder
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import SourceRows
 from embedding_relay.memory.layout import BufferLayout
@@ -27,7 +29,7 @@ from embedding_relay.protocol.effects import (
 )
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
-from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import Announcer
 from embedding_relay.registry.entry import EncodeRank
@@ -35,6 +37,9 @@ from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank
 from embedding_relay.transport.workers import ChunkJob, TransferWorker, TransferWorkers
 
 logger = logging.getLogger(__name__)
+
+# Offers of rooms whose request is not here yet, noted for the trace; anybody can invent such rooms.
+_MOST_EARLY_OFFERS: Final = 512
 
 
 class MooncakeEmbeddingSender(RoomEnd):
@@ -48,6 +53,8 @@ class MooncakeEmbeddingSender(RoomEnd):
         self.expected_at = 0.0
         self.submitted_at: float | None = None
         self.rows = self.rounds = self.bytes = 0
+        self.offers = self.asked_from = 0
+        """How many were noted, and the row that the last of them begins with."""
 
     def init(self) -> None:
         """This instance's half of the request has arrived."""
@@ -76,6 +83,7 @@ class NoTransfer:
 
     def __init__(self, config: RelayConfig) -> None:
         self.config = config
+        self.recorder = recorder.Recorder(0)
 
     def start(self) -> None: ...
 
@@ -142,6 +150,7 @@ class EncodeManager(MooncakeEmbeddingManager):
         self._prover = Prover(self._report_proof)
         self._senders: dict[int, MooncakeEmbeddingSender] = {}
         self._sources: dict[int, SourceRows] = {}
+        self._early_offers: dict[int, tuple[float, int]] = {}
         self._chunks = self._rows = self._bytes = 0
 
     def start(self) -> None:
@@ -184,7 +193,10 @@ class EncodeManager(MooncakeEmbeddingManager):
     # ---- control thread: what happens
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
-        self._run(self._core.receive(codec.decode_to_encode(frames), now), now)
+        message = codec.decode_to_encode(frames)
+        if isinstance(message, TransferEmbeddingInfo):
+            self._note_offer(message, now)
+        self._run(self._core.receive(message, now), now)
 
     def tick(self, now: float) -> None:
         self._run(self._core.tick(now), now)
@@ -198,6 +210,10 @@ class EncodeManager(MooncakeEmbeddingManager):
     def _expect(self, sender: MooncakeEmbeddingSender, now: float) -> None:
         sender.expected_at = now
         self._senders[sender.room] = sender
+        self.recorder.note(sender.room, recorder.PARKED, now)
+        if (offer := self._early_offers.pop(sender.room, None)) is not None:
+            sender.offers = 1
+            self.recorder.note(sender.room, recorder.ASKED, offer[0], rows=offer[1])
         self._run(self._core.expect(sender.room, now), now)
 
     def _submit(self, room: int, source: SourceRows, now: float) -> None:
@@ -206,12 +222,26 @@ class EncodeManager(MooncakeEmbeddingManager):
             sender.submitted_at, sender.rows = now, source.total
         self._run(self._core.submit(room, source.total, now), now)
 
+    def _note_offer(self, info: TransferEmbeddingInfo, now: float) -> None:
+        """Of several language ranks the first to ask counts; and nobody fills the record of a room by asking again."""
+        sender = self._senders.get(info.room)
+        if sender is None:
+            self._early_offers.setdefault(info.room, (now, info.allocated_tokens))
+            if len(self._early_offers) > _MOST_EARLY_OFFERS:
+                del self._early_offers[next(iter(self._early_offers))]
+        elif sender.offers == 0 or (info.sent_tokens > sender.asked_from and sender.offers < recorder.MOST_ROUNDS):
+            sender.offers += 1
+            sender.asked_from = info.sent_tokens
+            self.recorder.note(info.room, recorder.ASKED, now, first_row=info.sent_tokens, rows=info.allocated_tokens)
+
     def _transferred(self, job: ChunkJob, now: float) -> None:
         room = job.chunk.room
         self._chunks += 1
         self._rows += job.rows
         self._bytes += job.bytes
         if (sender := self._senders.get(room)) is not None:
+            if sender.rounds < recorder.MOST_ROUNDS and not job.errors:
+                self._note_chunk(recorder.CHUNK_WRITTEN, job.chunk, now, job.bytes)
             sender.rounds += 1
             sender.bytes += job.bytes
         self._run(self._core.transferred(room, job.chunk.transfer_id, job.errors, now), now)
@@ -239,6 +269,8 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
+        if (sender := self._senders.get(chunk.room)) is not None and sender.rounds < recorder.MOST_ROUNDS:
+            self._note_chunk(recorder.CHUNK_BEGAN, chunk, now)
         job = ChunkJob(
             chunk,
             self._sources[chunk.room],
@@ -259,6 +291,12 @@ class EncodeManager(MooncakeEmbeddingManager):
                 functools.partial(job.done, destination.session_id),
                 session.handshake.memory,
             )
+
+    def _note_chunk(self, what: str, chunk: TransferEmbeddingChunk, now: float, size: int = 0) -> None:
+        """Language ranks that are told the same rows may be at different ones: the step as a whole is noted."""
+        first = min(part.start_row for part in chunk.destinations)
+        stop = max(part.stop_row for part in chunk.destinations)
+        self.recorder.note(chunk.room, what, now, first_row=first, rows=stop - first, size=size)
 
     def transfer_worker(self, session_id: str) -> TransferWorker:
         """A thread that writes to one destination session."""
@@ -283,6 +321,8 @@ class EncodeManager(MooncakeEmbeddingManager):
     def _log_end(self, effect: StatusChanged, sender: MooncakeEmbeddingSender | None, now: float) -> None:
         if effect.status is Status.FAILED:
             logger.info("relay-encode room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
+            if sender is not None:
+                self.recorder.note(effect.room, recorder.FAILED, now, text=str(effect.failure))
         elif sender is not None and sender.submitted_at is not None:
             summary = Summary(
                 rows=sender.rows,
@@ -293,6 +333,8 @@ class EncodeManager(MooncakeEmbeddingManager):
             )
             logger.info("relay-encode room=%d status=Success %s", effect.room, summary)
             self.observer.succeeded(summary)
+            totals = {"rows": sender.rows, "rounds": sender.rounds, "size": sender.bytes}
+            self.recorder.note(effect.room, recorder.SENT, now, **totals)
 
     # ---- numbers
 

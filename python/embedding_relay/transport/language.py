@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 
+from embedding_relay import recorder
 from embedding_relay.config import RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import ModelLimits, SmallColumns
@@ -198,6 +199,7 @@ class LanguageManager(MooncakeEmbeddingManager):
     def _request(self, receiver: MooncakeEmbeddingReceiver, hint_rows: int | None, now: float) -> None:
         receiver.requested_at = now
         self._receivers[receiver.room] = receiver
+        self.recorder.note(receiver.room, recorder.PARKED, now)
         self._run(self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows), now)
 
     def peer_resolved(self, peer: str, rank: EncodeRank, now: float) -> None:
@@ -236,8 +238,11 @@ class LanguageManager(MooncakeEmbeddingManager):
                     logger.warning("relay %s", effect.text)
 
     def _send(self, effect: Send) -> None:
-        self._loop.send(effect.to, codec.encode(effect.message))
-        if not isinstance(info := effect.message, TransferEmbeddingInfo):
+        info = effect.message
+        if isinstance(info, TransferEmbeddingInfo):
+            self._note_offer(self._receivers[info.room], info)  # not later: the other half's clock is compared with it
+        self._loop.send(effect.to, codec.encode(info))
+        if not isinstance(info, TransferEmbeddingInfo):
             return
         receiver = self._receivers[info.room]
         if info.is_resume:
@@ -247,10 +252,17 @@ class LanguageManager(MooncakeEmbeddingManager):
         else:
             receiver.init(info.dst_embedding_indices, info.allocated_tokens)
 
+    def _note_offer(self, receiver: MooncakeEmbeddingReceiver, info: TransferEmbeddingInfo) -> None:
+        """Each offer once: it is made again in case that it was lost."""
+        is_new = info.sent_tokens > receiver.resumed_at if info.is_resume else receiver.offered_at is None
+        if is_new and receiver.resumes < recorder.MOST_ROUNDS:
+            self.recorder.note(info.room, recorder.OFFERED, first_row=info.sent_tokens, rows=info.allocated_tokens)
+
     def _copy_out(self, effect: CopyOut, now: float) -> list[LanguageEffect]:
         receiver = self._receivers.get(effect.room)
         if receiver is None:  # it failed meanwhile: only the blocks are still of interest
             return self._core.copied(effect.room, 0, 0, now)
+        began_at = time.monotonic()
         try:
             if receiver.target is None:
                 aux = self._buffers.read_aux(effect.blocks[0])
@@ -265,6 +277,9 @@ class LanguageManager(MooncakeEmbeddingManager):
             return self._core.refuse_rows(effect.room, flaw, now)
         self._chunks += 1
         self._rows += rows
+        if receiver.resumes < recorder.MOST_ROUNDS:
+            self.recorder.note(effect.room, recorder.COPY_BEGAN, began_at, first_row=effect.first_row, rows=rows)
+            self.recorder.note(effect.room, recorder.COPIED, first_row=effect.first_row, rows=rows)
         return self._core.copied(effect.room, rows, receiver.target.total, now)
 
     def _copy_ahead(self, effect: CopyAhead) -> None:
@@ -312,6 +327,8 @@ class LanguageManager(MooncakeEmbeddingManager):
         )
         logger.info("relay room=%d status=Success %s", effect.room, summary)
         self.observer.succeeded(summary)
+        totals = {"rows": effect.rows, "rounds": effect.rounds, "size": receiver.bytes}
+        self.recorder.note(effect.room, recorder.COMPLETE, **totals)
 
     def _changed(self, effect: StatusChanged) -> None:
         receiver = self._receivers.pop(effect.room, None) if is_final(effect.status) else None
@@ -319,6 +336,7 @@ class LanguageManager(MooncakeEmbeddingManager):
             # As JSON: a reason may quote anything, and the line must stay one line.
             logger.info("relay room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
             if receiver is not None:
+                self.recorder.note(effect.room, recorder.FAILED, text=str(effect.failure))
                 receiver.target = None  # the scheduler may keep the receiver for a while, and needs only the reason
         elif effect.status is Status.SUCCESS and receiver is not None and receiver.target is not None:
             self._share(receiver, receiver.target)

@@ -35,6 +35,7 @@ from embedding_relay.protocol.errors import CONFLICT, UNAVAILABLE, Failure, Loca
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
+from embedding_relay.recorder import Recorder
 from embedding_relay.threads import WakeUp, WatchedThread
 from embedding_relay.transport.loop import ControlLoop
 from embedding_relay.transport.sockets import ip_address
@@ -211,6 +212,7 @@ class Manager(abc.ABC):
     def __init__(self, config: RelayConfig, board: StatusBoard, observer: Observer) -> None:
         self.config = config
         self.observer = observer
+        self.recorder = Recorder(config.trace_events)
         self.unhealthy_reason: str | None = None
         self.on_unhealthy: Callable[[str], None] | None = None
         """Called by the thread that reports it; must not wait."""

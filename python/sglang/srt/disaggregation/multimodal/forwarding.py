@@ -42,6 +42,7 @@ _FIELDS: Final = (
     *("text", "input_ids", "image_data", "video_data", "audio_data", "modalities", "mm_hashes", "mm_content_hashes"),
     *("use_audio_in_video", "video_config", "images_config", "mm_processor_kwargs", "extra_key", "cache_salt"),
     *("max_dynamic_patch", "min_dynamic_patch", "image_max_dynamic_patch", "video_max_dynamic_patch", "priority"),
+    "external_trace_header",
 )
 # A picture with options of its own is an object within SGLang, and JSON between servers.
 _OBJECT: Final = "relay_media_object"

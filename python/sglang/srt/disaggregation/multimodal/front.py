@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.pulse import SchedulerWatch, socket_name
-from sglang.srt.disaggregation.multimodal import dp_ranks, modes
+from sglang.srt.disaggregation.multimodal import dp_ranks, modes, tracing
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ async def _generate_or_tell(
         error = _unforeseen(error) if obj.contains_mm_input() else error
         for refusal in [await _with_encode_rank(one) for one in _refusals(obj, error)]:
             logger.info("relay room=%d refused: %s", refusal.room, refusal.failure)
+            tracing.note_refused(manager, refusal.room, refusal.failure, getattr(obj, "received_time", None))
             manager._dispatch_to_scheduler(_as_message(refusal))
         raise error
     finally:

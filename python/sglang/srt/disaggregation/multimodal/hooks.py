@@ -144,13 +144,21 @@ def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
 # ---- tokenizer manager
 
 
+def offer_trace(_result: Any, manager: Any, *_: Any, **__: Any) -> None:
+    if modes.current() is not None:
+        from sglang.srt.disaggregation.multimodal import tracing
+
+        tracing.start(manager)
+
+
 def generate(original: Original, manager: Any, obj: Any, request: Any = None) -> Any:
     mode = modes.current()
     if mode is None:
         return original(manager, obj, request)
-    from sglang.srt.disaggregation.multimodal import front
+    from sglang.srt.disaggregation.multimodal import front, tracing
 
     modes.check_pairing(obj)
+    tracing.join_trace(manager, obj, request)
     if mode == modes.ENCODE:
         modes.ask_for_rows_only(obj)
     return front.generate(original, manager, obj, request)
@@ -158,9 +166,10 @@ def generate(original: Original, manager: Any, obj: Any, request: Any = None) ->
 
 def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
     if modes.current() is not None and (state := manager.rid_to_state.get(rid)) is not None:
-        from sglang.srt.disaggregation.multimodal import front
+        from sglang.srt.disaggregation.multimodal import front, tracing
 
         front.note_dispatched(state.obj)
+        tracing.note_dispatched(manager, state)
 
 
 def hear_of_abort(original: Original, manager: Any, recv_obj: Any) -> Any:
@@ -379,6 +388,7 @@ HOOKS: Final = (
     ),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", load_one_half, HookType.AROUND),
     Hook("sglang.srt.model_loader.loader._initialize_model", build_one_half, HookType.AROUND),
+    Hook(f"{_TOKENIZER_MANAGER}.__init__", offer_trace, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._handle_abort_req", hear_of_abort, HookType.AROUND),

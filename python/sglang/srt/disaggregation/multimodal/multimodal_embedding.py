@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
 
+from embedding_relay import recorder
 from embedding_relay.protocol.errors import (
     BAD_REQUEST,
     CLIENT_GONE,
@@ -18,7 +20,7 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import media, modes
+from sglang.srt.disaggregation.multimodal import media, modes, tracing
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
@@ -169,8 +171,14 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         requests = [request for request in self.tower_queue if request.number in numbers]
         self.tower_queue = [request for request in self.tower_queue if request.number not in numbers]
         batch = [request.req for request in requests]
+        began_at = time.monotonic()
+        for request in requests:
+            self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
         try:
-            send_embedding_chunk(requests, self.tower.encode(batch))
+            rows = self.tower.encode(batch)
+            for request, embeddings in zip(requests, rows, strict=True):
+                self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
+            send_embedding_chunk(requests, rows)
             self.manager.observer.encoded(self.tower.totals)
             for req in batch:
                 req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
@@ -192,6 +200,8 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         """Answer this half: an empty completion, or an error of the class that the language side will give too."""
         from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
+        if not is_local(req) and req.multimodal_inputs is not None:
+            tracing.emit_spans(self.recorder, modes.ENCODE, req.bootstrap_room, req)
         if req.multimodal_inputs is not None:
             req.multimodal_inputs.release_features()
         if failure is not None:

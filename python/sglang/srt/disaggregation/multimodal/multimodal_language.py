@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from embedding_relay import recorder
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, Failure
 from embedding_relay.protocol.messages import Address
@@ -23,7 +24,7 @@ from sglang.srt.disaggregation.mooncake.conn_multimodal import (
     LanguageManager,
     MooncakeEmbeddingReceiver,
 )
-from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes, tracing
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of
 from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, encode_half
 from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
@@ -144,6 +145,8 @@ class LanguageRole(Role[AnyLanguageManager]):
         self.agreement = Agreement(ranks, manager.config.waiting_timeout)
         self.reports = reports
         self.reporter = reporter
+        self._handing_over: int | None = None
+        """The room whose rows SGLang is given at this moment."""
 
     def start(self) -> None:
         if self.reporter is not None:
@@ -246,6 +249,8 @@ class LanguageRole(Role[AnyLanguageManager]):
     def _hand_over(self, room: int, request: MultimodalLanguageRequest) -> None:
         if not request.waiting and not request.over_since:
             return  # nobody wants it any more
+        if not request.over_since and request.failure is None:
+            self.recorder.note(room, recorder.HANDED_OVER)
         request.over_since = request.over_since or time.monotonic()
         self.shared[room] = request
         for recv_req in request.waiting:
@@ -261,12 +266,20 @@ class LanguageRole(Role[AnyLanguageManager]):
         if (failure := request.failure) is not None:
             self.answer_with_failure(recv_req, failure)
             return
+        self._handing_over = room
         try:
             self._give_to_sglang(request.receiver.rows(), recv_req)
         except Exception as error:  # rows are checked when they come: a mistake of ours, for which one request pays
             logger.exception("relay room=%d could not be handed over", room)
             text = f"the rows of room {room} could not be handed over ({type(error).__name__})"
             self.answer_with_failure(recv_req, Failure(INTERNAL, text))
+        finally:
+            self._handing_over = None
+
+    def note_created(self, req: Any) -> None:
+        if (room := self._handing_over) is not None:
+            tracing.note_handed_over(self.recorder, room, req)
+            tracing.emit_spans(self.recorder, self.mode, room, req)
 
     def _give_to_sglang(self, rows: ReceivedRows, recv_req: Any) -> None:
         """A copy: the message itself may still have to go to the next pipeline stage, which has rows of its own."""

@@ -96,6 +96,8 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
         raise ValueError("several samples of one prompt are not answered by SGLang's prefill and decode instances")
     # The encode instance is asked first: it prepares the media while this process reads the prompt.
     async with forwarding.asking_for_rows(manager, obj) if we_choose else contextlib.nullcontext() as encode_half:
+        if encode_half is not None:
+            obj.embedding_relay_room = encode_half.room  # by which an operator finds it (tracing.py)
         try:
             with _without_media(obj):
                 tokenized = await original(manager, obj)

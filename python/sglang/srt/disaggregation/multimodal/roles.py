@@ -13,6 +13,7 @@ import zmq
 from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
+from embedding_relay.recorder_socket import Teller, name_of_scheduler
 from embedding_relay.transport.encode import NoTransfer
 from embedding_relay.transport.manager import Manager
 from sglang.srt.disaggregation.multimodal import compatibility
@@ -67,14 +68,17 @@ class Role(abc.ABC, Generic[M]):
         self._tables: dict[str, int] = {}
         self._poller = zmq.Poller()
         serving = get_serving()
-        name = socket_name(serving.host, serving.port, get_parallel().dp_rank or 0)
-        self.pulse = Pulse(name, lambda: manager.unhealthy_reason)
+        self._where = (serving.host, serving.port, get_parallel().dp_rank or 0)
+        self.pulse = Pulse(socket_name(*self._where), lambda: manager.unhealthy_reason)
+        self.recorder = manager.recorder
+        self.teller = Teller(self.recorder)
 
     def start(self) -> None:
         self.manager.start()
         if not self.is_first:
             return
         self.pulse.start()
+        self.teller.start(name_of_scheduler(*self._where))
         channels = self.scheduler.ipc_channels
         for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
             if isinstance(socket, zmq.Socket):
@@ -90,6 +94,7 @@ class Role(abc.ABC, Generic[M]):
 
     def close(self) -> None:
         self.pulse.close()
+        self.teller.close()
         self.manager.close()
 
     def take_over(self, recv_req: Any) -> bool:
