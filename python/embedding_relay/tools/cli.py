@@ -108,6 +108,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "accelerator"), default="auto", help="where to run (default: %(default)s)"
     )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline of the request into this file")
     parser.add_argument("--keep", action="store_true", help="leave the servers running until Ctrl-C")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from embedding_relay.tools import local_cluster, tiny_model
+from embedding_relay.tools import local_cluster, tiny_model, trace
 from embedding_relay.tools.chat_client import Answer, ask, data_uri, picture
 from embedding_relay.tools.local_cluster import LocalCluster, Options
 from embedding_relay.tools.local_process import LocalProcess, ProcessFailed
@@ -177,6 +177,17 @@ def _show_answer(arguments: argparse.Namespace, cluster: LocalCluster, reporter:
     language, encode = (_await_report(cluster[name]) for name in ("language", "encode"))
     for line in summary(answer, language, encode, arguments.default_tokens):
         reporter.say(line)
+    if arguments.svg is not None:
+        _draw(arguments.svg, language, cluster)
+        reporter.say(f"drawn: {arguments.svg}")
+
+
+def _draw(path: Path, transfer: TransferReport, cluster: LocalCluster) -> None:
+    title = f"One request: {transfer.rows:,} rows in {transfer.rounds} rounds"
+    try:
+        trace.draw(path, transfer.room, [cluster["encode"].url, cluster["language"].url], title)
+    except (OSError, LookupError) as error:
+        raise DemoFailed(f"--svg {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _await_report(member: LocalProcess) -> TransferReport:

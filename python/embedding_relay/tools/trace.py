@@ -44,11 +44,29 @@ def run(arguments: argparse.Namespace) -> int:
         _print_json(told)
     else:
         _show(stories, every_round=arguments.rounds)
-    if arguments.svg:
-        from embedding_relay.tools import trace_svg
+    return _write_svg(arguments.svg, stories[0]) if arguments.svg else 0
 
-        arguments.svg.write_text(trace_svg.drawn(stories[0]))
+
+def _write_svg(path: Path, story: Story) -> int:
+    from embedding_relay.tools import trace_svg
+
+    try:
+        path.write_text(trace_svg.drawn(story))
+    except OSError as error:
+        return _complain(f"--svg {path}: {error.strerror}", 2)
     return 0
+
+
+def draw(path: Path, room: int, urls: Sequence[str], title: str) -> None:
+    """For the demo. Raises OSError if the file cannot be written, LookupError if nobody has noted the request."""
+    from embedding_relay.tools import trace_svg
+    from embedding_relay.tools.trace_ask import ask_all
+    from embedding_relay.tools.trace_story import tell
+
+    silent: dict[str, str] = {}
+    if (story := tell(room, ask_all(urls, [room], None, silent))) is None:
+        raise LookupError("; ".join(silent.values()) or f"nobody has noted room {room}")
+    path.write_text(trace_svg.drawn(story, title))
 
 
 def _complain(text: str, status: int = 0) -> int:
