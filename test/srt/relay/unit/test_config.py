@@ -1,5 +1,6 @@
 """Every setting: its default, its range, and the one line that a bad value stops the server with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from embedding_relay import config
 from embedding_relay.config import RelayConfig
 from embedding_relay.pairing import ALLOWED_HOSTS
 from embedding_relay.protocol.errors import SettingError
+from support.repo import REPO
 
 COUNTS = [
     config.CACHE_BLOCKS,
@@ -53,6 +55,17 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 
 def test_an_empty_value_is_an_unset_one() -> None:
     assert RelayConfig.from_environment(dict.fromkeys([*COUNTS, *SECONDS], " ")) == RelayConfig()
+
+
+def test_the_page_of_settings_has_every_one_with_its_default() -> None:
+    page = (REPO / "docs/settings.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| [^|]+ \| ([^|]+) \|", page, re.MULTILINE)
+    told = {name: default.strip("` ") for names, default in rows for name in re.findall(r"[A-Z_]+", names)}
+    pattern = re.compile(r"(?:SGLANG|MC|MOONCAKE)_[A-Z_]*[A-Z]")
+    assert told.keys() == {value for value in vars(config).values() if pattern.fullmatch(str(value))}
+    values = {name: default for name, default in told.items() if default not in ("any", "none")}
+    assert len(values) > len(told) / 2
+    assert RelayConfig.from_environment(values) == RelayConfig()
 
 
 def test_every_setting_is_read() -> None:
@@ -181,3 +194,13 @@ def test_private_urls_are_allowed_by_a_plain_word(text: str, allowed: bool) -> N
 def test_no_other_word_is_taken_for_it() -> None:
     with pytest.raises(SettingError, match=config.PRIVATE_MEDIA_URLS):
         RelayConfig.from_environment({config.PRIVATE_MEDIA_URLS: "yes"})
+
+
+def test_a_name_that_is_almost_a_setting_is_recognised() -> None:
+    names = {
+        "SGLANG_EMBEDDING_CACHE_BUFER_SIZE": config.CACHE_BLOCKS,
+        "SGLANG_EMBEDDING_SECRETFILE": config.SECRET_FILE,
+        "SGLANG_EMBEDDING_ALLOWED_HOST": ALLOWED_HOSTS,
+    }
+    of_others = ["SGLANG_EMBEDDING_POOL_SIZE_MB", "SGLANG_EMBEDDINGS_SPARSE_HEAD", "SGLANG_PLATFORM", "PATH"]
+    assert config.misspelt(dict.fromkeys([*names, *of_others, *COUNTS, *SECONDS, config.DATA_PLANE], "1")) == names
