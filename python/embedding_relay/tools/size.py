@@ -225,7 +225,9 @@ def blocks_for(rows: int, at_once: int, block_size: int) -> int:
     from embedding_relay.protocol.language.reserve import AT_ONCE, PeerShare
 
     needed = math.ceil(rows / block_size)
-    blocks = max(math.ceil(rows * max(AT_ONCE, at_once) / block_size), needed * at_once)
+    blocks = needed * at_once
+    if needed > 1:  # one block is the least that is reserved
+        blocks = max(blocks, math.ceil(rows * max(AT_ONCE, at_once) / block_size))
     while PeerShare(blocks).most < needed * at_once:
         blocks += 1
     return blocks
@@ -367,8 +369,8 @@ def add_size_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _sides(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    return _count(width), _count(height or width)
+    width, by, height = text.lower().partition("x")
+    return _count(width), _count(height if by else width)
 
 
 def _count(text: str) -> int:

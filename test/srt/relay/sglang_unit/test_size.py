@@ -7,9 +7,12 @@ import json
 import pytest
 import transformers
 
-from embedding_relay.tools import size, tiny_model
+from embedding_relay import config
+from embedding_relay.tools import cli, size, tiny_model
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
+from support import pages
+from support.repo import REPO
 
 # A few pixels, panoramas, scans; and beyond the limits for the area on either side.
 SIDES = [(28, 28), (56, 84), (100, 100), (333, 777), (640, 480), (1024, 1024), (1920, 1080), (4000, 300), (9000, 7000)]
@@ -36,3 +39,21 @@ def test_widths_and_types_are_those_that_sglang_finds(family: str) -> None:
 
 def test_the_row_cache_is_as_large_as_sglang_makes_it() -> None:
     assert envs.SGLANG_VLM_CACHE_SIZE_MB.get() == size.ROW_CACHE_MB
+
+
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of tuning.md, about the model of tutorial.md; after the first is what it prints."""
+    for name in (config.CACHE_BLOCKS, config.BLOCK_SIZE, config.DEFAULT_ALLOCATE):
+        monkeypatch.delenv(name, raising=False)
+    ours = [one for one in pages.blocks(REPO / "docs/tuning.md") if one.run_by]
+    assert [one.language for one in ours] == ["bash", "text", "bash"]
+    printed = [said_by(block, capsys) for block in ours if block.language == "bash"]
+    assert printed[0] == ours[1].text
+    assert "ratio     1 encode instances" in printed[1]
+
+
+def said_by(block: pages.Block, capsys: pytest.CaptureFixture[str]) -> str:
+    (command,) = pages.commands(block.text)
+    model = str(tiny_model.cached("qwen3_vl"))
+    assert cli.main([model if word == "/tmp/tiny-model" else word for word in command.words[1:]]) == 0
+    return capsys.readouterr().out
