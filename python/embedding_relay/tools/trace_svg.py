@@ -113,7 +113,8 @@ class _Panel:
 
 def _heading(story: Story, title: str) -> Iterator[str]:
     yield _text(14, 24, title or f"room {story.room}", "text", bold=True)
-    yield _text(_WIDTH - 14, 24, printable(f"{summary(story)}; {story.clocks.about}"), "faint", "end")
+    about = f"; {story.clocks.about}" if story.clocks.uncertain != 0 else ""
+    yield _text(_WIDTH - 14, 24, printable(summary(story) + about), "faint", "end")
 
 
 def _marks(story: Story, panel: _Panel) -> Iterator[str]:

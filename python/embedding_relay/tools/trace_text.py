@@ -50,7 +50,7 @@ def counted(number: int, what: str) -> str:
 def _head(story: Story) -> Iterator[str]:
     began = datetime.datetime.fromtimestamp(story.began_at, datetime.UTC)
     yield f"room {story.room}, {began:%Y-%m-%d %H:%M:%S}.{began.microsecond // 1000:03d} UTC"
-    yield summary(story)
+    yield from textwrap.wrap(summary(story), WIDTH)
     yield story.clocks.about
     for half, moment in story.failures():
         yield from textwrap.wrap(f"{half}: {printable(moment.text)}", WIDTH, subsequent_indent="  ")

@@ -333,8 +333,9 @@ class EncodeManager(MooncakeEmbeddingManager):
             )
             logger.info("relay-encode room=%d status=Success %s", effect.room, summary)
             self.observer.succeeded(summary)
-            totals = {"rows": sender.rows, "rounds": sender.rounds, "size": sender.bytes}
-            self.recorder.note(effect.room, recorder.SENT, now, **totals)
+            self.recorder.note(
+                effect.room, recorder.SENT, now, rows=sender.rows, rounds=sender.rounds, size=sender.bytes
+            )
 
     # ---- numbers
 

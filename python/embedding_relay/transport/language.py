@@ -327,8 +327,7 @@ class LanguageManager(MooncakeEmbeddingManager):
         )
         logger.info("relay room=%d status=Success %s", effect.room, summary)
         self.observer.succeeded(summary)
-        totals = {"rows": effect.rows, "rounds": effect.rounds, "size": receiver.bytes}
-        self.recorder.note(effect.room, recorder.COMPLETE, **totals)
+        self.recorder.note(effect.room, recorder.COMPLETE, rows=effect.rows, rounds=effect.rounds, size=receiver.bytes)
 
     def _changed(self, effect: StatusChanged) -> None:
         receiver = self._receivers.pop(effect.room, None) if is_final(effect.status) else None

@@ -28,6 +28,7 @@ from embedding_relay.memory.checks import NO_ITEM, ModelLimits
 from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.status import Status
+from embedding_relay.recorder import Recorder
 from embedding_relay.tools import tiny_model
 from embedding_relay.transport.manager import RoomEnd, StatusBoard
 from sglang.srt import runtime_context
@@ -252,6 +253,7 @@ class TransferWithoutThread:
         self.config = RelayConfig.from_environment({name: str(value) for name, value in settings.items()})
         self.limits = ModelLimits(VOCABULARY, frozenset(modality.value for modality in Modality))
         self.observer = NOBODY
+        self.recorder = Recorder(self.config.trace_events)
         self.unhealthy_reason: str | None = None
         self.is_reachable = True
         self.asked: list[tuple[str, int, Any]] = []

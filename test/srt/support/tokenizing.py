@@ -135,6 +135,7 @@ def serving(mode: str, **more: Any) -> Iterator[TokenizerManagerWithoutScheduler
     try:
         yield manager
     finally:
+        manager.embedding_relay_teller.close()
         manager.mm_processor.shutdown()
         if manager.bootstrap_server is not None:
             manager.bootstrap_server.close()

@@ -27,6 +27,7 @@ PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
 LAYOUT = small_layout()
 # Used before the request comes, or when it does not go well; pairing.py and pulse.py are the HTTP process's,
+# recorder_socket.py and spans.py are for whoever asks about a request,
 # doors.py is asked whenever Python imports something, and the last four are those of an instance with several ranks.
 BESIDE = {
     "config.py",
@@ -35,6 +36,8 @@ BESIDE = {
     "protocol/counts.py",
     "pairing.py",
     "pulse.py",
+    "recorder_socket.py",
+    "spans.py",
     "transport/ranks.py",
     "transport/neighbours.py",
     "transport/borrowing.py",

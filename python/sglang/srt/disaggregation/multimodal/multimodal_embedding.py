@@ -202,6 +202,7 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
 
         if not is_local(req) and req.multimodal_inputs is not None:
             tracing.emit_spans(self.recorder, modes.ENCODE, req.bootstrap_room, req)
+        req.time_stats.set_completion_time()  # as SGLang does; it ends the request's span in this process
         if req.multimodal_inputs is not None:
             req.multimodal_inputs.release_features()
         if failure is not None:
