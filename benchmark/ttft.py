@@ -251,14 +251,21 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
         compared = [one for one in candidates if is_ours and SPLIT in candidates and one in (PAIR, NO_ROUTER)]
         table = Table(title, "pictures", *candidates, *(f"{one} / split" for one in compared))
         for point in every:
-            figures = {one: figures_of(measured, one, point) for one in candidates}
-            ratios = [f"{figures[one].median / figures[SPLIT].median:.2f}" for one in compared]
-            table.row(point, *figures.values(), *ratios)
+            # An earlier run, to which this one was added, may have had other candidates.
+            figures = {one: figures_of(measured, one, point) for one in candidates if (one, point) in measured}
+            ratios = [
+                f"{figures[one].median / figures[SPLIT].median:.2f}" if {one, SPLIT} <= figures.keys() else ""
+                for one in compared
+            ]
+            table.row(point, *(figures.get(one, "") for one in candidates), *ratios)
 
 
 def plot(measured: Measured, candidates: Sequence[str], every: Sequence[Point], at_once: int) -> str:
     shown = [point for point in every if point.images == 1 and point.at_once == at_once and point.side <= LARGE]
-    lines = {one: {point.side: time_to_first(measured, one, point) for point in shown} for one in candidates}
+    lines = {
+        one: {point.side: time_to_first(measured, one, point) for point in shown if (one, point) in measured}
+        for one in candidates
+    }
     return report.plot(f"Time to first token, {at_once} at once", "side of a picture", "ms", lines)
 
 
