@@ -1,4 +1,4 @@
-"""What is installed: the sdist and the wheel, both in an empty environment and beside any SGLang; and a checkout."""
+"""What is installed: the sdist and the wheel, in an empty environment and beside any SGLang; a checkout; a release."""
 
 import ast
 import configparser
@@ -6,17 +6,23 @@ import csv
 import email
 import hashlib
 import importlib.metadata
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import tomllib
+import types
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -153,7 +159,7 @@ def directories(root: Path) -> set[Path]:
 def modules_in(site: Path) -> set[str]:
     """Our files in an environment: those of the package, and any that lie in SGLang's directories."""
     found = [path for top in ("embedding_relay", "sglang") for path in (site / top).rglob("*.*")]
-    found = [path for path in found if path.suffix in (".py", ".html")]
+    found = [path for path in found if path.suffix in (".py", ".html", ".css", ".js")]
     return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
 
 
@@ -436,3 +442,142 @@ class TestCheckout:
         pip(venv, "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
         ours = site_of(venv) / DOORS
         assert self.found(venv, "sglang.srt.disaggregation.multimodal.modes") == [str(ours / "multimodal/modes.py")]
+
+
+class Release:
+    """scripts/release as a module, at work on a repository of its own with this checkout's files in one commit."""
+
+    def __init__(self, checkout: Path, changelog: str) -> None:
+        self.repo = checkout
+        for name in ("constraints.txt", ".gitignore"):
+            shutil.copy(REPO / name, checkout / name)
+        (checkout / "CHANGELOG.md").write_text(changelog)
+        self.git("init", "--quiet", "--initial-branch", "main")
+        self.commit()
+        self.script: Any = types.ModuleType("release")
+        self.script.__file__ = str(checkout / "scripts/release")
+        exec(compile((REPO / "scripts/release").read_text(), "scripts/release", "exec"), self.script.__dict__)
+
+    def git(self, *words: str) -> str:
+        identity = ("-c", "user.name=Tester", "-c", "user.email=tester@example.org", "-c", "commit.gpgsign=false")
+        return run("git", *identity, *words, cwd=self.repo)
+
+    def commit(self) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", "A commit")
+
+    @property
+    def changelog(self) -> str:
+        return (self.repo / "CHANGELOG.md").read_text()
+
+
+HERE = embedding_relay.__version__
+OPEN = f"# Changelog\n\n## {HERE} — unreleased\n\n- New\n\n### Mended\n\n- This\n\n## 0.0.1 — 2025-01-02\n\n- Old\n"
+CUT = OPEN.replace("unreleased", "2026-11-27")
+
+
+@pytest.fixture
+def release(checkout: Path) -> Release:
+    return Release(checkout, CUT)
+
+
+class TestRelease:
+    def test_the_changelog_begins_with_the_version_of_the_package(self, release: Release) -> None:
+        newest = release.script.sections((REPO / "CHANGELOG.md").read_text())[0]
+        assert newest.version == HERE
+        assert newest.text.strip()
+
+    def test_what_is_in_the_way_is_said_with_what_to_do(self, release: Release) -> None:
+        assert release.script.in_the_way(HERE) == []
+        release.git("tag", "v99.0")
+        (release.repo / "CHANGELOG.md").write_text("# Changelog\n\n## 0.0.1 — unreleased\n")
+        assert release.script.in_the_way(HERE) == [
+            "the tree is not clean: commit or remove CHANGELOG.md",
+            f"{HERE} is not above 99.0, which has a tag: scripts/release --open VERSION",
+            f"CHANGELOG.md begins with 0.0.1, and the package is {HERE}: they must be one",
+            "CHANGELOG.md says that 0.0.1 is unreleased: scripts/release --cut",
+            "CHANGELOG.md says nothing about 0.0.1",
+        ]
+
+    def test_a_version_is_opened_and_cut(self, release: Release, capsys: pytest.CaptureFixture[str]) -> None:
+        main = release.script.main
+        assert main(["--cut"]) == 1, "it has its date"
+        assert main(["--open", "0.0.9"]) == 1, "an older one"
+        assert main(["--open", "next"]) == 1
+        assert main(["--open", "2.0rc1"]) == 0
+        assert release.changelog == CUT.replace(f"## {HERE}", f"## 2.0rc1 — unreleased\n\n## {HERE}")
+        assert release.script.version_here() == "2.0rc1"
+        assert main(["--open", "3.0"]) == 1, "one at a time"
+        assert main(["--cut"]) == 0
+        assert re.search(r"## 2\.0rc1 — \d{4}-\d\d-\d\d\n", release.changelog)
+        assert "is not how a version is written" in capsys.readouterr().err
+
+    def test_two_builds_of_one_commit_are_alike(self, release: Release, tmp_path: Path) -> None:
+        """They differ in place, time of the files, and umask. What is not in the commit gets into neither."""
+        (release.repo / "python/embedding_relay/stray.py").write_text("")
+        commit, epoch = release.git("rev-parse", "HEAD").strip(), 1_700_000_000
+        release.script.build_twice(commit, epoch, tmp_path, tmp_path / "out")
+        (wheel,), (sdist,) = ([*(tmp_path / "out").glob(kind)] for kind in ("*.whl", "*.tar.gz"))
+        assert {member.date_time for member in zipfile.ZipFile(wheel).infolist()} == {time.gmtime(epoch)[:6]}
+        with tarfile.open(sdist) as archive:
+            assert {member.mtime for member in archive.getmembers()} == {epoch}
+        assert "embedding_relay/stray.py" not in zipfile.ZipFile(wheel).namelist()
+
+    def test_builds_that_differ_are_named(
+        self, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def build(what: str, command: list[Any], **options: Any) -> None:
+            out = command[command.index("--outdir" if "--outdir" in command else "--directory") + 1]
+            out.mkdir()
+            (out / "same.tar.gz").write_text("same")
+            (out / "other.whl").write_text(what)
+
+        monkeypatch.setattr(release.script, "call", build)
+        with pytest.raises(release.script.InTheWay, match=r"differ in other\.whl: "):
+            release.script.build_twice("HEAD", 1, tmp_path, tmp_path / "out")
+
+    def test_its_papers(
+        self, release: Release, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """All but the builds, which have a test of their own, and the hashes, which only the package index knows."""
+        extras = release.script.EXTRAS if importlib.util.find_spec("torch") else ("batch",)
+        bill = release.script.bill_of_materials(HERE, 1_700_000_000, extras)
+        hashed = "".join(f"{name}=={version} \\\n    --hash=…\n" for name, version in self.parts(bill))
+        monkeypatch.setattr(release.script, "bill_of_materials", lambda version, epoch: bill)
+        monkeypatch.setattr(release.script, "build_twice", lambda commit, epoch, folder, out: out.mkdir())
+        monkeypatch.setattr(release.script, "write_hashed", lambda path: path.write_text(hashed))
+        assert release.script.main(["--no-tests"]) == 0
+        assert f"git tag --annotate v{HERE} " in capsys.readouterr().out
+        dist = release.repo / "dist"
+        assert (dist / "release-notes.md").read_text() == f"{DISTRIBUTION} {HERE}\n\n- New\n\n### Mended\n\n- This\n"
+        run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=dist)
+        assert len((dist / "SHA256SUMS").read_text().splitlines()) == len(list(dist.iterdir())) - 1
+        assert json.loads((dist / f"{DISTRIBUTION}-{HERE}.cdx.json").read_text()) == bill
+        self.check_bill(bill)
+        hashed = hashed.replace("==", "==0", 1)
+        assert release.script.main(["--no-tests"]) == 1
+        assert "scripts/setup" in capsys.readouterr().err
+
+    def parts(self, bill: dict[str, Any]) -> set[tuple[str, str]]:
+        return {(part["name"], part["version"]) for part in bill["components"]}
+
+    def check_bill(self, bill: dict[str, Any]) -> None:
+        pinned = {re.sub("[-_.]+", "-", line.lower()) for line in (REPO / "constraints.txt").read_text().splitlines()}
+        names = {name for name, _ in self.parts(bill)}
+        assert {re.sub("[-_.]+", "-", f"{name}=={version}") for name, version in self.parts(bill)} <= pinned
+        assert {"aiohttp", "msgspec", "fastapi", "starlette", "diskcache"} <= names
+        assert not names & {"pytest", "mypy", "ruff", DISTRIBUTION}
+        licenses = {part["name"]: part.get("licenses") for part in bill["components"]}
+        assert licenses["fastapi"] == [{"expression": "MIT"}]
+        needs = {entry["ref"]: entry["dependsOn"] for entry in bill["dependencies"]}
+        assert needs.keys() == {part["bom-ref"] for part in (*bill["components"], bill["metadata"]["component"])}
+        assert {child for children in needs.values() for child in children} <= needs.keys()
+
+    def test_nothing_is_built_while_something_is_in_the_way(
+        self, release: Release, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (release.repo / "CHANGELOG.md").write_text(OPEN)
+        release.commit()
+        assert release.script.main(["--no-tests"]) == 1
+        assert "scripts/release --cut" in capsys.readouterr().out
+        assert not (release.repo / "dist").exists()
