@@ -1,5 +1,7 @@
-"""Generated pages say what the code says now; the files, lanes and links that a page names are there."""
+"""Generated pages say what the code says now; the files, lanes, links and messages that a page names are there."""
 
+import ast
+import functools
 import re
 import subprocess
 import sys
@@ -8,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from support.repo import REPO
+from support.pages import code_in
+from support.repo import REPO, our_modules
 
 # The changelog also names what was.
-LINKING = [*sorted(REPO.glob("*.md")), *sorted(REPO.glob("docs/*.md"))]
+LINKING = [page for folder in ("", "docs/", "deploy/") for page in sorted(REPO.glob(f"{folder}*.md"))]
 PAGES = [page for page in LINKING if page.name != "CHANGELOG.md"]
-FOLDERS = ("python", "scripts", "test", "benchmark", "docs", ".ci")
+FOLDERS = ("python", "scripts", "test", "benchmark", "docs", "deploy", ".ci")
 # A path from the root of the repository, wherever it is written, commands included.
 FROM_THE_ROOT = re.compile(rf"(?<![\w./:-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*[\w/]")
 # One word in back-ticks that is a file of ours, or a folder: the end of its path is enough.
@@ -102,3 +105,36 @@ def test_what_is_not_there_is_noticed() -> None:
         "unit",
         "fuzz",
     }
+
+
+# ---- messages that pages quote
+
+
+@functools.cache
+def texts_of_our_code() -> str:
+    trees = [ast.parse(path.read_text()) for path in our_modules().values() if path.suffix == ".py"]
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def strange_words(message: str) -> list[str]:
+    """Those that follow each other nowhere in our code; a few may be values, and no message."""
+    words, at, strange = message.split(), 0, []
+    while at < len(words):
+        together = (end for end in range(len(words), at + 1, -1) if " ".join(words[at:end]) in texts_of_our_code())
+        end = next(together, at)
+        strange += words[at : at + 1] if end == at else []
+        at = max(end, at + 1)
+    return strange if len(strange) > len(words) // 3 else []
+
+
+@pytest.mark.parametrize("name", ["operations.md", "two-hosts.md", "security.md", "three-stages.md"])
+def test_messages_that_a_page_quotes_are_ours(name: str) -> None:
+    quoted = [code for code in code_in((REPO / "docs" / name).read_text()) if "…" in code and code[:4] != "smg "]
+    pieces = {piece.strip() for code in quoted for piece in code.split("…") if len(piece.split()) > 2}
+    assert {piece: strange for piece in pieces if (strange := strange_words(piece))} == {}
+
+
+def test_a_message_that_nobody_writes_is_noticed() -> None:
+    assert strange_words("no language instance has asked for room") == []
+    assert strange_words("no language server has ever wanted room")
