@@ -129,7 +129,11 @@ def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="address of this machine for the test transfer within it (default: %(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="leave out the import of SGLang, which takes most time")
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="also import SGLang and apply every hook, as a server does at its start, and takes as long",
+    )
     parser.add_argument("--json", action="store_true", help="write all findings as one JSON object")
 
 

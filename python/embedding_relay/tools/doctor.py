@@ -59,8 +59,8 @@ def findings(arguments: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
         yield _MACHINE, guarded(name, check)
     for finding in _guarded_transfer(arguments.host):
         yield _MACHINE, finding
-    if not arguments.quick:
-        yield _MACHINE, guarded("hooks", doctor_machine.check_hooks)
+    if arguments.thorough:
+        yield _MACHINE, guarded("import", doctor_machine.apply_hooks)
     yield from doctor_peer.check_peers(arguments.peer, arguments.api_key)
 
 

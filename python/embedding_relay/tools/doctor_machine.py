@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import dataclasses
 import enum
@@ -11,12 +12,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -29,7 +32,6 @@ from embedding_relay.protocol.errors import SettingError
 
 _PYTHONS: Final = ((3, 11), (3, 13))
 _SGLANG_EXTRA: Final = "pip install 'sglang-embedding-relay[sglang]'"
-_COMPATIBILITY: Final = "sglang.srt.disaggregation.multimodal.compatibility"
 # All three provide `mooncake.engine`.
 WHEELS: Final = (
     "mooncake-transfer-engine",
@@ -52,7 +54,7 @@ _TIMEX_BYTES: Final = 512
 _TRANSFER_TIMEOUT: Final = 60.0
 _IMPORT_TIMEOUT: Final = 180.0
 # The hooks are applied as SGLang does it at the start of a server. What it imports may write to stdout as well.
-_APPLY_HOOKS: Final = """
+APPLY_HOOKS: Final = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.disaggregation.multimodal import hooks
@@ -147,12 +149,18 @@ def sglang_version() -> str | None:
         return None
 
 
-def compatibility() -> ModuleType:
-    """The module that knows which versions are tested. It is read from its file: its package would import SGLang."""
+def _ours(module: str) -> ModuleSpec:
+    """Of a module of ours below SGLang's name, without an import of its package, which would import SGLang."""
     doors.open_doors()
     finder = next(one for one in sys.meta_path if type(one).__name__ == doors.DoorFinder.__name__)
-    spec = finder.find_spec(_COMPATIBILITY, None)
+    spec = finder.find_spec(f"sglang.srt.disaggregation.multimodal.{module}", None)
     assert spec is not None
+    return spec
+
+
+def compatibility() -> ModuleType:
+    """The module that knows which versions are tested, which imports nothing of SGLang itself."""
+    spec = _ours("compatibility")
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -175,22 +183,57 @@ def check_sglang() -> Finding:
 
 
 def check_hooks() -> Finding:
-    """In a process of its own: what SGLang imports takes its time, and may end its process."""
-    if sglang_version() is None:
+    """By SGLang's sources, which takes no time. Whether they apply is known when they are applied: `apply_hooks`."""
+    spec = importlib.util.find_spec("sglang") if sglang_version() else None
+    if spec is None or spec.origin is None:
         return skipped("hooks", "there is no SGLang to change")
+    place = Path(spec.origin).parent.parent
+    targets = hook_targets(Path(_ours("hooks").origin or "").read_text())
+    if missing := [target for target in targets if not _is_in(place, target)]:
+        said = f"this SGLang lacks what these hooks change: {', '.join(missing)}"
+        return failed("hooks", said, "install a tested SGLang; see docs/compatibility.md", missing=missing)
+    return ok("hooks", f"SGLang has all {len(targets)} functions that they change")
+
+
+def hook_targets(source: str) -> list[str]:
+    """The targets of the table in `hooks.py`, from its text."""
+    tree, constants, found = ast.parse(source), {}, []
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            constants[ast.unparse(node.target)] = node.value.value
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "HOOKS":
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == "Hook"]
+            found = [eval(ast.unparse(call.args[0]), {"__builtins__": {}}, constants) for call in calls]
+    return found
+
+
+def _is_in(place: Path, target: str) -> bool:
+    names = target.split(".")
+    while names and not (place.joinpath(*names).with_suffix(".py")).is_file():
+        names.pop()
+    text = _text(place.joinpath(*names).with_suffix(".py")) if names else ""
+    *classes, function = target.split(".")[len(names) :]
+    known = [rf"^class {name}\b" for name in classes] + [rf"^\s*(async )?def {function}\b"]
+    return bool(text) and all(re.search(pattern, text, re.MULTILINE) for pattern in known)
+
+
+def apply_hooks() -> Finding:
+    """As at the start of a server, in a process of its own: what SGLang imports takes time, and may end its process."""
+    if sglang_version() is None:
+        return skipped("import", "there is no SGLang to import")
     try:
-        ended = _run([sys.executable, "-c", _APPLY_HOOKS], _IMPORT_TIMEOUT)
+        ended = _run([sys.executable, "-c", APPLY_HOOKS], _IMPORT_TIMEOUT)
     except subprocess.TimeoutExpired:
         said = f"SGLang was not imported within {_IMPORT_TIMEOUT:g} s"
-        return failed("hooks", said, "look at the load of the machine, and at its disk")
+        return failed("import", said, "look at the load of the machine, and at its disk")
     if not ended.returncode:
-        return ok("hooks", "SGLang can be imported here, and every hook applies")
+        return ok("import", "SGLang can be imported here, and every hook applies")
     last = _last_line(ended.stderr)
     if last.startswith("doctor: "):
-        return failed("hooks", last.removeprefix("doctor: "), "see docs/compatibility.md")
+        return failed("import", last.removeprefix("doctor: "), "see docs/compatibility.md")
     how = f"status {ended.returncode}" if ended.returncode > 0 else f"signal {-ended.returncode}"
     todo = "run `python -c 'import sglang.srt.managers.scheduler'` and mend what it says"
-    return failed("hooks", f"SGLang cannot be imported ({how}): {last}", todo)
+    return failed("import", f"SGLang cannot be imported ({how}): {last}", todo)
 
 
 def check_settings() -> Finding:
@@ -428,6 +471,7 @@ CHECKS: Final[tuple[tuple[str, Callable[[], Finding]], ...]] = (
     ("python", check_python),
     ("plugin", check_plugin),
     ("sglang", check_sglang),
+    ("hooks", check_hooks),
     ("settings", check_settings),
     ("wheel", check_wheel),
     ("libraries", check_libraries),
@@ -438,4 +482,4 @@ CHECKS: Final[tuple[tuple[str, Callable[[], Finding]], ...]] = (
     ("clock", check_clock),
     ("cores", check_cores),
 )
-"""What takes no time. Beside these: `check_transfer` and `check_hooks`."""
+"""What takes no time. Beside these: `check_transfer` and `apply_hooks`."""

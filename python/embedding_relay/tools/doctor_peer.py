@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -136,14 +137,18 @@ def reach(url: str, api_key: str | None) -> tuple[Peer | None, Finding]:
         todo = "start the instance, or mend its address (its --host), its port or the firewall between"
         return None, failed("reach", f"nothing answers at {address}: {error}", todo)
     peer.clock_error = _clock_error(date)
-    if status == 200 and (info := _mapping(body)) is not None and "disaggregation_mode" in info:
+    if status == HTTPStatus.OK and (info := _mapping(body)) is not None and "disaggregation_mode" in info:
         peer.info, peer.facts = info, _facts_in(info)
         return _known(peer, address)
+    if (
+        status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) and _mapping(body) is not None
+    ):  # a registry says a sentence
+        return None, failed("reach", f"{address} wants an API key, or another one ({status})", "name it with --api-key")
     try:
         peer.entry, peer.registry, peer.url = _look_up(address), address, ""
     except RegistryError as error:
-        if status in (401, 403) and "refuses" not in str(error):
-            return None, failed("reach", f"{address} wants an API key ({status})", "name it with --api-key")
+        if status == HTTPStatus.UNAUTHORIZED:
+            return None, failed("reach", str(error), "give this machine a copy of the secret file of that instance")
         todo = "name the --port of an instance, or the --disaggregation-bootstrap-port of an encode instance"
         return None, failed("reach", f"what answers at {address} is no instance: {error}", todo)
     return peer, ok("reach", f"the registry of an encode instance, whose rank 0 is at {peer.entry.address}")
@@ -199,7 +204,7 @@ def check_health(peer: Peer) -> Finding:
     if not peer.url:
         return skipped("health", "only its registry was named; name its --port to have this looked at")
     status, _, _ = _get(f"{peer.url}/health", peer.headers)
-    if status == 200:
+    if status == HTTPStatus.OK:
         return ok("health", "it says that it is well")
     todo = "look for `relay is unhealthy` in its log, or wait for its start"
     return failed("health", f"/health answers {status}", todo)
@@ -208,7 +213,7 @@ def check_health(peer: Peer) -> Finding:
 def check_registry(peer: Peer) -> Finding:
     """Whoever wants rows asks there first, and then connects to the address that it names."""
     if peer.mode != _ENCODE or peer.registry is None:
-        return skipped("registry", "a language instance has none")
+        return skipped("registry", "it names none, as language instances")
     if peer.entry is None:
         try:
             peer.entry = _look_up(peer.registry)
@@ -296,9 +301,9 @@ def check_transfer(peer: Peer) -> Finding:
 
 def _own_address(other: Address) -> str:
     """By which the other side reaches this machine, as far as routes tell. No packet is sent."""
-    family = socket.AF_INET6 if ":" in other.host else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        probe.connect((other.host, other.port))
+    family, kind, protocol, _, address = socket.getaddrinfo(other.host, other.port, type=socket.SOCK_DGRAM)[0]
+    with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
+        probe.connect(address)
         return str(probe.getsockname()[0])
 
 

@@ -18,17 +18,20 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from contextlib import closing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from embedding_relay.config import MOONCAKE, RelayConfig
 from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import DTYPE_BYTES, BufferLayout
 from embedding_relay.memory.plane import DataPlane, Entry, Region
 from embedding_relay.memory.shared_plane import SharedMemoryDataPlane
-from embedding_relay.protocol.errors import RelayError
+from embedding_relay.protocol.errors import BAD_REQUEST, RelayError
 from embedding_relay.protocol.messages import MAX_ROOM, Handshake
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import look_up, parse_address
+
+if TYPE_CHECKING:
+    from embedding_relay.transport.language import LanguageManager
 
 # Of a local transfer: as much at once as a large picture has, again and again for a moment.
 _LENGTH: Final = 16 << 20
@@ -36,9 +39,10 @@ _PIECE: Final = 1 << 20
 _SECONDS: Final = 0.3
 
 # Of a transfer from a peer: rows that are on offer at a time, and pools of them, so that a picture takes some rounds.
-_OFFERED: Final = 256
+_OFFERED: Final = 64
 _POOLS: Final = 2
-_PICTURE: Final = 1120
+# Its side in pixels; the second for models that have not space for the first.
+_PICTURES: Final = (1120, 336)
 _LARGEST_POOL: Final = 2 << 30
 _PATIENCE: Final = 60.0
 _LOOK_EVERY: Final = 0.0005
@@ -46,6 +50,10 @@ _LOOK_EVERY: Final = 0.0005
 
 class Flawed(RelayError):
     """A transfer that came to nothing, and why."""
+
+
+class TooLarge(Flawed):
+    """The encode instance takes no picture of this size."""
 
 
 # ---- on this machine
@@ -107,11 +115,10 @@ def from_peer(url: str, registry: str, host: str, headers: Mapping[str, str]) ->
 
 def _take_rows(url: str, registry: str, host: str, headers: Mapping[str, str]) -> dict[str, Any]:
     from embedding_relay.memory.checks import ModelLimits
-    from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+    from embedding_relay.transport.language import LanguageManager
 
     config = RelayConfig.from_environment()
-    address = parse_address(registry)
-    rank = look_up(address, 0, config.keys.registry if config.keys else None)
+    rank = look_up(parse_address(registry), 0, config.keys.registry if config.keys else None)
     layout = layout_of(rank.handshake)
     config = dataclasses.replace(
         config,
@@ -124,35 +131,46 @@ def _take_rows(url: str, registry: str, host: str, headers: Mapping[str, str]) -
     # A picture of any kind, and nobody computes with its rows.
     anything = ModelLimits(vocabulary=(1 << 31) - 1, modalities=frozenset(range(64)))
     manager = LanguageManager.open(layout, config, host=host, ranks=1, max_rows=1 << 20, limits=anything)
-    room = secrets.randbelow(MAX_ROOM // rank.ranks) * rank.ranks  # the first of its ranks has it
     with closing(manager):
         manager.start()
-        asked = Asked(url, {"bootstrap_host": address.host, "bootstrap_port": address.port, "bootstrap_room": room})
-        asked.start(headers)
-        receiver = MooncakeEmbeddingReceiver(manager, registry, room)
-        receiver.start()
-        first = last = (0, 0.0)
-        deadline = time.monotonic() + _PATIENCE
-        while not is_final(receiver.poll()):
-            if (moved := receiver.bytes) != last[0]:
-                last = moved, time.monotonic()
-                first = first if first[0] else last
-            if asked.refusal and not first[0]:
-                raise Flawed(f"{url} refuses the request for rows: {asked.refusal}")
-            if time.monotonic() > deadline:
-                raise Flawed(f"the rows did not come within {_PATIENCE:g} s: the room is {receiver.poll().name}")
-            time.sleep(_LOOK_EVERY)
-        ended = time.monotonic()
-        if receiver.poll() is not Status.SUCCESS:
-            raise Flawed(str(receiver.failure()))
-        mooncake = f"Mooncake ({'TCP' if manager.plane.reads_any_memory else 'RDMA'})"
-        over = "shared memory" if manager.plane.mapped else mooncake
-        rows = receiver.rows().total
-    between = receiver.bytes - first[0]
-    seconds = ended - first[1]
-    answer = {"over": over, "rows": rows, "rounds": receiver.rounds, "bytes": receiver.bytes, "seconds": seconds}
-    if receiver.rounds > 1 and between > 0:
-        answer["bytes_per_s"] = between / seconds
+        for side in _PICTURES:
+            # The first of its ranks has such a room.
+            room = secrets.randbelow(MAX_ROOM // rank.ranks) * rank.ranks
+            try:
+                return _take_picture(manager, Request(url, registry, room, side, headers))
+            except TooLarge:
+                if side == _PICTURES[-1]:
+                    raise
+    raise AssertionError("there is a last picture")
+
+
+def _take_picture(manager: LanguageManager, request: Request) -> dict[str, Any]:
+    from embedding_relay.transport.language import MooncakeEmbeddingReceiver
+
+    receiver = MooncakeEmbeddingReceiver(manager, request.registry, request.room)
+    request.start()
+    receiver.start()
+    began, first_bytes, deadline = 0.0, 0, time.monotonic() + _PATIENCE
+    while not is_final(receiver.poll()):
+        now = time.monotonic()
+        if receiver.bytes and not began:
+            began, first_bytes = now, receiver.bytes
+        if (request.refusal and not began) or now > deadline:
+            receiver.abort()
+            raise request.failure(f"the rows did not come within {_PATIENCE:g} s: the room is {receiver.poll().name}")
+        time.sleep(_LOOK_EVERY)
+    seconds = time.monotonic() - began
+    if receiver.poll() is not Status.SUCCESS:
+        raise request.failure(str(receiver.failure()))
+    mooncake = f"Mooncake ({'TCP' if manager.plane.reads_any_memory else 'RDMA'})"
+    answer: dict[str, Any] = {
+        "over": "shared memory" if manager.plane.mapped else mooncake,
+        "rows": receiver.rows().total,
+        "rounds": receiver.rounds,
+        "bytes": receiver.bytes,
+    }
+    if began and receiver.bytes > first_bytes:  # else all were there when we first looked
+        answer |= {"seconds": seconds, "bytes_per_s": (receiver.bytes - first_bytes) / seconds}
     return answer
 
 
@@ -178,30 +196,43 @@ def layout_of(theirs: Handshake) -> BufferLayout:
     return layout
 
 
-class Asked:
+class Request:
     """The request at the encode instance, which is answered when its rows have left."""
 
-    def __init__(self, url: str, pairing: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, registry: str, room: int, side: int, headers: Mapping[str, str]) -> None:
+        self.registry = registry
+        self.room = room
         self.refusal = ""
         self._url = url
-        self._pairing = pairing
+        self._side = side
+        self._headers = headers
+        self._status = 0
 
-    def start(self, headers: Mapping[str, str]) -> None:
+    def failure(self, otherwise: str) -> Flawed:
+        if self._status == BAD_REQUEST:
+            return TooLarge(f"{self._url} refuses a picture of {self._side} pixels: {self.refusal}")
+        return Flawed(f"{self._url} refuses the request for rows: {self.refusal}" if self.refusal else otherwise)
+
+    def start(self) -> None:
         from embedding_relay.tools.chat_client import chat_body, picture
 
-        seed = secrets.randbelow(1 << 32)  # one that its cache has not
-        images = [picture(_PICTURE, _PICTURE, seed)]
-        body = chat_body(images, "What is this?", max_tokens=1, logprobs=False, **self._pairing)
-        threading.Thread(target=self._ask, args=(body, headers), daemon=True).start()
+        where = parse_address(self.registry)
+        pairing = {"bootstrap_host": where.host, "bootstrap_port": where.port, "bootstrap_room": self.room}
+        # One that its cache has not.
+        shown = picture(self._side, self._side, secrets.randbelow(1 << 32))
+        body = chat_body([shown], "What is this?", max_tokens=1, logprobs=False, **pairing)
+        threading.Thread(target=self._ask, args=(body,), daemon=True).start()
 
-    def _ask(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    def _ask(self, body: Mapping[str, Any]) -> None:
         from embedding_relay.tools.chat_client import post
 
         try:
-            answer = post(f"{self._url}/v1/chat/completions", body, headers=headers, timeout=_PATIENCE)
-            self.refusal = "" if answer.ok else f"{answer.status} {json.dumps(answer.body)[:300]}"
+            answer = post(f"{self._url}/v1/chat/completions", body, headers=self._headers, timeout=_PATIENCE)
         except OSError as error:
             self.refusal = str(error)
+            return
+        if not answer.ok:
+            self._status, self.refusal = answer.status, f"{answer.status} {json.dumps(answer.body)[:300]}"
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -105,7 +106,7 @@ def understand(page: str, at: float) -> Sample:
         for sample in family.samples:
             name = sample.name.removeprefix(PREFIX).removesuffix("_total")
             modes.add(sample.labels.get("mode", ""))
-            if "le" in sample.labels:
+            if "le" in sample.labels or not math.isfinite(sample.value):
                 continue
             numbers[name] = numbers.get(name, 0.0) + sample.value
             if name == "requests" and sample.labels.get("status_code") != "200":

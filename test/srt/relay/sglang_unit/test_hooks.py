@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import pkgutil
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from embedding_relay.protocol.errors import SettingError
+from embedding_relay.tools import doctor_machine
 from sglang.srt.disaggregation.multimodal import hooks, modes
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ReleaseMemoryOccupationReqInput
 from sglang.srt.plugins import hook_registry
@@ -38,6 +40,15 @@ def test_a_hook_that_did_not_take_is_named(hook: hooks.Hook, monkeypatch: pytest
     with pytest.raises(SettingError, match="did not apply") as error:
         hooks.verify()
     assert hook.target in str(error.value)
+
+
+def test_the_doctor_applies_them_and_names_one_that_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it runs in a process of its own, here in one that has SGLang already."""
+    exec(doctor_machine.APPLY_HOOKS, {})
+    place, _, name = hooks.HOOKS[0].target.rpartition(".")
+    monkeypatch.setattr(pkgutil.resolve_name(place), name, bare(hooks.HOOKS[0].target))
+    with pytest.raises(SystemExit, match=f"doctor: the hook on {re.escape(hooks.HOOKS[0].target)} did not apply"):
+        exec(doctor_machine.APPLY_HOOKS, {})
 
 
 @functools.cache

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from embedding_relay import __version__
+from embedding_relay.config import RelayConfig
+from embedding_relay.keys import Keys
+from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.errors import BAD_GATEWAY, BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.protocol.status import Status
+from embedding_relay.tools.doctor_peer import InstanceFacts
+from embedding_relay.transport.language import LanguageManager
 from sglang.srt.disaggregation.multimodal import roles
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput, ReleaseMemoryOccupationReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    PauseGenerationReqInput,
+    ReleaseMemoryOccupationReqInput,
+)
 from support import scheduler as stand_ins
 from support.scheduler import SchedulerWithoutModel, TransferWithoutThread
 
@@ -206,3 +220,36 @@ def test_start_and_close_take_everything_along(
     role.close()
     assert calls == ["start", "pulse", "pulse", "close"]
     assert registered == [transfer.wakeup_fd], "SGLang's own sleep ends when a room changes"
+
+
+# ---- what an operator's tools read
+
+
+def described(scheduler: SchedulerWithoutModel) -> dict[str, Any]:
+    """What /server_info gets from this scheduler; the rest of it is SGLang's own."""
+    scheduler.internal_state = SimpleNamespace(
+        get_internal_state=lambda request: GetInternalStateReqOutput(internal_state={"page_size": 1})
+    )
+    answer = scheduler.get_internal_state(GetInternalStateReq())
+    assert answer.internal_state.pop("page_size") == 1
+    return dict(answer.internal_state)
+
+
+def test_an_instance_says_what_it_is(scheduler: SchedulerWithoutModel, role: LanguageRole) -> None:
+    secret = Keys.of(b"not to be shown" * 3)
+    manager = object.__new__(LanguageManager)  # of which only its layout and its settings are looked at
+    manager.layout = BufferLayout(64, "bfloat16", 0, 16, 32, model=(("layers", "2"),))
+    manager.config = RelayConfig(heartbeat_interval=4.0, keys=secret)
+    role.manager = manager
+    said = json.loads(json.dumps(described(scheduler)["embedding_relay"]))
+    assert "not to be shown" not in str(said)
+    facts = msgspec.convert(said, InstanceFacts, strict=False)
+    assert facts.handshake == manager.layout.handshake()
+    assert (facts.version, facts.mode, facts.data_plane) == (__version__, "language", "auto")
+    assert (facts.has_secret, facts.heartbeat) == (True, 12.0)
+
+
+def test_a_scheduler_that_is_none_of_ours_says_nothing_of_it(scheduler: SchedulerWithoutModel) -> None:
+    assert described(scheduler) == {}, "a rank without a transfer"
+    scheduler.embedding_relay = None
+    assert described(scheduler) == {}, "another mode"

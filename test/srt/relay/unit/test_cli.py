@@ -1,6 +1,10 @@
 """The `sglang-relay` command line."""
 
+import argparse
+import resource
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +53,32 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"sglang-relay {embedding_relay.__version__}\n"
+
+
+def commands(parser: argparse.ArgumentParser, *before: str) -> Iterator[tuple[str, ...]]:
+    """Every command there is, as it is typed, with the commands below it."""
+    yield before
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from commands(below, *before, name)
+
+
+@pytest.mark.parametrize("option", ["--help", "--no-such-option"])
+@pytest.mark.parametrize("command", list(commands(cli.build_parser())), ids=" ".join)
+def test_help_and_wrong_options_are_answered_in_half_a_second(command: tuple[str, ...], option: str) -> None:
+    """Of a processor's time, which does not depend on what else this machine does."""
+    before = seconds_of_children()
+    line = [sys.executable, "-m", "embedding_relay", *command, option]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert seconds_of_children() - before < 0.5
+    assert ended.returncode == (0 if option == "--help" else 2), ended.stderr
+    assert "usage: sglang-relay" in (ended.stdout or ended.stderr)
+
+
+def seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_what_comes_with_sglang_is_named_when_it_is_missing(

@@ -345,6 +345,12 @@ def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
         role.hear_abort(recv_req)
 
 
+def describe_ourselves(result: Any, scheduler: Any, *_: Any) -> None:
+    """At /server_info: `sglang-relay doctor` compares both halves of a pair by it."""
+    if (role := _role_of(scheduler)) is not None and (facts := role.facts()) is not None:
+        result.internal_state["embedding_relay"] = facts
+
+
 def close_role(_result: Any, scheduler: Any) -> None:
     if (role := _role_of(scheduler)) is not None:
         role.close()
@@ -412,6 +418,7 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.flush_cache", flush_beside_parked, HookType.AROUND),
     Hook(f"{_WEIGHT_UPDATER}.release_memory_occupation", release_memory_beside_parked, HookType.AROUND),
     Hook(f"{_SCHEDULER}.abort_request", abort_ours, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.get_internal_state", describe_ourselves, HookType.AFTER),
     Hook(f"{_SCHEDULER}.release_host_resources", close_role, HookType.AFTER),
 )
 

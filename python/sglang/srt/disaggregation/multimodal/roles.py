@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Final, Generic, TypeVar
 import msgspec
 import zmq
 
+from embedding_relay import __version__
 from embedding_relay.observer import NOBODY
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, UNAVAILABLE, Failure
 from embedding_relay.pulse import Pulse, socket_name
 from embedding_relay.recorder_socket import Teller, name_of_scheduler
 from embedding_relay.transport.encode import NoTransfer
-from embedding_relay.transport.manager import Manager
+from embedding_relay.transport.manager import Manager, MooncakeEmbeddingManager
 from sglang.srt.disaggregation.multimodal import compatibility
 from sglang.srt.disaggregation.multimodal.front import Refusal, abort_message, lost_rows_in, refusal_in
 from sglang.srt.runtime_context import get_parallel, get_serving
@@ -205,6 +206,21 @@ class Role(abc.ABC, Generic[M]):
         """
         if self.is_first and self.scheduler_idle and not self.is_idle() and not self.has_work():
             self._poller.poll(self.longest_sleep_ms)
+
+    def facts(self) -> dict[str, Any] | None:
+        """What this instance is, for an operator's tools; nothing secret. None in a rank without a transfer."""
+        manager = self.manager
+        if not isinstance(manager, MooncakeEmbeddingManager):
+            return None
+        config = manager.config
+        return {
+            "version": __version__,
+            "mode": self.mode,
+            "handshake": msgspec.to_builtins(manager.layout.handshake()),
+            "data_plane": config.data_plane,
+            "has_secret": config.keys is not None,
+            "heartbeat": config.heartbeat_interval * (config.heartbeat_max_failures + 1),
+        }
 
     def reason_to_turn_away(self) -> Failure | None:
         """Why no further request that waits for rows is admitted, if so."""
