@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import urllib.error
@@ -32,6 +33,7 @@ register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 REQUESTS = 12
 BURST = 200
 FEW = 4
+RELAY = str(Path(sys.executable).with_name("sglang-relay"))
 
 # Two tokenizer workers at each half, and a pool that a burst has to wait for.
 pytestmark = pytest.mark.parametrize("pair", [LARGE], ids=[LARGE.name], indirect=True, scope="session")
@@ -133,6 +135,43 @@ def test_a_workbook_of_pictures(pair: Pair, tmp_path: Path) -> None:
     assert answers == [
         Question("row", (squares(pair.family, side, side, seed), text)).ask(pair.url).text for text, side, seed in rows
     ]
+
+
+TRACED = (
+    *("request received", "prompt processed", "asked for rows from 0 on", "vision tower begins", "vision tower ends"),
+    *("blocks offered for 256 rows", "resume: blocks for row 256 on", "rows 0-255 written", "rows 0-255 copied"),
+    *("rows are here", "handed over to SGLang", "prefill began", "prefill ended", "first token", "answered"),
+)
+
+
+def test_trace_shows_what_became_of_a_request_on_both_halves(pair: Pair, tmp_path: Path) -> None:
+    """Whichever of the tokenizer workers had it, on either half."""
+    question = Question("traced", (squares(pair.family, 20, 20, 77), "what"))
+    answer = question.ask(pair.url)
+    assert answer.ok
+    command = [RELAY, "trace", "--last", "1", "--router", pair.url, "--svg", str(tmp_path / "trace.svg")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"{answer.prompt_tokens} rows in 2 rounds" in ended.stdout
+    assert [said for said in TRACED if said not in ended.stdout] == [], ended.stdout
+    assert "one clock: both halves are on one machine" in ended.stdout
+    assert "did not answer" not in ended.stdout
+    took = float(re.search(r"first token after ([\d,.]+) ms", ended.stdout)[1].replace(",", ""))  # type: ignore[index]
+    assert took < answer.seconds * 1000
+    assert "first token" in (tmp_path / "trace.svg").read_text()
+
+
+def test_trace_is_not_for_the_clients_of_the_router(pair: Pair) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{pair.url}/relay/trace?last=1", timeout=30)
+    refused.value.close()
+    assert refused.value.code == 404
+    for half in ("encode", "language"):
+        from_a_page = urllib.request.Request(f"{pair[half].url}/relay/trace?last=1", headers={"Origin": "http://x"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(from_a_page, timeout=30)
+        refused.value.close()
+        assert refused.value.code == 403
 
 
 def burst_questions(family: str) -> list[Question]:
