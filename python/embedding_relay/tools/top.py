@@ -202,7 +202,7 @@ def _lines_of(instance: Instance, now: float, paint: Paint) -> Iterator[str]:
     shared = instance.number("shared_memory_peers")
     others = "language ranks" if instance.last.mode == ENCODE else "encode ranks"
     known = max(shared, instance.number("sessions") + instance.number("peers"))
-    yield f"  {_short(instance.number('rooms'))} rooms; shared memory with {shared:.0f} of {known:.0f} {others}"
+    yield f"  rooms: {_short(instance.number('rooms'))}; shared memory with {shared:.0f} of {known:.0f} {others}"
     if flaws := list(_flaws_of(instance, paint)):
         yield f"  {', '.join(flaws)}"
 
@@ -214,9 +214,9 @@ def _flaws_of(instance: Instance, paint: Paint) -> Iterator[str]:
     if blocks := instance.number("quarantined_blocks"):
         yield paint.yellow(f"{_short(blocks)} blocks in quarantine")
     if overdue := instance.number("overdue_rooms"):
-        yield paint.red(f"{_short(overdue)} rooms overdue")
+        yield paint.red(f"{_short(overdue)} overdue")
     if unquiet := instance.number("unquiet_rooms"):
-        yield paint.yellow(f"{_short(unquiet)} rooms unquiet")
+        yield paint.yellow(f"{_short(unquiet)} unquiet")
 
 
 def _cells(instance: Instance) -> dict[str, str]:
@@ -356,7 +356,7 @@ def _for_ever(watch: Watch, interval: float) -> int:
 
 
 def _frame(watch: Watch, instances: Sequence[Instance], interval: float, paint: Paint) -> list[str]:
-    heading = f"sglang-relay top  {time.strftime('%H:%M:%S')}  every {interval:g} s  {len(instances)} instances"
+    heading = f"sglang-relay top  {time.strftime('%H:%M:%S')}  every {interval:g} s  instances: {len(instances)}"
     lines = screen(instances, time.time(), heading, paint)
     return [*lines, "", paint.red(watch.problem)] if watch.problem else lines
 

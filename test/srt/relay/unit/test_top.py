@@ -177,16 +177,16 @@ def test_a_language_instance_at_a_glance() -> None:
         "rounds": "2",
         "wait": "50ms",
     }
-    assert "  12 rooms; shared memory with 1 of 2 encode ranks" in lines
-    assert "  4 failed, 4 blocks in quarantine, 1 rooms overdue" in lines
+    assert "  rooms: 12; shared memory with 1 of 2 encode ranks" in lines
+    assert "  4 failed, 4 blocks in quarantine, 1 overdue" in lines
 
 
 def test_an_encode_instance_at_a_glance() -> None:
     lines = shown("encode")
     found = columns(lines)
     assert (found["parked"], found["writes"], found["req/s"], found["B/s"]) == ("7", "5", "2", "100M")
-    assert "  12 rooms; shared memory with 1 of 2 language ranks" in lines
-    assert any("1 rooms unquiet" in line for line in lines)
+    assert "  rooms: 12; shared memory with 1 of 2 language ranks" in lines
+    assert any("1 unquiet" in line for line in lines)
 
 
 def test_eighty_columns_are_enough() -> None:
