@@ -185,6 +185,9 @@ class RelayMetrics:
                 case "histogram":
                     histogram = prometheus.Histogram(*about, registry=where, buckets=metric.buckets)
                     self._histograms[metric.source] = histogram.labels(**self._labels)
+        for event in Event:
+            # From the start: of a series that begins with its first event, Prometheus' `increase` is 0.
+            self._counters[EVENTS.source].labels(**self._labels, event=event.value)
 
     def counted(self, numbers: Numbers) -> None:
         for name, size in numbers.sizes.items():

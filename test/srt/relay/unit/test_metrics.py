@@ -65,6 +65,11 @@ def test_failures_are_told_apart_by_status_code_and_successes_are_counted_with_t
     assert found == {"200": 1, "400": 3, "502": 1, "503": None}
 
 
+def test_every_event_is_there_before_it_happens() -> None:
+    encode = Served("encode")
+    assert {encode.value("events_total", event=event.value) for event in Event} == {0}
+
+
 def test_events_have_their_names() -> None:
     encode = Served("encode")
     encode.metrics.counted(Numbers(events=Counter({Event.UNDECODABLE: 4, Event.RESUME_IGNORED: 2})))
