@@ -5,18 +5,24 @@ SGLang's tokenizer manager, processor and loaders are real; support/tokenizing.p
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import struct
 import zlib
 from typing import Any
 
 import pytest
+import soundfile
 import torch
+import torchcodec
 from PIL import Image
 
 from embedding_relay.protocol.errors import INTERNAL, UNAVAILABLE
 from embedding_relay.tools.chat_client import data_uri
+from sglang.srt.disaggregation.multimodal import faults
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+from sglang.srt.utils.common import load_audio
 from support.preparing import GOOD_URI, PNG, fault, refusal, uri
 from support.tokenizing import IMAGE, VIDEO, TokenizerManagerWithoutScheduler
 
@@ -147,18 +153,61 @@ def test_nor_is_one_that_a_loader_wrapped(
     assert fault(manager, text=f"{IMAGE}a", image_data=[GOOD_URI]).status_code in (INTERNAL, UNAVAILABLE)
 
 
+NO_FFMPEG = "it lacks FFmpeg's libraries (apt-get install ffmpeg)"
+
+
+@pytest.fixture
+def no_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchcodec as it is where it finds no library of FFmpeg, with all that it says then."""
+
+    def cannot_be_loaded(path: str) -> None:
+        raise OSError(f"{path}: libavutil.so.58: cannot open shared object file: No such file or directory")
+
+    load = torchcodec._core.ops.load_core_libraries.__wrapped__
+    monkeypatch.setattr(torchcodec, "ffmpeg_major_version", None)
+    monkeypatch.setattr(torch.ops, "load_library", cannot_be_loaded)
+    for decoder in ("sglang.srt.utils.common.VideoDecoderWrapper", "torchcodec.decoders.AudioDecoder"):
+        monkeypatch.setattr(decoder, lambda *_, **__: load())
+
+
+@pytest.mark.usefixtures("no_ffmpeg")
 def test_nor_is_a_video_on_a_server_without_its_decoder(
-    manager: TokenizerManagerWithoutScheduler, monkeypatch: pytest.MonkeyPatch
+    manager: TokenizerManagerWithoutScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SGLang makes a ValueError of whatever its decoder says. This is what torchcodec says without FFmpeg."""
-
-    class Decoder:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            raise RuntimeError("Could not load libtorchcodec. Likely causes: FFmpeg is not properly installed")
-
-    monkeypatch.setattr("sglang.srt.utils.common.VideoDecoderWrapper", Decoder)
+    """SGLang makes a ValueError of whatever its decoder says."""
     video = {"text": f"{VIDEO}a", "video_data": [uri(b"video", "video/mp4")]}
-    assert fault(manager, "lacks FFmpeg's libraries", **video).status_code == INTERNAL
+    with caplog.at_level(logging.INFO):
+        assert fault(manager, NO_FFMPEG, **video).status_code == INTERNAL
+    assert caplog.text.count("\n") == len(caplog.records), "a line each"
+    assert f"relay: this encode instance cannot decode a video: {NO_FFMPEG}" in caplog.text
+
+
+@pytest.mark.usefixtures("no_ffmpeg")
+def test_an_audio_there_is_decoded_and_its_log_is_one_line(
+    manager: TokenizerManagerWithoutScheduler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang tries torchcodec first, and logs all that it says: a traceback for each version of FFmpeg."""
+    sound = io.BytesIO()
+    soundfile.write(sound, [0.5] * 160, 16_000, format="WAV")
+    manager.prepare(text=f"{IMAGE}a", image_data=[GOOD_URI])
+    assert len(load_audio(sound.getvalue())) == 160
+    (said,) = [record.getMessage() for record in caplog.records if "torchcodec" in record.getMessage()]
+    assert said == (
+        "torchcodec AudioDecoder failed (FFmpeg's libraries are missing); falling back to soundfile + torchaudio."
+    )
+
+
+@pytest.mark.usefixtures("no_ffmpeg")
+def test_a_machine_without_it_says_so_at_start(caplog: pytest.LogCaptureFixture) -> None:
+    faults.warn_without_ffmpeg()
+    (record,) = caplog.records
+    assert record.getMessage() == f"relay: this encode instance answers requests with videos with 500: {NO_FFMPEG}"
+
+
+def test_a_machine_with_it_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torchcodec, "ffmpeg_major_version", 5)
+    faults.warn_without_ffmpeg()
+    assert caplog.records == []
 
 
 def test_but_a_damaged_video_is(manager: TokenizerManagerWithoutScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,33 @@ _NEVER_THE_CLIENTS: Final = (ImportError, MemoryError, torch.OutOfMemoryError, t
 _OVERLOADED: Final = (MemoryError, torch.OutOfMemoryError)
 _NOT_DECODED: Final = re.compile(r"Could not decode (image|video|audio)")
 _LIBRARY_MISSING: Final = "Could not load libtorchcodec"
+# After which it goes on with a traceback for each version of FFmpeg that it has looked for.
+_LIBRARY_MISSING_AT_LENGTH: Final = re.compile(rf"{_LIBRARY_MISSING}.*?(loading traceback\]\.|\Z)", re.DOTALL)
+_NO_FFMPEG: Final = "it lacks FFmpeg's libraries (apt-get install ffmpeg)"
 
 # SGLang and what it uses put into their messages: objects and exceptions as Python writes them, and paths.
 _NOT_FOR_CLIENTS: Final = re.compile(
     r"<class |0x[0-9a-f]{6}|image mode=|Traceback|\w+(Error|Exception)\b|\b[A-Z]\w*\(\w+=|\[Errno|[{\[(]['\"]"
     r"|(?<![\w:/.<])[/~][\w.-]+/|file:"
 )
+
+
+def warn_without_ffmpeg() -> None:
+    """At start. Without FFmpeg's libraries torchcodec can be imported, and fails for each video."""
+    try:
+        import torchcodec
+    except (ImportError, OSError, RuntimeError):
+        return  # then SGLang has another decoder, or says for each video that it has none
+    if getattr(torchcodec, "ffmpeg_major_version", "") is None:
+        logger.warning("relay: this encode instance answers requests with videos with 500: %s", _NO_FFMPEG)
+
+
+def shorten(record: logging.LogRecord) -> bool:
+    """A filter for SGLang's log: it has all that torchcodec says for each audio, which then is decoded without it."""
+    said = record.getMessage()
+    if _LIBRARY_MISSING in said:
+        record.msg, record.args = _LIBRARY_MISSING_AT_LENGTH.sub("FFmpeg's libraries are missing", said), ()
+    return True
 
 
 def explained(error: Exception, mode: str, flaw: str = "") -> Exception:
@@ -93,9 +114,10 @@ def _top(module: str) -> str:
 
 
 def _fault_of_the_server(error: Exception, links: list[BaseException], mode: str) -> HTTPException:
-    logger.error("relay: this %s instance cannot prepare a request", mode, exc_info=error)
     if any(_LIBRARY_MISSING in str(link) for link in links):
-        return HTTPException(INTERNAL, f"this {mode} instance cannot decode videos: it lacks FFmpeg's libraries")
+        logger.error("relay: this %s instance cannot decode a video: %s", mode, _NO_FFMPEG)
+        return HTTPException(INTERNAL, f"this {mode} instance cannot decode videos: {_NO_FFMPEG}")
+    logger.error("relay: this %s instance cannot prepare a request", mode, exc_info=error)
     code = UNAVAILABLE if any(isinstance(link, _OVERLOADED) for link in links) else INTERNAL
     return HTTPException(code, f"this {mode} instance cannot prepare the prompt and its media: its log says why")
 

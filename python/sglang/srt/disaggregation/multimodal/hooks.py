@@ -100,9 +100,11 @@ def check_machine_first(_engine_class: Any, server_args: Any, *_: Any, **__: Any
 def share_cores(_result: Any, server_args: Any) -> None:
     """Where SGLang sets what its processes find in their environment: none of them exists yet."""
     if modes.of(server_args) is not None:
-        from sglang.srt.disaggregation.multimodal import server_settings
+        from sglang.srt.disaggregation.multimodal import faults, server_settings
 
         server_settings.share_cores()
+        if modes.of(server_args) == modes.ENCODE:
+            faults.warn_without_ffmpeg()
 
 
 def bring_plugins_along(port_args: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     """
     if not obj.contains_mm_input():
         return await original(manager, obj)
+    _shorten_logs()
     try:
         for field in _MEDIA_FIELDS:
             if (media := getattr(obj, field)) is not None:
@@ -57,6 +59,11 @@ def _sources() -> MediaSources:
     from sglang.srt.runtime_context import get_mm
 
     return MediaSources(RelayConfig.from_environment().allowed_media_dir, get_mm().media_url_max_file_size_mb)
+
+
+@functools.cache
+def _shorten_logs() -> None:
+    logging.getLogger("sglang.srt.utils.common").addFilter(faults.shorten)
 
 
 def guard_session(session: Any) -> Any:
