@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    here = {name: source for source, name in ELSEWHERE.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    sources = {name: source for source, name in ELSEWHERE.items()}
+    here, titles = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"), dict(titles_of(config.nav))
     parts = BLOCK.split(indented(markdown))
-    return "".join(
-        part if at % 2 else LINK.sub(lambda link: link_on_site(link, here), part) for at, part in enumerate(parts)
-    )
+    parts[::2] = [LINK.sub(lambda link: link_on_site(link, here, titles), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def titles_of(nav: list[Any]) -> Iterator[tuple[str, str]]:
+    """Each page of mkdocs.yml that has one."""
+    for entry in nav:
+        for title, below in entry.items() if isinstance(entry, dict) else ():
+            yield from titles_of(below) if isinstance(below, list) else [(below, title)]
 
 
 def indented(markdown: str) -> str:
@@ -47,17 +55,22 @@ def indented(markdown: str) -> str:
     return "".join(lines)
 
 
-def link_on_site(link: re.Match[str], here: str) -> str:
-    """The same link from page to page; without the link, where the site has no such page."""
+def link_on_site(link: re.Match[str], here: str, titles: Mapping[str, str]) -> str:
+    """The same link from page to page, by the page's title where the text is its file's name.
+
+    Without the link, where the site has no such page.
+    """
     text, target = link[1], link[2]
     path, _, anchor = target.partition("#")
     if re.match(r"[a-z]+:", target) or not path:
         return link[0]
     there = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+    there = f"docs/{ELSEWHERE[there]}" if there in ELSEWHERE else there
     if there == "README.md":
         return f"[{text}](index.md)"
-    if there in ELSEWHERE:
-        there = f"docs/{ELSEWHERE[there]}"
     if not there.startswith("docs/"):
         return text
-    return f"[{text}]({there.removeprefix('docs/')}{'#' * bool(anchor)}{anchor})"
+    name = there.removeprefix("docs/")
+    if text in (path, posixpath.basename(path)):
+        text = titles.get(name, text)
+    return f"[{text}]({name}{'#' * bool(anchor)}{anchor})"

@@ -299,8 +299,8 @@ def report(figures: Mapping[str, Any], traffic: Traffic) -> list[str]:
         f"model     {figures['architecture']}: hidden size {figures['hidden_size']}{deepstack}, {figures['dtype']}",
         f"row       {figures['bytes_per_row']:,} bytes",
         f"picture   {figures['rows_per_picture']:,} rows, {_size(figures['picture_bytes'])}",
-        f"request   {figures['rows_per_request']:,} rows, {_size(figures['request_bytes'])} to transfer: "
-        f"{traffic.pictures} of such pictures, {traffic.text_tokens} tokens of text",
+        f"request   {figures['rows_per_request']:,} rows, {_size(figures['request_bytes'])} to transfer "
+        f"(pictures: {traffic.pictures}, tokens of text: {traffic.text_tokens})",
         "",
         f"pool      {figures['blocks']:,} blocks of {figures['block_size']} rows, default {figures['default_rows']}: "
         f"{_size(figures['pool_bytes'])} of host memory on each instance",
@@ -309,8 +309,8 @@ def report(figures: Mapping[str, Any], traffic: Traffic) -> list[str]:
         "",
         f"for {figures['at_once']} such requests at a time, each in one round, set on all instances:",
         *(f"  {name}={setting}" for name, setting in figures["recommended"].items()),
-        f"That pool takes {_size(figures['recommended_pool_bytes'])} of host memory on each instance. With less memory "
-        "requests take more rounds, and none fails.",
+        f"That pool takes {_size(figures['recommended_pool_bytes'])} of host memory on each instance.",
+        "With less memory requests take more rounds, and none fails.",
     ]
     return [*lines, *_told_rates(figures)]
 

@@ -93,6 +93,8 @@ def hooks() -> ModuleType:
     ("here", "link", "there"),
     [
         ("docs/a.md", "[x](protocol.md#y)", "[x](protocol.md#y)"),
+        ("docs/a.md", "[protocol.md](protocol.md#y)", "[The protocol](protocol.md#y)"),
+        ("CONTRIBUTING.md", "[docs/protocol.md](docs/protocol.md)", "[The protocol](protocol.md)"),
         ("docs/a.md", "[x](../benchmark/README.md)", "[x](benchmarks.md)"),
         ("docs/a.md", "[x](../README.md#install)", "[x](index.md)"),
         ("docs/a.md", "[x](../deploy/compose.yaml)", "x"),
@@ -103,7 +105,7 @@ def hooks() -> ModuleType:
     ],
 )
 def test_links_are_those_of_the_site(hooks: ModuleType, here: str, link: str, there: str) -> None:
-    assert hooks.link_on_site(hooks.LINK.fullmatch(link), here) == there
+    assert hooks.link_on_site(hooks.LINK.fullmatch(link), here, {"protocol.md": "The protocol"}) == there
 
 
 def test_what_belongs_to_an_item_of_a_list_is_indented_for_python(hooks: ModuleType) -> None:
