@@ -98,7 +98,8 @@ def read_model(name: str, dtype: str = "auto") -> Model:
     for beside in (path.with_name(other) for other in _PROCESSORS):
         if beside.exists():
             found = _read_json(beside)
-            processor = {**found, **found.get("image_processor", {}), **processor}
+            inside = found.get("image_processor")
+            processor = {**found, **(inside if isinstance(inside, dict) else {}), **processor}
     inner = _inner(config)
     text = _text(inner)
     hidden, vision = text.get("hidden_size"), inner.get("vision_config") or {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import transformers
@@ -57,3 +59,15 @@ def said_by(block: pages.Block, capsys: pytest.CaptureFixture[str]) -> str:
     model = str(tiny_model.cached("qwen3_vl"))
     assert cli.main([model if word == "/tmp/tiny-model" else word for word in command.words[1:]]) == 0
     return capsys.readouterr().out
+
+
+def test_a_name_whose_files_are_in_the_cache_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hugging Face's library lays it out. Nothing is fetched: a name that is not there is refused."""
+    here = tmp_path / "models--Some--Model"
+    (here / "refs").mkdir(parents=True)
+    (here / "refs/main").write_text("0" * 40)
+    shutil.copytree(tiny_model.cached("qwen3_vl"), here / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert size.read_model("Some/Model").rows_of_picture(896, 896) == 784
+    with pytest.raises(size.CannotSize, match="Some/Other"):
+        size.read_model("Some/Other")
