@@ -135,7 +135,9 @@ def test_a_process_that_does_not_answer_is_named() -> None:
 
 def test_of_several_instances_the_one_that_has_the_request_is_believed() -> None:
     refused = Told("encode", "c", 10.0, 1.0, [Request(ROOM, [Moment(1.0, recorder.RECEIVED)])])
-    assert story_of([refused, *halves(), Told("encode", "d", 1.0, 1.0, [])]).first(recorder.SENT) is not None
+    asked = [refused, *halves(), Told("encode", "d", 1.0, 1.0, [])]
+    for in_order in (asked, asked[::-1]):
+        assert story_of(in_order).first(recorder.SENT) is not None
 
 
 def test_nobody_knows_of_it() -> None:
@@ -150,6 +152,7 @@ def test_nobody_knows_of_it() -> None:
 def test_80_columns(rounds: int, plain: bool) -> None:
     told = halves(rounds)
     told[1].requests[0].moments.append(Moment(3.0, recorder.FAILED, text="502: \x1b[31m" + "a long reason, " * 20))
+    told[0].requests[0].moments.append(Moment(2.9, "what only another version notes, " * 4))
     lines = list(trace_text.lines(story_of(told), plain=plain))
     assert max(map(len, lines)) <= trace_text.WIDTH
     assert all(line.isprintable() for line in lines), "a reason may quote what moves the cursor"
