@@ -10,6 +10,7 @@ import msgspec
 
 from embedding_relay.batch.errors import TooLarge, Unreadable
 from embedding_relay.batch.workbook.analysis import Analysis, Choices, Column, Kind, Role, Sheet
+from embedding_relay.batch.workbook.answers import NAMES
 from embedding_relay.batch.workbook.cells import Cell, Row, column_letter
 from embedding_relay.batch.workbook.choices import choose
 from embedding_relay.batch.workbook.csv_file import DelimitedTable
@@ -26,6 +27,7 @@ from embedding_relay.batch.workbook.naming import (
     rank,
 )
 from embedding_relay.batch.workbook.xlsx.book import Book, SheetPart, find_sheet, open_book
+from embedding_relay.batch.workbook.xlsx.drawings import beside, find_covered
 from embedding_relay.batch.workbook.xlsx.sheet import SheetTable, parse_area
 
 HEADER_WITHIN = 20
@@ -100,11 +102,8 @@ def _analyze_book(source: Path, choices: Choices, uploaded: Uploaded, limits: Li
         wanted = find_sheet(book, choices.sheet) if choices.sheet else None
         found = {part.name: _describe_sheet(book, part, uploaded, limits) for part in parts}
     used = found[wanted.name] if wanted is not None else _best(list(found.values()))
-    notes = list(used.notes)
-    if wanted is None and sum(analysis.rows > 0 for analysis in found.values()) > 1:
-        notes.insert(0, f"the sheet {used.sheet!r} is used; the others are left as they are")
     sheets = tuple(Sheet(name, analysis.rows) for name, analysis in found.items())
-    return msgspec.structs.replace(used, sheets=sheets, notes=tuple(notes))
+    return msgspec.structs.replace(used, sheets=sheets)
 
 
 def _best(sheets: Sequence[Analysis]) -> Analysis:
@@ -119,8 +118,13 @@ def _describe_sheet(book: Book, part: SheetPart, uploaded: Uploaded, limits: Lim
     header = 0 if found.header is None else found.header.number
     # A title above the header may be merged as far as it likes.
     merged = (area.last_column + 1 for area in table.areas if area.last_row >= header)
-    found.width = max(found.width, *merged, *_table_ends(book, part), table.pictures.width)
-    return msgspec.structs.replace(_describe(found), sheet=part.name)
+    found.width = max([found.width, *merged, *_table_ends(book, part)])
+    analysis = msgspec.structs.replace(_describe(found), sheet=part.name)
+    first = beside(found.width, len(NAMES), (header, found.last), find_covered(book, part.member))
+    if first == found.width:
+        return analysis
+    note = f"the answers begin in column {column_letter(first)}, beside what lies over the sheet"
+    return msgspec.structs.replace(analysis, width=first, notes=(*analysis.notes, note))
 
 
 def _table_ends(book: Book, part: SheetPart) -> list[int]:
@@ -277,6 +281,7 @@ class Survey(msgspec.Struct):
     rows: int
     empty: int  # rows between others that hold nothing
     width: int
+    last: int  # the number of the last row
 
 
 def survey(
@@ -307,4 +312,4 @@ def survey(
         last = row.number
         if count > limits.rows:
             raise TooLarge(f"there are more than {limits.rows} rows: split the workbook")
-    return Survey(header, name_columns(header, facts), facts, count, empty, width)
+    return Survey(header, name_columns(header, facts), facts, count, empty, width, last)

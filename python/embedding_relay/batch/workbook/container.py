@@ -26,7 +26,7 @@ def damage_is_unreadable(what: str) -> Iterator[None]:
     try:
         yield
     except DAMAGES as error:
-        raise Unreadable(f"{what} is damaged ({error})") from error
+        raise Unreadable(f"{what} is damaged, or it was cut short") from error
 
 
 class Container:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,7 @@ PLAIN: Final = "/v1/completions"
 ENDPOINTS: Final = (CHAT, PLAIN)
 SHOWN: Final = 200
 BOM: Final = b"\xef\xbb\xbf"
+DECODERS_PLACE: Final = re.compile(r"\(byte (\d+)\)")
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
@@ -89,10 +91,20 @@ def _fields(number: int, text: bytes) -> dict[str, Any]:
     try:
         value = _decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unreadable(f"line {number} is not JSON: {error}") from None
+        raise Unreadable(f"line {number} is not JSON: {why_not_json(error)}") from None
     if not isinstance(value, dict):
         raise Unreadable(f"line {number} is not a JSON object")
     return value
+
+
+def why_not_json(error: Exception) -> str:
+    """In words of ours, with the place that the decoder names."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {error.start + 1}"
+    if isinstance(error, RecursionError):
+        return "its lists and objects are nested too deeply"
+    place = DECODERS_PLACE.search(str(error))
+    return f"there is a mistake at byte {int(place[1]) + 1} of it" if place else "it ends too early"
 
 
 def is_request(fields: dict[str, Any]) -> bool:

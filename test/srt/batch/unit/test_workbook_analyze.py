@@ -110,7 +110,7 @@ def test_hidden_sheets_come_last_and_the_one_with_something_to_ask_is_used(tmp_p
     found = received(tmp_path / "a.xlsx").analysis
     assert found.sheets == (Sheet("Cover", 0), Sheet("Data", 2), Sheet("Secret", 1))
     assert (found.sheet, found.prompt_column) == ("Data", "question")
-    assert found.notes == ("the sheet 'Data' is used; the others are left as they are",)
+    assert found.notes == ()
 
 
 def test_a_hidden_sheet_can_be_chosen(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import openpyxl
 import pytest
 from openpyxl.styles import Font
+from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.table import Table
 
 from embedding_relay.batch.tasks import Outcome, Result
@@ -75,7 +76,11 @@ def test_the_sheet_is_copied_to_the_byte_where_nothing_is_added(tmp_path: Path) 
         '<c r="C2" t="inlineStr"><is><t xml:space="preserve">done</t></is></c>'
         '<c r="E2"><v>3</v></c><c r="F2"><v>5</v></c>'
     )
-    expected = edited(book.source).replace('ref="A1:A5"', 'ref="A1:F5"')
+    ours = "".join(
+        f'<col width="{width}" customWidth="1" min="{number}" max="{number}"/>'
+        for number, width in enumerate((22, 12, 12, 15, 19), 2)
+    )
+    expected = edited(book.source).replace('ref="A1:A5"', 'ref="A1:F5"').replace("</cols>", f"{ours}</cols>")
     expected = expected.replace(f"spans='1:1' >{first}", f"spans='1:6' >{first}{added}")
     expected = expected.replace('spans="1:1"', 'spans="1:6"').replace("<extLst/></row>", f"{answer}<extLst/></row>")
     assert edited(book.answered([done(2)])) == expected
@@ -233,14 +238,54 @@ def test_a_sheet_in_utf16_is_answered(tmp_path: Path) -> None:
     assert [row[:2] for row in values(book.answered([done(2, "ä")]))] == [("prompt", "answer"), ("grüße", "ä")]
 
 
+def columns_of(path: Path) -> str:
+    found = re.search("<cols>.*</cols>", edited(path))
+    return found.group().replace(' customWidth="1"', "") if found else ""
+
+
 def test_hidden_columns_are_shown_where_the_answers_are(tmp_path: Path) -> None:
     columns = '<cols><col min="1" max="1" width="9"/><col min="2" max="16384" width="0" hidden="1" x="y"/></cols>'
     rows = f'<row r="1">{text_cell("A1", "prompt")}</row><row r="2">{text_cell("A2", "hello")}</row>'
     book = received(save_sheet(tmp_path / "a.xlsx", rows, columns))
-    assert (
-        '<col min="1" max="1" width="9"/><col width="20" customWidth="1" min="2" max="6"/>'
-        '<col min="7" max="16384" width="0" hidden="1" x="y"/>'
-    ) in edited(book.answered([done(2)]))
+    assert columns_of(book.answered([done(2)])) == (
+        '<cols><col min="1" max="1" width="9"/><col width="22" min="2" max="2"/><col width="12" min="3" max="3"/>'
+        '<col width="12" min="4" max="4"/><col width="15" min="5" max="5"/><col width="19" min="6" max="6"/>'
+        '<col min="7" max="16384" width="0" hidden="1" x="y"/></cols>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "width"),
+    [("no", 22), ("a sentence of thirty characters", 33), ("short\nlines\n" * 9, 22), ("雪" * 20, 42), ("x" * 500, 60)],
+)
+def test_a_column_is_as_wide_as_what_is_in_it(tmp_path: Path, answer: str, width: int) -> None:
+    book = received(save_book(tmp_path / "a.xlsx", [["prompt"], ["hello"], ["again"]]))
+    sheet = openpyxl.load_workbook(book.answered([done(2, "no"), done(3, answer)])).active
+    assert sheet.column_dimensions["B"].width == width
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("", {"B": 22, "C": 12, "G": 13}),
+        ("<cols/>", {"B": 22, "C": 12, "G": 13}),
+        ('<cols><col min="7" max="9" width="50" customWidth="1"></col></cols>', {"B": 22, "C": 12, "G": 50}),
+        ('<cols><col min="1" max="9" width="50" customWidth="1"> </col></cols>', {"A": 50, "B": 50, "F": 50, "G": 50}),
+        ('<cols><col min="2" max="2" width="5" style="0"/><col min="3" max="3" width="5"/></cols>', {"B": 22, "C": 12}),
+    ],
+)
+def test_widths_of_other_columns_stay(tmp_path: Path, columns: str, expected: dict[str, float]) -> None:
+    book = received(save_sheet(tmp_path / "a.xlsx", f'{HEADER}<row r="2">{text_cell("A2", "x")}</row>', columns))
+    out = book.answered([done(2)])
+    written = re.findall('<col [^>]*min="([0-9]+)" max="([0-9]+)"', edited(out).replace("/>", ">"))
+    numbers = [int(number) for pair in written for number in pair]
+    assert numbers == sorted(numbers), "a spreadsheet program finds such a file damaged"
+    widths = {
+        letter: found.width
+        for found in openpyxl.load_workbook(out).active.column_dimensions.values()
+        for letter in map(get_column_letter, range(found.min, found.max + 1))
+    }
+    assert {letter: widths.get(letter, 13) for letter in expected} == expected
 
 
 def test_the_sheet_that_was_analysed_is_the_one_that_is_answered(tmp_path: Path) -> None:

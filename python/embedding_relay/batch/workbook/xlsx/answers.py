@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 import shutil
+import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 from xml.sax.saxutils import escape, quoteattr
@@ -29,7 +31,10 @@ REFERENCE: Final = re.compile(rb"""(\sref\s*=\s*["'])([^"']*)(["'])""")
 # No spreadsheet program writes so much between two elements.
 MOST_BETWEEN: Final = 8 * MIB
 CELL_CHARS: Final = 32_767
-SHOWN_WIDTH: Final = "20"
+# How wide our columns are at least and at most, in characters; and how many answers are looked at to fit them.
+LEAST_WIDTHS: Final = (20, 10, 10, 10, 10)
+MOST_WIDTH: Final = 60
+FITTED: Final = 200
 WIDE: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DECLARATION: Final = re.compile(rb"^\s*<\?xml[^>]*\?>")
 EMPTY: Final = Cell("")
@@ -51,13 +56,31 @@ def write(source: Path, analysis: Analysis, results: Iterable[Result], out: Path
 
 
 def edit_sheet(book: Book, member: str, analysis: Analysis, results: Iterable[Result], file: IO[bytes]) -> None:
-    pending = Ascending(results)
-    editor = SheetEditor(member, analysis.header_row, analysis.width, answer_names(analysis), pending, file.write)
+    results, names = iter(results), answer_names(analysis)
+    first = list(itertools.islice(results, FITTED))
+    pending = Ascending(itertools.chain(first, results))
+    widths = fitting(names, first)
+    editor = SheetEditor(member, analysis.header_row, analysis.width, names, widths, pending, file.write)
     with book.container.stream(member) as stream:
         for chunk in in_utf8(chunks(stream)):
             editor.feed(chunk)
     editor.close()
     pending.expect_none()
+
+
+def fitting(names: Sequence[str], results: Iterable[Result]) -> list[int]:
+    """The width of each of our columns, in characters."""
+    widths = [max(least, _length(name)) for least, name in zip(LEAST_WIDTHS, names, strict=True)]
+    for result in results:
+        for column, value in enumerate(values(result)):
+            widths[column] = max(widths[column], _length(str(value)))
+    return [min(width + 2, MOST_WIDTH) for width in widths]
+
+
+def _length(text: str) -> int:
+    """Of the longest line; letters of East Asia are as wide as two others."""
+    lines = text[: 16 * MOST_WIDTH].splitlines() or [""]
+    return max(sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line[:MOST_WIDTH]) for line in lines)
 
 
 def in_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -122,6 +145,7 @@ class SheetEditor:
         header_row: int,
         width: int,
         names: Sequence[str],
+        widths: Sequence[int],
         pending: Ascending,
         emit: Callable[[bytes], object],
     ) -> None:
@@ -130,12 +154,15 @@ class SheetEditor:
         self._width = width
         self._names = names
         self._end = width + len(names)
+        self._columns = _Columns(width, widths)
+        self._column_is_open = False
         self._pending = pending
         self._emit = emit
         self._parser = Parser(member, self._start, self._finish)
         self._buffer = b""
         self._at = 0  # where the buffer begins in the sheet
         self._copied = 0  # up to where the sheet has been handed over
+        self._before = True  # the data
         self._inside = False
         self._row = 0
         self._column = -1
@@ -165,21 +192,33 @@ class SheetEditor:
         name = local(tag)
         position = self._parser.position
         self._copy(position)
-        if not self._inside:
-            if name == "dimension":
-                self._replace_tag(position, self._wider_dimension)
-            elif name == "col":
-                self._replace_tag(position, lambda text: self._shown_columns(text, tag, attributes))
-            elif name == "sheetData":
-                self._inside, self._prefix = True, tag[: -len(name)]
-                self._data_is_empty = self._tag(position).endswith(b"/>")
-                self._replace_tag(position, opened)
+        if self._before:
+            self._start_before_data(name, tag, position, attributes)
+        elif not self._inside:
+            return
         elif name == "c":
             self._start_cell(position, attributes)
         elif name == "row":
             self._start_row(position, attributes)
         elif name == "extLst" and not self._in_cell:
             self._emit_cells()  # in a row, it must come last
+
+    def _start_before_data(self, name: str, tag: str, position: int, attributes: dict[str, str]) -> None:
+        columns = self._columns
+        if name == "dimension":
+            self._replace_tag(position, self._wider_dimension)
+        elif name == "cols" and self._tag(position).endswith(b"/>"):
+            self._replace_tag(position, lambda text: opened(text) + columns.ours(tag[:-1]) + f"</{tag}>".encode())
+        elif name == "col":
+            self._column_is_open = not self._tag(position).endswith(b"/>")
+            self._replace_tag(position, lambda text: columns.around_ours(text, tag, attributes))
+        elif name == "sheetData":
+            self._before, self._inside, self._prefix = False, True, tag[: -len(name)]
+            if not columns.written:
+                prefix = self._prefix
+                self._emit(f"<{prefix}cols>".encode() + columns.ours(f"{prefix}col") + f"</{prefix}cols>".encode())
+            self._data_is_empty = self._tag(position).endswith(b"/>")
+            self._replace_tag(position, opened)
 
     def _start_row(self, position: int, attributes: dict[str, str]) -> None:
         self._row = next_row(self._row, attributes.get("r"))
@@ -216,11 +255,17 @@ class SheetEditor:
             self._emit_cells()
 
     def _finish(self, tag: str) -> None:
-        if not self._inside:
-            return
         name = local(tag)
         position = self._parser.position
-        if name == "c":
+        if self._before and name == "cols" and not self._columns.written:
+            self._copy(position)
+            self._emit(self._columns.ours(tag[:-1]))
+        elif self._before and name == "col" and self._column_is_open:
+            self._column_is_open = False
+            self._copied = position + len(self._tag(position))  # what began it was written as an empty element
+        elif not self._inside:
+            return
+        elif name == "c":
             self._in_cell = False
             if self._dropping:
                 self._dropping = False
@@ -267,25 +312,6 @@ class SheetEditor:
         last = f"{column_letter(max(area.last_column, self._end - 1))}{area.last_row}"
         return tag[: found.start(2)] + f"{first}:{last}".encode() + tag[found.end(2) :]
 
-    def _shown_columns(self, text: bytes, tag: str, attributes: dict[str, str]) -> bytes:
-        """Many a sheet hides all columns that it does not use; ours are to be seen."""
-        first, last = (whole_number(attributes.get(key, "")) or 0 for key in ("min", "max"))
-        ours_first, ours_last = self._width + 1, self._end
-        hidden = attributes.get("hidden") in ("1", "true", "on")
-        if not hidden or not text.endswith(b"/>") or last < ours_first or first > ours_last:
-            return text
-        parts = (
-            (first, min(last, ours_first - 1), attributes),
-            (max(first, ours_first), min(last, ours_last), {"width": SHOWN_WIDTH, "customWidth": "1"}),
-            (max(first, ours_last + 1), last, attributes),
-        )
-        written = ""
-        for begin, end, others in parts:
-            if begin <= end:
-                given = others | {"min": str(begin), "max": str(end)}
-                written += f"<{tag} {' '.join(f'{key}={quoteattr(value)}' for key, value in given.items())}/>"
-        return written.encode()
-
     def _wider_spans(self, tag: bytes) -> bytes:
         tag = opened(tag)
         found = SPANS.search(tag)
@@ -321,3 +347,53 @@ class SheetEditor:
         text = escape(escaped(text))
         start, end = f'<{prefix}is><{prefix}t xml:space="preserve">', f"</{prefix}t></{prefix}is></{prefix}c>"
         return f'{head} t="inlineStr">{start}{text}{end}'.encode()
+
+
+class _Columns:
+    """The widths that a sheet gives to its columns, with ours among them: to be seen whatever the sheet hides."""
+
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        self.written = False
+        self._first = width + 1  # columns are counted from 1 here
+        self._last = width + len(widths)
+        self._widths = list(widths)
+        self._styles: dict[int, str] = {}
+
+    def ours(self, tag: str) -> bytes:
+        self.written = True
+        return b"".join(
+            _column(tag, column, column, {"width": str(width), "customWidth": "1", "style": self._styles.get(column)})
+            for column, width in enumerate(self._widths, self._first)
+        )
+
+    def around_ours(self, text: bytes, tag: str, attributes: dict[str, str]) -> bytes:
+        """What takes the place of one element. Elements ascend, so ours come before the first one behind them."""
+        first, last = (whole_number(attributes.get(key, "")) or 0 for key in ("min", "max"))
+        if last < self._first:
+            return text if text.endswith(b"/>") else _column(tag, first, last, attributes)
+        self._take_over(max(first, self._first), min(last, self._last), attributes)
+        written = _column(tag, first, min(last, self._first - 1), attributes)
+        if last > self._last:
+            written += b"" if self.written else self.ours(tag)
+            written += _column(tag, max(first, self._last + 1), last, attributes)
+        return written
+
+    def _take_over(self, first: int, last: int, attributes: dict[str, str]) -> None:
+        """The style of our columns, and their width if somebody has made them wide and did not hide them."""
+        hidden = attributes.get("hidden") in ("1", "true", "on")
+        by_hand = attributes.get("customWidth") in ("1", "true", "on")
+        width = attributes.get("width", "").partition(".")[0] if by_hand and not hidden else ""
+        for column in range(first, last + 1):
+            if "style" in attributes:
+                self._styles[column] = attributes["style"]
+            at = column - self._first
+            self._widths[at] = max(self._widths[at], whole_number(width) or 0)
+
+
+def _column(tag: str, first: int, last: int, attributes: Mapping[str, str | None]) -> bytes:
+    """Nothing for no column."""
+    if first > last:
+        return b""
+    given = {key: value for key, value in attributes.items() if value is not None}
+    given |= {"min": str(first), "max": str(last)}
+    return f"<{tag} {' '.join(f'{key}={quoteattr(value)}' for key, value in given.items())}/>".encode()

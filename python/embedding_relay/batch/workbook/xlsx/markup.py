@@ -91,7 +91,8 @@ class Parser:
         try:
             self._expat.Parse(chunk, final)
         except expat.ExpatError as error:
-            raise Unreadable(f"the workbook is damaged: {self._what} is not well-formed ({error})") from None
+            where = f"line {error.lineno}, column {error.offset + 1}"
+            raise Unreadable(f"the workbook is damaged: {self._what} is not well-formed at {where}") from None
 
     def _refuse_types(self, *_: object) -> None:
         raise Unreadable(f"{self._what} declares a document type, which no spreadsheet program writes")

@@ -23,7 +23,6 @@ class SheetPictures(msgspec.Struct, frozen=True):
     floating: Mapping[int, Mapping[int, Sequence[str]]] = {}  # by row (from 1), then column (from 0)
     placed: Sequence[str | None] = ()  # by the number that a cell gives as its value's metadata, less one
     named: Mapping[str, str] = {}
-    width: int = 0  # columns that floating pictures reach over
 
     def in_cell(self, metadata: str) -> str | None:
         number = whole_number(metadata)
@@ -31,14 +30,12 @@ class SheetPictures(msgspec.Struct, frozen=True):
 
 
 def find_pictures(book: Book, sheet: str) -> SheetPictures:
-    floating, width = find_floating(book, sheet)
-    return SheetPictures(floating, find_placed(book), find_named(book), width)
+    return SheetPictures(find_floating(book, sheet), find_placed(book), find_named(book))
 
 
-def find_floating(book: Book, sheet: str) -> tuple[dict[int, dict[int, list[str]]], int]:
-    """Pictures by their upper left corners, and how many columns they reach over."""
+def find_floating(book: Book, sheet: str) -> dict[int, dict[int, list[str]]]:
+    """Pictures by their upper left corners."""
     floating: dict[int, dict[int, list[str]]] = {}
-    width = 0
     for relation in book.relations(sheet).values():
         if relation.kind != "drawing" or not relation.target:
             continue
@@ -53,7 +50,7 @@ def find_floating(book: Book, sheet: str) -> tuple[dict[int, dict[int, list[str]
             for member in dict.fromkeys(members):
                 if row is not None and column is not None:
                     floating.setdefault(row + 1, {}).setdefault(column, []).append(member)
-    return floating, width
+    return floating
 
 
 def find_placed(book: Book) -> list[str | None]:
