@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import re
@@ -13,12 +14,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from embedding_relay.tools import local_cluster, tiny_model, trace
+from embedding_relay.cpu_platform import find_accelerator
+from embedding_relay.tools import demo_keep, local_cluster, tiny_model, trace
 from embedding_relay.tools.chat_client import Answer, ask, data_uri, picture
 from embedding_relay.tools.local_cluster import LocalCluster, Options
 from embedding_relay.tools.local_process import LocalProcess, ProcessFailed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # About a thousand tokens for the tiny models: many rounds, and a few seconds of their vision tower on two cores.
 PICTURE_SIDE = 896
@@ -63,7 +68,10 @@ def last_report(log: str) -> TransferReport | None:
 
 
 class Reporter:
-    """Progress: on a terminal one line that counts the seconds, in a file or a pipe a line per change."""
+    """Progress: on a terminal one line that counts the seconds, in a file or a pipe a line per change.
+
+    Whether anybody reads it is nothing to the servers: they are stopped all the same.
+    """
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -72,7 +80,12 @@ class Reporter:
 
     def say(self, text: str) -> None:
         clear = "\r\x1b[K" if self._live else ""
-        print(f"{clear}[{time.monotonic() - self._started:6.1f} s] {text}", flush=True)
+        self.show(f"{clear}[{time.monotonic() - self._started:6.1f} s] {text}")
+
+    def show(self, line: str, end: str = "\n") -> None:
+        """As it is: what can be pasted must stand alone."""
+        with contextlib.suppress(OSError):
+            print(line, end=end, flush=True)
 
     def progress(self, name: str, stage: str, seconds: float) -> None:
         changed = self._stages.get(name) != stage
@@ -81,19 +94,16 @@ class Reporter:
             self.say(f"{name} {stage} after {seconds:.1f} s")
         elif self._live:
             busy = ", ".join(f"{who} {what}" for who, what in self._stages.items() if what in ("starting", "stopping"))
-            print(f"\r\x1b[K[{time.monotonic() - self._started:6.1f} s] {busy} ...", end="", flush=True)
+            self.show(f"\r\x1b[K[{time.monotonic() - self._started:6.1f} s] {busy} ...", end="")
         elif changed:
             self.say(f"{name} {stage}")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if missing := _missing_packages():
+    if missing := _missing(arguments.device):
         print(f"sglang-relay demo: {missing}", file=sys.stderr)
         return 2
-    # A service manager's stop is cleaned up after like a Ctrl-C.
-    # Both by name: a shell starts what it puts into the background with SIGINT ignored.
-    signal.signal(signal.SIGINT, _exit_on_signal)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    _let_signals_interrupt()
     reporter = Reporter()
     logs = Path(tempfile.mkdtemp(prefix="sglang-relay-demo-"))
     try:
@@ -102,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         reporter.say(f"failed: {failure}")
         return 1
     except DemoFailed as failure:
-        reporter.say(f"failed: {failure} (logs: {logs})")
+        left = f" (logs: {logs})" if any(logs.iterdir()) else ""
+        reporter.say(f"failed: {failure}{left}")
         return 1
     except KeyboardInterrupt:
         reporter.say("interrupted; everything is stopped")
@@ -116,7 +127,9 @@ class DemoFailed(RuntimeError):
     """The servers run, but they did not do what the demo is to show."""
 
 
-def _missing_packages() -> str | None:
+def _missing(device: str) -> str | None:
+    if device == "accelerator" and find_accelerator() is None:
+        return "--device accelerator: this machine has none that torch or SGLang could use"
     needed = (
         ("torch", "sglang"),
         ("mooncake", "cpu (or cuda12, cuda13)"),
@@ -133,12 +146,23 @@ def _missing_packages() -> str | None:
     return None
 
 
+def _let_signals_interrupt() -> None:
+    """A service manager's stop and a terminal that is closed are cleaned up after like a Ctrl-C."""
+    # By name: a shell starts what it puts into the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, _exit_on_signal)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` has asked for that
+        signal.signal(signal.SIGHUP, _exit_on_signal)
+
+
 def _exit_on_signal(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) -> None:
-    model = arguments.model
+    image, model = _image(arguments.image), arguments.model
+    if model is not None and not (model / "config.json").is_file():
+        raise DemoFailed(f"--model {model}: it is no directory with a config.json")
     flags: tuple[str, ...] = ()
     if model is None:
         reporter.say(f"making a tiny {arguments.family} model (random weights: the answer means nothing)")
@@ -149,27 +173,39 @@ def _demonstrate(arguments: argparse.Namespace, logs: Path, reporter: Reporter) 
         "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": str(BLOCK_SIZE),
         "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": str(arguments.default_tokens),
     }
+    options = Options(model=model, logs=logs, device=arguments.device, arguments=flags, environ=buffers)
+    metrics = ("--enable-metrics",) if arguments.keep else ()
     cluster = local_cluster.relay(
-        Options(model=model, logs=logs, device=arguments.device, arguments=flags, environ=buffers),
+        options,
+        encode_arguments=metrics,
+        language_arguments=metrics,
         # No more blocks than the first offer: otherwise the second round would already take all the rest.
         language_environ={"SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": str(blocks)},
         progress=reporter.progress,
     )
-    reporter.say("starting an encode instance, a language instance and the router")
+    where = "the CPU" if options.on_cpu() else f"the accelerator ({find_accelerator()})"
+    reporter.say(f"starting an encode instance, a language instance and the router on {where}")
     with cluster:
-        _show_answer(arguments, cluster, reporter)
+        _show_answer(arguments, image, cluster, reporter)
         if arguments.keep:
             _keep(cluster, reporter)
+        else:
+            reporter.say("`sglang-relay demo --keep` leaves everything running, and shows what to ask")
 
 
-def _show_answer(arguments: argparse.Namespace, cluster: LocalCluster, reporter: Reporter) -> None:
-    if arguments.image is None:
-        image = picture(PICTURE_SIDE, PICTURE_SIDE)
-    else:
-        from PIL import Image
+def _image(path: Path | None) -> Image:
+    if path is None:
+        return picture(PICTURE_SIDE, PICTURE_SIDE)
+    from PIL import Image
 
-        with Image.open(arguments.image) as opened:
-            image = opened.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DemoFailed(f"--image {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _show_answer(arguments: argparse.Namespace, image: Image, cluster: LocalCluster, reporter: Reporter) -> None:
     reporter.say(f"asking about a picture of {image.width} x {image.height} pixels: {arguments.prompt}")
     answer = ask(cluster.url, [data_uri(image)], arguments.prompt, max_tokens=arguments.max_tokens)
     if not answer.ok:
@@ -205,19 +241,15 @@ def summary(answer: Answer, language: TransferReport, encode: TransferReport, de
     rest = max(0.0, total - language.wait_ms - encode.wait_ms - encode.transfer_ms)
     return [
         f"answer: {answer.text!r}",
-        f"{language.rows} token rows came over in {language.rounds} rounds ({language.bytes:,} bytes): "
-        f"there was space for {default_tokens} at a time",
-        f"{total:.0f} ms in all: {language.wait_ms:.0f} ms for receive blocks, {encode.wait_ms:.0f} ms for the vision "
-        f"tower, {encode.transfer_ms:.0f} ms for the rounds, {rest:.0f} ms for the rest (router, picture, text)",
+        f"transferred: {language.rows} rows, one for each token of picture and text, {language.bytes:,} bytes, in "
+        f"{language.rounds} rounds, because the receive buffers have space for {default_tokens} rows at a time",
+        f"time: {total:.0f} ms = {encode.wait_ms:.0f} vision tower + {encode.transfer_ms:.0f} rounds + "
+        f"{language.wait_ms:.0f} wait for receive buffers + {rest:.0f} all else (router, picture, text)",
     ]
 
 
 def _keep(cluster: LocalCluster, reporter: Reporter) -> None:
-    reporter.say(f"the router listens at {cluster.url}/v1/chat/completions; Ctrl-C stops everything")
-    for member in cluster.members:
-        reporter.say(f"  {member.name}: {member.url}, log {member.log}, started with")
-        reporter.say(f"    {member.command_line()}")
-    while all(member.returncode() is None for member in cluster.members):
-        time.sleep(1)
-    ended = [member.name for member in cluster.members if member.returncode() is not None]
-    raise DemoFailed(f"ended on its own: {', '.join(ended)}")
+    enter = demo_keep.Enter()
+    for line in demo_keep.directions(cluster, enter.possible()):
+        reporter.show(line)
+    demo_keep.Keeper(cluster.members, reporter.say, enter).run()

@@ -89,20 +89,29 @@ def router(
     options: Options, port: int, prefill: Sequence[tuple[str, int]], decode: Sequence[str], *arguments: str
 ) -> LocalProcess:
     """SGLang's own router in its prefill/decode fan-out. `prefill`: URL and bootstrap port of each encode instance."""
-    (metrics_port,) = free_ports(1)
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    servers = ["--pd-disaggregation"]
     for url, bootstrap_port in prefill:
-        command += ["--prefill", url, str(bootstrap_port)]
+        servers += ["--prefill", url, str(bootstrap_port)]
     for url in decode:
-        command += ["--decode", url]
+        servers += ["--decode", url]
+    return _router("router", options, port, servers, *arguments)
+
+
+def plain_router(options: Options, port: int, servers: Sequence[str], *arguments: str) -> LocalProcess:
+    """SGLang's own router in front of servers of which each answers alone, by their URLs."""
+    return _router("plain-router", options, port, ["--worker-urls", *servers], *arguments)
+
+
+def _router(name: str, options: Options, port: int, servers: Sequence[str], *arguments: str) -> LocalProcess:
+    (metrics_port,) = free_ports(1)
+    command = [sys.executable, "-m", "sglang_router.launch_router", *servers]
     command += ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics_port)]
     # Its default waits three minutes for connections in flight before it ends.
     command += ["--policy", "round_robin", "--shutdown-grace-period-secs", "3", "--worker-startup-check-interval", "1"]
     command += [*ROUTER_ARGUMENTS, *arguments]
     # Its /health answers 200 before it knows a single server.
     ready_path = "/readiness"
-    log = options.logs / "router.log"
-    return options.process("router", command, f"http://{HOST}:{port}", log, ready_path=ready_path)
+    return options.process(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", ready_path=ready_path)
 
 
 class LocalCluster:
@@ -133,7 +142,12 @@ class LocalCluster:
             raise
 
     def stop(self, grace: float = 30.0) -> None:
-        stop_all(self.members[::-1], grace, self.progress)
+        """An interrupt meanwhile, as of a second Ctrl-C, kills what is left and is raised then."""
+        try:
+            stop_all(self.members[::-1], grace, self.progress)
+        except KeyboardInterrupt:
+            stop_all(self.members[::-1], 0, self.progress)
+            raise
 
     def __enter__(self) -> LocalCluster:
         self.start()

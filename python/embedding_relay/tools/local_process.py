@@ -21,6 +21,7 @@ from typing import BinaryIO, Protocol
 # ranges that Mooncake (15000-17000) and SGLang (22000-30000) draw from on their own.
 PORTS = range(17100, 22000)
 POLL_SECONDS = 0.2
+KILL_SECONDS = 10.0
 _given: set[int] = set()
 
 # Called with the member's name, what it is doing now, and the seconds this took or has taken so far.
@@ -115,8 +116,23 @@ class LocalProcess:
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
+        self._start()
+
+    def restart(self) -> None:
+        """Start it once more after it has ended. What it left running is killed; its log goes on where it stopped."""
+        self.kill_group()
+        deadline = time.monotonic() + KILL_SECONDS
+        while self.group_alive():
+            if time.monotonic() > deadline:
+                raise ProcessFailed(f"processes of {self.name} that SIGKILL did not end: {self.group_members()}")
+            time.sleep(POLL_SECONDS)
+        self.reap()
+        self._start()
+
+    def _start(self) -> None:
         self._started = time.monotonic()
-        with self.log.open("wb") as log, _signals_later():
+        with self.log.open("ab") as log, _signals_later():
             self._process = self._launch(log, os.environ | {"PYTHONUNBUFFERED": "1"} | self.environ)
 
     def _launch(self, log: BinaryIO, environ: Mapping[str, str]) -> Child:
@@ -222,7 +238,7 @@ def stop_all(processes: Iterable[LocalProcess], grace: float = 30.0, progress: P
     started = time.monotonic()
     for process in running:
         os.kill(process.pid, signal.SIGTERM) if process.returncode() is None else process.kill_group()
-    while running and time.monotonic() - started < grace + 10:
+    while running and time.monotonic() - started < grace + KILL_SECONDS:
         elapsed = time.monotonic() - started
         for process in list(running):
             if process.returncode() is not None or elapsed > grace:
