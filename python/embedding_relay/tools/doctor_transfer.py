@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import math
 import mmap
@@ -25,7 +26,7 @@ from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import DTYPE_BYTES, BufferLayout
 from embedding_relay.memory.plane import DataPlane, Entry, Region
 from embedding_relay.memory.shared_plane import SharedMemoryDataPlane
-from embedding_relay.protocol.errors import BAD_REQUEST, RelayError
+from embedding_relay.protocol.errors import RelayError
 from embedding_relay.protocol.messages import MAX_ROOM, Handshake
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import look_up, parse_address
@@ -41,19 +42,15 @@ _SECONDS: Final = 0.3
 # Of a transfer from a peer: rows that are on offer at a time, and pools of them, so that a picture takes some rounds.
 _OFFERED: Final = 64
 _POOLS: Final = 2
-# Its side in pixels; the second for models that have not space for the first.
-_PICTURES: Final = (1120, 336)
+# Its side in pixels: some hundred rows with most models, and soon encoded where there is no accelerator.
+_PICTURE: Final = 448
 _LARGEST_POOL: Final = 2 << 30
 _PATIENCE: Final = 60.0
-_LOOK_EVERY: Final = 0.0005
+_LOOK_EVERY: Final = 0.001
 
 
 class Flawed(RelayError):
     """A transfer that came to nothing, and why."""
-
-
-class TooLarge(Flawed):
-    """The encode instance takes no picture of this size."""
 
 
 # ---- on this machine
@@ -105,18 +102,16 @@ def _region(memory: mmap.mmap) -> Region:
 
 def from_peer(url: str, registry: str, host: str, headers: Mapping[str, str]) -> dict[str, Any]:
     """One picture at the server `url`, whose rows come here. `host`: an address of this machine that it reaches."""
+    # What a receiver of rows needs; torch is imported when it is known that there will be some.
+    if missing := [name for name in ("torch", "numpy", "PIL") if importlib.util.find_spec(name) is None]:
+        return {"skipped": f"{', '.join(missing)}: not installed here, which a receiver of rows needs"}
     try:
         return _take_rows(url, registry, host, headers)
-    except ModuleNotFoundError as error:
-        return {"skipped": f"{error.name} is not installed here, which a receiver of rows needs"}
     except (RelayError, OSError) as error:
         return {"error": str(error)}
 
 
 def _take_rows(url: str, registry: str, host: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    from embedding_relay.memory.checks import ModelLimits
-    from embedding_relay.transport.language import LanguageManager
-
     config = RelayConfig.from_environment()
     rank = look_up(parse_address(registry), 0, config.keys.registry if config.keys else None)
     layout = layout_of(rank.handshake)
@@ -128,20 +123,17 @@ def _take_rows(url: str, registry: str, host: str, headers: Mapping[str, str]) -
         bootstrap_timeout=_PATIENCE,
         waiting_timeout=_PATIENCE,
     )
+    from embedding_relay.memory.checks import ModelLimits
+    from embedding_relay.transport.language import LanguageManager
+
     # A picture of any kind, and nobody computes with its rows.
     anything = ModelLimits(vocabulary=(1 << 31) - 1, modalities=frozenset(range(64)))
     manager = LanguageManager.open(layout, config, host=host, ranks=1, max_rows=1 << 20, limits=anything)
     with closing(manager):
         manager.start()
-        for side in _PICTURES:
-            # The first of its ranks has such a room.
-            room = secrets.randbelow(MAX_ROOM // rank.ranks) * rank.ranks
-            try:
-                return _take_picture(manager, Request(url, registry, room, side, headers))
-            except TooLarge:
-                if side == _PICTURES[-1]:
-                    raise
-    raise AssertionError("there is a last picture")
+        # The first of its ranks has such a room.
+        room = secrets.randbelow(MAX_ROOM // rank.ranks) * rank.ranks
+        return _take_picture(manager, Request(url, registry, room, headers))
 
 
 def _take_picture(manager: LanguageManager, request: Request) -> dict[str, Any]:
@@ -199,18 +191,14 @@ def layout_of(theirs: Handshake) -> BufferLayout:
 class Request:
     """The request at the encode instance, which is answered when its rows have left."""
 
-    def __init__(self, url: str, registry: str, room: int, side: int, headers: Mapping[str, str]) -> None:
+    def __init__(self, url: str, registry: str, room: int, headers: Mapping[str, str]) -> None:
         self.registry = registry
         self.room = room
         self.refusal = ""
         self._url = url
-        self._side = side
         self._headers = headers
-        self._status = 0
 
     def failure(self, otherwise: str) -> Flawed:
-        if self._status == BAD_REQUEST:
-            return TooLarge(f"{self._url} refuses a picture of {self._side} pixels: {self.refusal}")
         return Flawed(f"{self._url} refuses the request for rows: {self.refusal}" if self.refusal else otherwise)
 
     def start(self) -> None:
@@ -219,7 +207,7 @@ class Request:
         where = parse_address(self.registry)
         pairing = {"bootstrap_host": where.host, "bootstrap_port": where.port, "bootstrap_room": self.room}
         # One that its cache has not.
-        shown = picture(self._side, self._side, secrets.randbelow(1 << 32))
+        shown = picture(_PICTURE, _PICTURE, secrets.randbelow(1 << 32))
         body = chat_body([shown], "What is this?", max_tokens=1, logprobs=False, **pairing)
         threading.Thread(target=self._ask, args=(body,), daemon=True).start()
 
@@ -231,8 +219,7 @@ class Request:
         except OSError as error:
             self.refusal = str(error)
             return
-        if not answer.ok:
-            self._status, self.refusal = answer.status, f"{answer.status} {json.dumps(answer.body)[:300]}"
+        self.refusal = "" if answer.ok else f"{answer.status} {json.dumps(answer.body)[:300]}"
 
 
 def main() -> None:

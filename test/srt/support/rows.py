@@ -35,7 +35,7 @@ class Spec:
 
 def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
     chance = random.Random(f"{spec.room}/{spec.seed}")
-    noise = torch.Generator().manual_seed(spec.room * 1_000_003 + spec.seed)
+    noise = torch.Generator().manual_seed((spec.room * 1_000_003 + spec.seed) % 2**63)
     items = torch.full((spec.total, 4), -1, dtype=torch.int32)
     segments = []
     row, item = chance.randint(0, min(9, spec.total - 1)), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,8 @@ class Pages:
         self.asked: list[tuple[str, str]] = []
         """Each path that was asked for, and what came as `Authorization`."""
         self.url = ""
+        self.on_post: Callable[[str], tuple[int, str]] = lambda body: (405, "only GET")
+        """What answers a POST, whatever its path."""
 
 
 @contextmanager
@@ -31,7 +33,12 @@ def serving(**pages: str) -> Iterator[Pages]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             stub.asked.append((self.path, self.headers.get("Authorization", "")))
-            status, text = stub.pages.get(self.path, (404, "no such page"))
+            self.answer(*stub.pages.get(self.path, (404, "no such page")))
+
+        def do_POST(self) -> None:
+            self.answer(*stub.on_post(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+
+        def answer(self, status: int, text: str) -> None:
             body = text.encode()
             self.send_response_only(status)
             self.send_header("Date", formatdate(time.time() + stub.clock_error, usegmt=True))
