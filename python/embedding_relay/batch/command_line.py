@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 MISSING = "sglang-relay batch: {} is missing: pip install 'sglang-embedding-relay[batch]'"
 # They are imported when a workbook needs them; that they are not installed is said at the start.
 IMPORTED_LATE = ("openpyxl", "PIL", "tqdm")
+RUN_STATUS = """
+exit status:
+  0    the answered workbook is written, and every row has its answer
+  1    nothing was written; the reason is on stderr
+  2    wrong options
+  3    the answered workbook is written, and rows of it failed: --retry-failed asks these again
+  4    gave up: the endpoint did not answer for --give-up-after seconds; the same command goes on from there
+  130  stopped by Ctrl-C; the same command goes on from there
+"""
+PREVIEW_STATUS = """
+exit status:
+  0    every row that was looked at can be asked, or was answered (--try)
+  1    the workbook cannot be used, or the endpoint cannot be reached; the reason is said
+  2    wrong options
+  3    rows that were tried failed
+"""
 ENVIRONMENT = """
 environment:
   SESSION_CACHE_DIR         where sessions are kept, unless --cache-dir says so
@@ -34,6 +50,7 @@ def add_batch_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     verbs = batch.add_subparsers(title="commands", dest="verb", required=True, metavar="COMMAND")
     _add_serve(verbs)
     _add_run(verbs)
+    _add_preview(verbs)
 
 
 def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,8 +66,20 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     serve.add_argument("--port", type=_port, default=8600, help="port to listen on (default: %(default)s)")
     serve.add_argument("--workers", type=_positive, default=4, metavar="N", help="processes (default: %(default)s)")
     serve.add_argument(
-        "--store", default="", metavar="URL", help="redis://… when several machines share --cache-dir (default: a file)"
+        "--store", default="", metavar="URL", help="redis://… for workers on several machines (default: a file)"
     )
+    serve.add_argument(
+        "--files", default="", metavar="URL",
+        help="s3://BUCKET/FOLDER when these machines share no file system (default: they share --cache-dir)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--max-runs", type=_positive, default=8, metavar="N",
+        help="runs at the same time, of all workers together; others wait for their turn (default: %(default)s)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--max-in-flight", type=_positive, default=0, metavar="N",
+        help="requests in flight in all of these runs together (default: --max-runs times --concurrency)",
+    )  # fmt: skip
     serve.add_argument(
         "--keep-days", type=_positive_float, default=7, metavar="DAYS",
         help="how long a session is kept after its last change (default: %(default)s)",
@@ -68,25 +97,58 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="one workbook, from the terminal, with a progress bar",
         description="Answer one workbook and write it, with its answers, to --out. Needs no server. Started again with "
         "the same arguments it goes on where it stopped; Ctrl-C stops it.",
-        epilog=ENVIRONMENT,
+        epilog=RUN_STATUS + ENVIRONMENT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("workbook", type=Path, metavar="WORKBOOK", help=".xlsx, .csv, .jsonl, or a .zip with pictures")
-    _add_common(run)
+    _add_question(run)
     run.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the answered workbook")
-    run.add_argument("--template", default="", help="column names in braces: 'Translate {text} into {language}'")
-    run.add_argument("--prompt-column", default="", metavar="NAME", help="the column that is asked (default: found)")
+    _add_common(run)
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="forget an earlier run and begin again")
+    again.add_argument(
+        "--retry-failed", action="store_true",
+        help="after a run with the same arguments: ask the rows again that have failed, and only these",
+    )  # fmt: skip
     run.add_argument(
+        "--give-up-after", type=_positive_float, metavar="S",
+        help="end when the endpoint cannot be reached, or answers nothing but errors, for so long (default: never)",
+    )  # fmt: skip
+    run.set_defaults(run=_run)
+
+
+def _add_preview(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    preview = verbs.add_parser(
+        "preview",
+        help="what a run would ask, before it is asked; with --try a few answers and an estimate",
+        description="Show which sheet and columns were chosen and why, what the first rows will be asked, and which "
+        "endpoint and model will be asked. With --try these rows are asked once, their answers are shown, and the "
+        "tokens and the time of the whole workbook are estimated from them. Nothing is kept.",
+        epilog=PREVIEW_STATUS + ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_question(preview)
+    preview.add_argument("--rows", type=_few, default=5, metavar="N", help="how many rows, up to 20 (default: 5)")
+    preview.add_argument("--try", action="store_true", dest="try_them", help="ask these rows, and show their answers")
+    _add_common(preview)
+    preview.set_defaults(run=_preview)
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    """The workbook, and what is asked about it."""
+    parser.add_argument("workbook", type=Path, metavar="WORKBOOK", help=".xlsx, .csv, .jsonl, or a .zip with pictures")
+    parser.add_argument("--template", default="", help="column names in braces: 'Translate {text} into {language}'")
+    parser.add_argument("--prompt-column", default="", metavar="NAME", help="the column that is asked (default: found)")
+    parser.add_argument(
         "--image-column", action="append", metavar="NAME", dest="image_columns",
         help="a column with pictures, may be repeated; '' for none (default: found)",
     )  # fmt: skip
-    run.add_argument("--sheet", default="", metavar="NAME", help="the sheet to use (default: the first with prompts)")
-    run.add_argument("--model", default="", help="name of the model (default: the first that the endpoint lists)")
-    run.add_argument("--system", default="", help="system prompt for every row")
-    run.add_argument("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the endpoint's)")
-    run.add_argument("--temperature", type=float, metavar="T", help="0 to 2 (default: the endpoint's)")
-    run.add_argument("--fresh", action="store_true", help="forget an earlier run and begin again")
-    run.set_defaults(run=_run)
+    parser.add_argument(
+        "--sheet", default="", metavar="NAME", help="the sheet to use (default: the first with prompts)"
+    )
+    parser.add_argument("--model", default="", help="name of the model (default: the first that the endpoint lists)")
+    parser.add_argument("--system", default="", help="system prompt for every row")
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the endpoint's)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 to 2 (default: the endpoint's)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +201,13 @@ def _number(text: str, kind: type[Any], least: float, what: str) -> Any:
 
 def _positive(text: str) -> int:
     return int(_number(text, int, 1, "positive"))
+
+
+def _few(text: str) -> int:
+    number = _positive(text)
+    if number > 20:
+        raise argparse.ArgumentTypeError(f"{text} is more than 20")
+    return number
 
 
 def _not_negative(text: str) -> int:
@@ -195,6 +264,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             workers=arguments.workers,
             store=arguments.store or default_store(),
+            files=arguments.files,
+            max_runs=arguments.max_runs,
+            max_in_flight=arguments.max_in_flight,
             keep_seconds=arguments.keep_days * DAY,
             lease_seconds=arguments.lease_seconds,
         )
@@ -212,6 +284,17 @@ def _run(arguments: argparse.Namespace) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         return _cannot(error)
     return terminal.run(settings, arguments)
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    try:
+        _require_installed(IMPORTED_LATE)
+        from embedding_relay.batch import terminal_preview
+
+        settings = settings_of(arguments)
+    except (ModuleNotFoundError, ValueError) as error:
+        return _cannot(error)
+    return terminal_preview.preview(settings, arguments)
 
 
 def _require_installed(names: Iterable[str]) -> None:

@@ -25,10 +25,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     cache_dir: Path
     store: str = ""  # a Redis URL; "" is diskcache in `cache_dir`
+    files: str = ""  # a URL for fsspec, where machines share no file system; "" is `cache_dir` alone
     host: str = "127.0.0.1"
     port: int = 8600
     workers: int = 4
     concurrency: int = 32
+    # Of all workers together: runs at the same time, and requests in flight in all of them; 0 is as many as these runs
+    # may have with the concurrency above.
+    max_runs: int = 8
+    max_in_flight: int = 0
     retries: int = 5
     request_seconds: float = 600.0
     batch_rows: int = 256
@@ -51,6 +56,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def url_rules(self) -> UrlRules:
         return UrlRules(allowed_domains=self.allowed_media_domains, allow_private=self.allow_private_urls)
+
+    @property
+    def most_in_flight(self) -> int:
+        return self.max_in_flight or self.max_runs * self.concurrency
 
     @property
     def store_place(self) -> str:

@@ -13,73 +13,66 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from embedding_relay.batch.background.worker import Worker, open_part
-from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.errors import Refusal, in_words
+from embedding_relay.batch.progress import Progress
 from embedding_relay.batch.service import Service
-from embedding_relay.batch.session.folder import failures
-from embedding_relay.batch.session.records import Asking, Session, Stage
+from embedding_relay.batch.session.folder import Reason
+from embedding_relay.batch.session.records import Asking, Session, Stage, counted
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import StoreAway
 from embedding_relay.batch.store.opening import open_store
+from embedding_relay.batch.terminal_preview import ROWS_FAILED, asking_of, choices_of, described, require_file
 from embedding_relay.batch.workbook.analysis import Choices
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
 LOOK_EVERY: Final = 0.2
-FAILURES_SHOWN: Final = 5
+REASONS_SHOWN: Final = 5
 SUFFIXES: Final = {"xlsx": (".xlsx", ".xlsm"), "csv": (".csv", ".tsv", ".txt"), "jsonl": (".jsonl", ".ndjson")}
 # 128 + SIGINT: the exit status of an interrupted command.
 STOPPED: Final = 130
+# The endpoint could not be used for as long as --give-up-after says.
+GAVE_UP: Final = 4
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     workbook, out = arguments.workbook, arguments.out
     try:
-        if not workbook.is_file():
-            raise Refusal(400, f"{workbook}: there is no such file")
+        require_file(workbook)
         if not out.absolute().parent.is_dir():
             raise Refusal(400, f"{out}: there is no such directory")
         if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
             raise Refusal(400, f"{out}: this file cannot be written")
         if out.exists() and out.samefile(workbook):
             raise Refusal(400, f"{out}: the answers would replace the workbook; name another file")
-        choices = _choices(arguments)
-        asking = Asking(
-            model=arguments.model,
-            system=arguments.system,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
-        )
+        choices, asking = choices_of(arguments), asking_of(arguments)
         place = settings.cache_dir / "terminal" / _fingerprint(workbook, choices, asking, settings.endpoint)
         if arguments.fresh:
             shutil.rmtree(place, ignore_errors=True)
         _forget_old_runs(place.parent, settings.keep_seconds)
         place.mkdir(parents=True, exist_ok=True)
         place.touch()
-        settings = msgspec.structs.replace(settings, cache_dir=place, scan_seconds=LOOK_EVERY)
-        return asyncio.run(_Terminal(settings, workbook, out, choices, asking).run())
+        settings = msgspec.structs.replace(settings, cache_dir=place, scan_seconds=LOOK_EVERY, max_runs=1)
+        again, patience = arguments.retry_failed, arguments.give_up_after
+        return asyncio.run(_Terminal(settings, workbook, out, choices, asking, again, patience).run())
     except (Refusal, StoreAway, OSError, ValueError) as error:
-        print(f"sglang-relay batch run: {error}", file=sys.stderr)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(f"sglang-relay batch run: {where}{in_words(error)}", file=sys.stderr)
         return 1
-
-
-def _choices(arguments: argparse.Namespace) -> Choices:
-    columns = arguments.image_columns
-    return Choices(
-        sheet=arguments.sheet,
-        prompt_column=arguments.prompt_column,
-        image_columns=None if columns is None else tuple(name for name in columns if name),
-        template=arguments.template,
-    )
+    except Exception as error:
+        log = settings.cache_dir / "error.log"
+        log.write_text(traceback.format_exc())
+        what = f"this is a bug of the command ({type(error).__name__}); {log} says where"
+        print(f"sglang-relay batch run: {what}", file=sys.stderr)
+        return 1
 
 
 def _fingerprint(workbook: Path, choices: Choices, asking: Asking, endpoint: str) -> str:
@@ -109,12 +102,24 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 class _Terminal:
-    def __init__(self, settings: Settings, workbook: Path, out: Path, choices: Choices, asking: Asking) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        workbook: Path,
+        out: Path,
+        choices: Choices,
+        asking: Asking,
+        retry_failed: bool,
+        give_up_after: float | None,
+    ) -> None:
         self._settings = settings
         self._workbook = workbook
         self._out = out
         self._choices = choices
         self._asking = asking
+        self._retry_failed = retry_failed
+        self._give_up_after = give_up_after
+        self._given_up = ""
 
     async def run(self) -> int:
         store = open_store(self._settings.store_place)
@@ -124,7 +129,9 @@ class _Terminal:
         try:
             with _locked(self._settings.cache_dir):
                 session = await asyncio.to_thread(self._session, service)
-            self._check_out(session.kind)
+                self._check_out(session.kind)
+                if self._retry_failed and session.stage is Stage.COMPLETED and session.execution.counts.failed:
+                    session = service.retry(session.session_id)
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop.set)
@@ -134,6 +141,9 @@ class _Terminal:
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
+            if self._given_up and not session.stage.is_over():
+                print(f"{self._given_up}; the same command goes on from here", file=sys.stderr)
+                return GAVE_UP
             if stop.is_set() and not session.stage.is_over():
                 print("stopped; the same command goes on from here", file=sys.stderr)
                 return STOPPED
@@ -146,6 +156,8 @@ class _Terminal:
         for session in service.sessions.all():
             if session.stage is not Stage.FAILED:
                 return session
+            if session.split.is_ready():
+                return service.retry(session.session_id)  # what was answered before the run failed is paid for
             service.delete(session.session_id)
         with self._workbook.open("rb") as file:
             return service.take_upload(file, self._workbook.name, self._choices)
@@ -160,18 +172,17 @@ class _Terminal:
         self, service: Service, session: Session, working: asyncio.Task[None], stop: asyncio.Event
     ) -> Session:
         assert session.analysis is not None
-        for note in session.analysis.notes:
-            print(note, file=sys.stderr)
-        from tqdm import tqdm
-
-        with tqdm(total=session.analysis.rows, unit="row", dynamic_ncols=True) as bar:
-            while not session.stage.is_over() and not stop.is_set():
+        model = self._asking.model or "the first that it lists"
+        print(*described(session), f"  endpoint  {self._settings.endpoint}, model: {model}", sep="\n", file=sys.stderr)
+        with Progress(session.analysis.rows, self._give_up_after) as progress:
+            while not (session.stage.is_over() or stop.is_set() or progress.given_up):
                 if working.done():
                     working.result()
                 session = await asyncio.to_thread(self._next_step, service, session)
-                _show(bar, session)
+                progress.show(session)
                 await asyncio.sleep(LOOK_EVERY)
-            _show(bar, session)
+            progress.show(session)
+        self._given_up = progress.given_up
         return session
 
     def _next_step(self, service: Service, session: Session) -> Session:
@@ -197,21 +208,21 @@ class _Terminal:
         partial = self._out.with_name(f".{self._out.name}.{os.getpid()}.part")
         shutil.copyfile(answers, partial)
         partial.replace(self._out)
-        count, shown = failures(service.sessions.folder(session.session_id).path, 0, FAILURES_SHOWN)
-        for result in shown:
-            print(f"row {result.row}: {result.error}", file=sys.stderr)
-        if count > len(shown):
-            print(f"… and {count - len(shown)} more; the workbook has all of them", file=sys.stderr)
+        failed = service.failed_rows(session.session_id, 0, 0)
+        for reason in failed.reasons[:REASONS_SHOWN]:
+            print(_reason(reason), file=sys.stderr)
+        if len(failed.reasons) > REASONS_SHOWN:
+            others = sum(reason.count for reason in failed.reasons[REASONS_SHOWN:])
+            print(f"{counted(others, 'row')} failed for other reasons; the workbook has all of them", file=sys.stderr)
         print(f"{self._out}: {session.execution.message}")
-        return 0
+        if not failed.count:
+            return 0
+        print("the same command with --retry-failed asks the failed rows again", file=sys.stderr)
+        return ROWS_FAILED
 
 
-def _show(bar: tqdm[None], session: Session) -> None:
-    execution = session.execution
-    if not execution.total:
-        bar.set_description_str(session.split.message or "analysed")
-        return
-    bar.total = execution.total
-    bar.n = execution.counts.done + execution.counts.failed
-    bar.set_description_str(execution.message)
-    bar.set_postfix_str(f"{execution.counts.failed} failed" if execution.counts.failed else "")
+def _reason(reason: Reason) -> str:
+    """`7 rows failed (2, 3, 4, 5, 6, …): 400: no`."""
+    rows = [*map(str, reason.rows), *(["…"] if reason.count > len(reason.rows) else [])]
+    like = " (and the like)" if reason.differs else ""
+    return f"{counted(reason.count, 'row')} failed ({', '.join(rows)}): {reason.error}{like}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 from types import TracebackType
@@ -12,6 +13,8 @@ import aiohttp
 from yarl import URL
 
 from embedding_relay.batch.asking.replies import Answered, Away, Broken, Refused, Reply, read_reply
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES: Final = 16 * 2**20
 LARGE_BODY: Final = 2**19
@@ -66,6 +69,8 @@ class Endpoint:
     async def model(self) -> str:
         """The first one that it lists; ConnectionError with a sentence when it cannot be had."""
         reply = await self._attempt("GET", "/v1/models", None, LOOK_SECONDS)
+        if isinstance(reply, Away):
+            raise ConnectionError(f"cannot reach the endpoint {self.url} ({reply.reason})")
         if not isinstance(reply, Answered):
             raise ConnectionError(f"the endpoint {self.url} does not say which models it has ({reply.reason})")
         match reply.body:
@@ -112,7 +117,8 @@ class Endpoint:
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError):
             return Away("the connection broke before the answer was there", connected=True)
         except aiohttp.ClientError as error:
-            return Broken(0, f"the answer is not HTTP: {str(error)[:200]}")
+            logger.debug("batch: %s", error)
+            return Broken(0, "the answer is not HTTP")
 
 
 def _base(url: str) -> str:
@@ -151,7 +157,9 @@ def _connection_problem(error: aiohttp.ClientConnectorError) -> str:
         case aiohttp.ClientConnectorDNSError():
             return "its name cannot be resolved"
         case aiohttp.ClientConnectorCertificateError():
-            return f"its certificate is not valid: {error.certificate_error}"
+            why = getattr(error.certificate_error, "verify_message", "") or "it is that of another host"
+            return f"its certificate is not valid: {why}"
         case aiohttp.ClientSSLError():
-            return f"no TLS with it: {error.os_error}"
-    return os.strerror(error.os_error.errno).lower() if error.os_error.errno else str(error.os_error)
+            why = (getattr(error.os_error, "reason", "") or "the connection was closed").replace("_", " ").lower()
+            return f"no TLS with it: {why}"
+    return os.strerror(error.os_error.errno).lower() if error.os_error.errno else "no connection can be made"

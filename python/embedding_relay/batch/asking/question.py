@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from embedding_relay.batch.errors import in_words
 from embedding_relay.batch.session.records import Asking
 from embedding_relay.batch.tasks import Task
 
@@ -76,7 +77,7 @@ def _file_within(folder: Path, name: str) -> Path:
         path = (home / name).resolve()
         usable = path.is_relative_to(home) and path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links that go in circles
-        raise Unaskable(f"the picture {shown!r} cannot be read: {error}") from None
+        raise Unaskable(f"the picture {shown!r} cannot be read: {in_words(error)}") from None
     if not usable:
         raise Unaskable(f"there is no picture {shown!r} in this session")
     return path

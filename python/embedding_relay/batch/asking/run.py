@@ -15,6 +15,7 @@ import msgspec
 from embedding_relay.batch.asking.endpoint import Endpoint
 from embedding_relay.batch.asking.replies import failure
 from embedding_relay.batch.asking.schedule import PATIENCE_SECONDS, Row, Schedule
+from embedding_relay.batch.errors import in_words
 from embedding_relay.batch.session.records import Counts
 from embedding_relay.batch.tasks import Outcome, Result, Task
 
@@ -25,6 +26,9 @@ RequestOf = Callable[[Task], tuple[str, Mapping[str, object]]]
 FIRST_LOOK: Final = 1.0
 LONGEST_LOOK: Final = 30.0
 CHUNK: Final = 64
+# What `Counts.waiting` says in a sentence.
+CANNOT_REACH: Final = "cannot reach"
+NO_ANSWERS: Final = "no answers"
 PACE_SECONDS: Final = 60.0
 # With fewer rows than this in that time the rate looks further back.
 PACE_ROWS: Final = 8
@@ -52,7 +56,7 @@ class Run:
         self._endpoint = endpoint
         self._request_of = request_of
         self._record = record
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._total = total
         self._wake = asyncio.Event()
         self._feed = Feed(tasks, concurrency, self._wake.set)
@@ -63,7 +67,7 @@ class Run:
         self._paused = self._cancelled = False
         self._error: BaseException | None = None
         self._pace = Pace(time.monotonic())
-        self._done, self._failed = already.done, already.failed
+        self._done, self._failed, self._retries_before = already.done, already.failed, already.retries
         self._prompt_tokens, self._completion_tokens = already.prompt_tokens, already.completion_tokens
 
     # ---- watching and steering it
@@ -80,6 +84,17 @@ class Run:
             self._pace = Pace(time.monotonic())
             self._wake.set()
 
+    @property
+    def limit(self) -> int:
+        """The most requests in flight for now, up to `concurrency`; with 0 nothing new is asked."""
+        return self._schedule.limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        if limit != self._schedule.limit:
+            self._schedule.limit = limit
+            self._wake.set()
+
     def cancel(self) -> None:
         """Ask nothing more, and give up what is in flight."""
         self._cancelled = True
@@ -93,18 +108,24 @@ class Run:
             done=self._done,
             failed=self._failed,
             running=len(self._jobs) - self._is_looking,
-            retries=self._schedule.retries,
+            retries=self._retries_before + self._schedule.retries,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             rate=rate,
             seconds_left=left / rate if rate > 0 else None,
             waiting=self._waiting(),
+            trouble=self._trouble(),
         )
+
+    def _trouble(self) -> str:
+        if self._schedule.away and self._look_every:
+            return CANNOT_REACH
+        return NO_ANSWERS if self._schedule.trouble(time.monotonic()) else ""
 
     def _waiting(self) -> str:
         endpoint = f"the endpoint {self._endpoint.url}"
         if self._schedule.away and self._look_every:
-            return f"{endpoint} does not answer ({self._schedule.away}); asking again every {self._look_every:.0f} s"
+            return f"cannot reach {endpoint} ({self._schedule.away}); asking again every {self._look_every:.0f} s"
         if trouble := self._schedule.trouble(time.monotonic()):
             return f"{endpoint} {trouble}; asking again little by little"
         return ""
@@ -179,7 +200,7 @@ class Run:
         try:
             path, body = await self._request(row.task)
         except (OSError, ValueError) as error:
-            self._note(self._schedule.unaskable(row, f"this row cannot be asked: {error}"))
+            self._note(self._schedule.unaskable(row, f"this row cannot be asked: {in_words(error)}"))
             return
         reply = await self._endpoint.ask(path, body)
         result = self._schedule.settle(row, reply, time.monotonic())

@@ -67,6 +67,7 @@ class Schedule:
         dice: Callable[[], float] = random.random,
     ) -> None:
         self.in_flight = 0
+        self.limit = concurrency  # that is set from outside: other runs want their share
         self.retries = 0
         self.away = ""  # why the endpoint cannot be reached, while it cannot
         self._window = Window(concurrency)
@@ -100,7 +101,7 @@ class Schedule:
         return row
 
     def _most_in_flight(self) -> int:
-        return 1 if self._blame.is_on_endpoint else self._window.size
+        return min(self.limit, 1 if self._blame.is_on_endpoint else self._window.size)
 
     def _next(self, now: float, fresh: Callable[[], Task | None]) -> Row | None:
         if self._waiting and self._waiting[0][0] <= now:

@@ -9,7 +9,7 @@ from typing import Final
 from embedding_relay.batch.errors import Refusal, StaleJob, TooLarge
 from embedding_relay.batch.session.folder import Folder, Manifest
 from embedding_relay.batch.session.records import Session
-from embedding_relay.batch.session.sessions import Sessions
+from embedding_relay.batch.session.sessions import SPLIT, UPLOADED, Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.tasks import Task
 from embedding_relay.batch.workbook.rows import read_tasks
@@ -33,6 +33,7 @@ class Split:
 
     def run(self) -> None:
         session = self._sessions.change(self._id, self._take)
+        self._sessions.bring(self._id, *UPLOADED)
         try:
             manifest = self._build(session)
             if not manifest.tasks:
@@ -43,6 +44,7 @@ class Split:
             return
         self._move(lambda session: session.split.mark_saving(manifest.tasks, len(manifest.batches)))
         self._folder.save_tasks(self._attempt, manifest)
+        self._sessions.save(self._id, *SPLIT, verified=True)
         self._move(lambda session: session.split.mark_verifying())
         self._folder.verify_tasks(self._attempt, manifest)
         self._move(lambda session: session.split.mark_verified())

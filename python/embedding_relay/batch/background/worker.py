@@ -8,17 +8,17 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, Literal
 
 from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.background.places import Places, Share
 from embedding_relay.batch.background.running import Execution
 from embedding_relay.batch.background.splitting import Split
-from embedding_relay.batch.errors import StaleJob, UnknownSession
+from embedding_relay.batch.errors import NotWhatWasSaved, Refusal, StaleJob, UnknownSession, WorkersDied, in_words
 from embedding_relay.batch.openai.files import Files
 from embedding_relay.batch.session.folder import REMOVED, Folder
-from embedding_relay.batch.session.records import ExecutionStatus, Session, SplitStatus
+from embedding_relay.batch.session.records import MOST_DEATHS, ExecutionStatus, Session, SplitStatus, counted
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import Lease, Store, StoreAway
@@ -30,9 +30,15 @@ Part = Literal["split", "run"]
 # After a full disk or a store that was away.
 TRY_AGAIN_SECONDS: Final = 5.0
 SWEEP_SECONDS: Final = 600.0
+# A copy of what another machine has deleted; longer than any upload takes to become a session.
+COPY_KEPT: Final = 3600.0
+OVER_SECONDS: Final = 60.0
 # Splits and savings at the same time. Each occupies a thread for long, and asyncio has as few as five: without a free
 # one no lease is renewed, and the workers would take the same work from each other for ever.
 HEAVY_AT_ONCE: Final = 3
+# When so many workers have died over it, the next one does nothing else meanwhile, so that nothing else is blamed.
+SUSPECT_AFTER: Final = MOST_DEATHS - 1
+SUSPECTED: Final = f"{SUSPECT_AFTER} workers died while they were at it; it waits for one that has nothing else to do"
 
 
 def open_part(session: Session) -> Part | None:
@@ -42,6 +48,16 @@ def open_part(session: Session) -> Part | None:
     if session.execution.status in (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING):
         return "run"
     return None
+
+
+def may_ask(session: Session) -> bool:
+    """Whether its run could ask rows, if it had a place for that."""
+    execution = session.execution
+    return not (execution.wish.paused or execution.wish.cancelled or execution.saving)
+
+
+def unended(session: Session, part: Part) -> int:
+    return session.split.unended if part == "split" else session.execution.unended
 
 
 class Worker:
@@ -54,16 +70,24 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
-        self._over: set[str] = set()  # sessions that have ended: they are not read again
+        # Sessions that have ended, and until when they are not read again. A retry begins one again: at once in the
+        # process that is asked for it (`_woken`), and if that one is killed, in the others a little later.
+        self._over: dict[str, float] = {}
+        self._woken: set[str] = set()
         self._sweep_at = 0.0
         self._heavy = asyncio.Semaphore(HEAVY_AT_ONCE)
+        self._places = Places(store, settings)
+        self._its_turn = f"waits for its turn: this service carries out {counted(self._places.count, 'run')} at a time"
+        self._alone = ""  # what is carried out here without anything beside it, if that is under way
+        self._alive: set[tuple[Part, str]] = set()  # attempts that have ended in order, and the store was away
         self._passed_by = False  # whether a split was left to others for want of a free thread
         self._endpoint = Endpoint(
             settings.endpoint, api_key=settings.endpoint_api_key, request_seconds=settings.request_seconds
         )
 
-    def wake(self) -> None:
-        """A call in this process has begun something: look now, not at the next round. From any thread."""
+    def wake(self, session_id: str) -> None:
+        """A call in this process has begun something in this session: look now, not at the next round. Any thread."""
+        self._woken.add(session_id)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
@@ -78,10 +102,10 @@ class Worker:
                     await self._look()
                 except (StoreAway, OSError) as away:
                     logger.warning("batch: %s; trying again in %g s", away, self._settings.scan_seconds)
-                try:
-                    await asyncio.wait_for(self._wake.wait(), self._settings.scan_seconds)
-                except TimeoutError:
-                    continue
+                # Not wait_for: it may swallow that this task is cancelled, if it is woken in the same moment.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.scan_seconds):
+                        await self._wake.wait()
         finally:
             jobs = list(self._jobs.values())
             for job in jobs:
@@ -90,29 +114,54 @@ class Worker:
             await self._endpoint.close()
 
     async def _look(self) -> None:
-        for session_id, part in await asyncio.to_thread(self._open_parts):
-            name = f"{part}:{session_id}"
+        for attempt in list(self._alive):
+            await asyncio.to_thread(self._note_alive, *attempt)
+        found = await asyncio.to_thread(self._open_parts)
+        self._places.runs = sum(part == "run" and may_ask(session) for session, part in found)
+        for session, part in found:
+            name = f"{part}:{session.session_id}"
             if name in self._jobs or self._not_before.get(name, 0.0) > time.monotonic():
                 continue
+            if self._alone in self._jobs:
+                break
             if part == "split" and self._heavy.locked():
                 self._passed_by = True
                 continue  # another worker may have a free thread for it
             lease = Lease(self._store, name, self._name, self._settings.lease_seconds)
             if await lease.take():
-                job = asyncio.create_task(self._do(part, session_id, lease), name=name)
-                self._jobs[name] = job
-                job.add_done_callback(self._forget)
+                await self._begin(session, part, name, lease)
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_SECONDS
             await asyncio.to_thread(self._sweep)
 
+    async def _begin(self, session: Session, part: Part, name: str, lease: Lease) -> None:
+        share, why_not = None, ""
+        if unended(session, part) >= SUSPECT_AFTER:
+            self._alone = name
+            why_not = SUSPECTED if self._jobs else ""
+        if part == "run" and not why_not:
+            share = await self._places.share(session.session_id, self._settings.concurrency if may_ask(session) else 0)
+            why_not = "" if share else self._its_turn
+        if why_not:
+            await lease.give_up()
+            await asyncio.to_thread(self._say, part, session.session_id, why_not, session)
+            return
+        job = asyncio.create_task(self._do(part, session.session_id, lease, share), name=name)
+        self._jobs[name] = job
+        job.add_done_callback(self._forget)
+
     def _forget(self, job: asyncio.Task[None]) -> None:
         del self._jobs[job.get_name()]
+        self._wake.set()  # there may be a place for another run now
 
-    def _open_parts(self) -> list[tuple[str, Part]]:
-        found: list[tuple[str, Part]] = []
+    def _open_parts(self) -> list[tuple[Session, Part]]:
+        """What was uploaded first comes first."""
+        found: list[tuple[Session, Part]] = []
         ids = self._sessions.ids()
-        self._over.intersection_update(ids)
+        while self._woken:
+            self._over.pop(self._woken.pop(), None)
+        now = time.monotonic()
+        self._over = {one: until for one in ids if (until := self._over.get(one, 0.0)) > now}
         for session_id in ids:
             if session_id in self._over:
                 continue
@@ -120,29 +169,22 @@ class Worker:
             if session is None:
                 continue
             if session.stage.is_over():
-                self._over.add(session_id)
+                self._over[session_id] = now + OVER_SECONDS
             elif part := open_part(session):
-                found.append((session_id, part))
-        return found
+                found.append((session, part))
+        return sorted(found, key=lambda one: one[0].created_at)
 
     # ---- one part of one session
 
-    async def _do(self, part: Part, session_id: str, lease: Lease) -> None:
-        work: dict[Part, Callable[[str, Lease], Awaitable[None]]] = {"split": self._split, "run": self._execute}
+    async def _do(self, part: Part, session_id: str, lease: Lease, share: Share | None) -> None:
         name = f"{part}:{session_id}"
         try:
             async with lease:
                 try:
-                    await work[part](session_id, lease)
-                except (StaleJob, UnknownSession, StoreAway):
+                    await self._do_or_fail(part, session_id, lease, share)
+                except BaseException:
+                    await asyncio.to_thread(self._note_alive, part, session_id)
                     raise
-                except Exception as error:
-                    if isinstance(error, OSError) and not self._is_gone(error):
-                        raise
-                    lease.check()
-                    await asyncio.to_thread(self._fail, part, session_id, error)
-                    # Not before: a session that was deleted under our hands has not failed, and is no news.
-                    logger.exception("batch: session %s: the %s failed", session_id, part)
             logger.info("batch: session %s: the %s is over", session_id, part)
             if self._passed_by:
                 self._passed_by = False
@@ -155,8 +197,43 @@ class Worker:
             # A full disk or a store that is away may be mended; no answer is lost meanwhile.
             logger.warning("batch: session %s: %s; trying again in %g s", session_id, error, TRY_AGAIN_SECONDS)
             self._not_before[name] = time.monotonic() + TRY_AGAIN_SECONDS
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            await asyncio.to_thread(self._say, part, session_id, f"{why}; trying again every {TRY_AGAIN_SECONDS:g} s")
+            why = f"{in_words(error)}; trying again every {TRY_AGAIN_SECONDS:g} s"
+            await asyncio.to_thread(self._say, part, session_id, why)
+
+    async def _do_or_fail(self, part: Part, session_id: str, lease: Lease, share: Share | None) -> None:
+        try:
+            await (self._execute(session_id, lease, share) if share else self._split(session_id, lease))
+        except Exception as error:
+            if self._may_go_on(error):
+                raise
+            lease.check()
+            await asyncio.to_thread(self._fail, part, session_id, error)
+            # Not before: a session that was deleted under our hands has not failed, and is no news.
+            known = isinstance(error, WorkersDied)
+            logger.error("batch: session %s: the %s failed: %s", session_id, part, error, exc_info=not known)
+
+    def _may_go_on(self, error: Exception) -> bool:
+        """Whether it may be otherwise the next time, or when another worker does it."""
+        if isinstance(error, StaleJob | UnknownSession | StoreAway):
+            return True
+        return isinstance(error, OSError) and not self._is_gone(error)
+
+    def _note_alive(self, part: Part, session_id: str) -> None:
+        """The attempt has ended, well or not, and this process lives: nobody has died over it."""
+
+        def note(session: Session) -> None:
+            if open_part(session) != part:
+                raise StaleJob
+            progress = session.split if part == "split" else session.execution
+            progress.unended = max(0, progress.unended - 1)
+
+        self._alive.add((part, session_id))
+        with contextlib.suppress(StaleJob, UnknownSession):
+            try:
+                self._sessions.change(session_id, note)
+            except StoreAway:
+                return  # tried again at the next look
+        self._alive.discard((part, session_id))
 
     def _is_gone(self, error: OSError) -> bool:
         """Whether a file of the session is gone for good, as opposed to a whole disk that is away for the moment."""
@@ -167,14 +244,16 @@ class Worker:
         async with self._heavy:
             await asyncio.to_thread(split.run)
 
-    async def _execute(self, session_id: str, lease: Lease) -> None:
+    async def _execute(self, session_id: str, lease: Lease, share: Share) -> None:
         folder = self._sessions.folder(session_id)
-        await Execution(self._sessions, session_id, folder, self._settings, self._endpoint, lease, self._heavy).run()
+        parts = (self._sessions, session_id, folder, self._settings, self._endpoint, lease, share, self._heavy)
+        try:
+            await Execution(*parts).run()
+        finally:
+            await share.give_back()
 
     def _fail(self, part: Part, session_id: str, error: Exception) -> None:
-        sentence = f"{type(error).__name__}: {error}"
-        if isinstance(error, FileNotFoundError) and error.filename:
-            sentence = f"the file {Path(error.filename).name} of this session is gone; please upload its workbook again"
+        sentence = self._sentence(session_id, error)
 
         def fail(session: Session) -> None:
             if open_part(session) != part:
@@ -186,8 +265,22 @@ class Worker:
 
         self._sessions.change(session_id, fail)
 
-    def _say(self, part: Part, session_id: str, sentence: str) -> None:
-        """Tell those who wait for it why it does not go on."""
+    def _sentence(self, session_id: str, error: Exception) -> str:
+        match error:
+            case FileNotFoundError(filename=str(path)):
+                return f"the file {Path(path).name} of this session is gone; please upload its workbook again"
+            case NotWhatWasSaved():
+                return f"{error}; is the disk failing?".replace(f"{self._sessions.folder(session_id).path}/", "")
+            case Refusal() | WorkersDied():
+                return str(error)
+            case MemoryError():
+                return "the memory of the machine is used up"
+        return f"this is a bug of the service ({type(error).__name__}); its log says more"
+
+    def _say(self, part: Part, session_id: str, sentence: str, seen: Session | None = None) -> None:
+        """Tell those who wait for it why it does not go on, unless that is what it said when it was `seen`."""
+        if seen is not None and (seen.split if part == "split" else seen.execution).message == sentence:
+            return
 
         def say(session: Session) -> None:
             if open_part(session) == part:
@@ -204,10 +297,12 @@ class Worker:
 
         And those whose removal was begun and not ended.
         """
-        known = set(self._sessions.ids())
+        known, mirror = set(self._sessions.ids()), self._sessions.mirror
         for path in self._settings.sessions_dir.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # other workers sweep too, and refused uploads are removed
-                is_old = time.time() - path.stat().st_mtime > self._settings.keep_seconds
+                is_old = time.time() - path.stat().st_mtime > (COPY_KEPT if mirror else self._settings.keep_seconds)
                 if path.suffix == REMOVED or (is_old and path.name not in known):
                     Folder(path).remove()
+        if mirror:
+            mirror.sweep("sessions", self._settings.keep_seconds, known.__contains__)
         Files(self._store, self._sessions, self._settings).sweep()

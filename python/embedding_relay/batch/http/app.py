@@ -7,11 +7,14 @@ import contextlib
 import importlib.resources
 import ipaddress
 import logging
-from collections.abc import AsyncIterator
-from typing import Final
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from embedding_relay.batch.background.worker import Worker
@@ -23,14 +26,19 @@ from embedding_relay.batch.openai.files import Files
 from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import MIB, Settings
-from embedding_relay.batch.store.opening import open_store
+from embedding_relay.batch.store.opening import open_mirror, open_store
 
 logger = logging.getLogger(__name__)
 
 # A multipart form is a little larger than the file in it.
 AROUND_AN_UPLOAD: Final = 1 * MIB
+PAGE: Final = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 PAGE_RULES: Final = {
-    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -58,7 +66,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.include_router(calls.router)
     app.include_router(openai_calls.router)
-    app.add_api_route("/", _page, include_in_schema=False)
+    for path, (name, media_type) in PAGE.items():
+        app.add_api_route(path, _part_of_page(name, media_type), include_in_schema=False)
     app.add_api_route("/docs", _docs, include_in_schema=False)
     app.add_api_route("/health", _health, summary="200 while this worker serves and its store answers")
     app.add_api_route("/metrics", _metrics, summary="For Prometheus", response_class=PlainTextResponse)
@@ -75,19 +84,38 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     store = await asyncio.to_thread(open_store, settings.store_place)
-    sessions = Sessions(store, settings.sessions_dir, settings.keep_seconds)
+    mirror = await asyncio.to_thread(open_mirror, settings.files)
+    sessions = Sessions(store, settings.sessions_dir, settings.keep_seconds, mirror)
     worker = Worker(settings, store, sessions)
     app.state.service = Service(settings, sessions, wake=worker.wake)
     app.state.files = Files(store, sessions, settings)
     working = asyncio.create_task(worker.run(), name="worker")
     working.add_done_callback(_log_if_it_failed)
     app.state.working = working
+    app.state.closing = threading.Event()
+    _on_sigterm(app.state.closing.set)
     try:
         yield
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
         store.close()
+
+
+def _on_sigterm(what: Callable[[], object]) -> None:
+    """Before uvicorn's own handler, which waits for the live streams to end and cuts those that do not."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # another program runs this application, and signals are its own business
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, before: Any = before) -> None:
+            what()
+            if callable(before):
+                before(number, frame)
+
+        if callable(before):
+            signal.signal(number, handle)
 
 
 def _log_if_it_failed(working: asyncio.Task[None]) -> None:
@@ -101,9 +129,12 @@ def _log_if_it_failed(working: asyncio.Task[None]) -> None:
 # ---- pages
 
 
-def _page() -> HTMLResponse:
-    page = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
-    return HTMLResponse(page, headers=PAGE_RULES)
+def _part_of_page(name: str, media_type: str) -> Callable[[], Response]:
+    def part() -> Response:
+        content = importlib.resources.files(__package__).joinpath(name).read_bytes()
+        return Response(content, media_type=media_type, headers=PAGE_RULES)
+
+    return part
 
 
 def _docs(request: Request) -> HTMLResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import urllib.parse
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -12,10 +13,12 @@ from fastapi import APIRouter, Body, File, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch import preview
+from embedding_relay.batch.errors import Refusal, wrong_field
 from embedding_relay.batch.service import Service, Verb
 from embedding_relay.batch.session.records import Asking, Session
 from embedding_relay.batch.store.contract import StoreAway
+from embedding_relay.batch.tasks import Outcome, Result, Task
 from embedding_relay.batch.workbook.analysis import Choices
 
 router = APIRouter(prefix="/api")
@@ -64,7 +67,23 @@ def list_view(session: Session) -> Fields:
 
 
 def session_view(session: Session) -> Fields:
-    return list_view(session) | analysis_view(session) | {"asking": msgspec.to_builtins(session.asking)}
+    more = {"asking": msgspec.to_builtins(session.asking), "batch": session.order is not None}
+    return list_view(session) | analysis_view(session) | more
+
+
+def result_view(result: Result) -> Fields:
+    """Without the row; an answer may be very long, and the workbook has all of it."""
+    return {
+        "status": result.outcome.value,
+        "answer": preview.shortened(result.answer),
+        "error": result.error,
+        "http_status": result.http_status,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+    }
+
+
+WAITS: Final = result_view(Result(0, Outcome.CANCELLED)) | {"status": "waiting"}
 
 
 # ---- what is asked
@@ -77,27 +96,46 @@ def session_id_of(body: Fields) -> str:
     return session_id
 
 
-def _options(body: Fields, known: type[Choices] | type[Asking]) -> Any:
-    """The fields beside `session_id`, as what they must be."""
+class Rows(msgspec.Struct, frozen=True):
+    """How many of the first rows are looked at."""
+
+    rows: Annotated[int, msgspec.Meta(ge=1, le=preview.MOST_ROWS)] = preview.FIRST_ROWS
+
+
+Options = type[Choices] | type[Asking] | type[Rows]
+
+
+def _options(body: Fields, *kinds: Options) -> list[Any]:
+    """The fields beside `session_id`, as what they must be: one of each of `kinds`, whose fields differ."""
     given = {name: value for name, value in body.items() if name != "session_id"}
-    if unknown := given.keys() - set(known.__struct_fields__):
-        raise Refusal(
-            400, f"unknown option {sorted(unknown)[0]!r}; the options are: {', '.join(known.__struct_fields__)}"
-        )
-    try:
-        options = msgspec.convert(given, known)
-    except msgspec.ValidationError as error:
-        raise Refusal(400, f"wrong options: {error}") from None
+    known = [name for kind in kinds for name in kind.__struct_fields__]
+    if unknown := given.keys() - set(known):
+        raise Refusal(400, f"unknown option {sorted(unknown)[0]!r}; the options are: {', '.join(known)}")
+    options = [_converted({n: v for n, v in given.items() if n in kind.__struct_fields__}, kind) for kind in kinds]
     require_storable(options)
     return options
+
+
+def _converted(given: Fields, kind: Options) -> Any:
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"wrong options: {wrong_field(error)}") from None
+
+
+def _choices(body: Fields, choices: Choices) -> Choices | None:
+    """None where none of them was given: then those of the session hold."""
+    return choices if body.keys() & set(Choices.__struct_fields__) else None
 
 
 def require_storable(options: object) -> None:
     """JSON can write numbers and lone surrogates that a record in the store cannot hold."""
     try:
         msgspec.msgpack.encode(options)
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise Refusal(400, f"wrong options: {error}") from None
+    except OverflowError:
+        raise Refusal(400, "wrong options: a number in them is too large") from None
+    except UnicodeEncodeError:
+        raise Refusal(400, "wrong options: a text in them is not Unicode") from None
 
 
 def _listed(text: str | None) -> tuple[str, ...] | None:
@@ -105,15 +143,20 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name for part in text.split(",") if (name := part.strip()))
 
 
-def _described(options: type[Choices] | type[Asking] | None = None) -> Fields:
+def _described(*kinds: Options) -> Fields:
     """What the JSON of a call may have, for /docs."""
-    names = msgspec.json.schema(options)["$defs"][options.__name__]["properties"] if options else {}
-    return {"properties": {"session_id": {"type": "string"}} | names, "required": ["session_id"]}
+    properties: Fields = {"session_id": {"type": "string"}}
+    for kind in kinds:
+        properties |= msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
+    return {"properties": properties, "required": ["session_id"]}
 
 
 Json = Annotated[Fields, Body(json_schema_extra=_described())]
 JsonWithChoices = Annotated[Fields, Body(json_schema_extra=_described(Choices))]
 JsonWithAsking = Annotated[Fields, Body(json_schema_extra=_described(Asking))]
+JsonToRun = Annotated[Fields, Body(json_schema_extra=_described(Choices, Asking))]
+JsonToPreview = Annotated[Fields, Body(json_schema_extra=_described(Rows, Choices))]
+JsonToTry = Annotated[Fields, Body(json_schema_extra=_described(Rows, Choices, Asking))]
 
 
 @router.post("/analyze/upload", summary="Upload a workbook and have it analysed")
@@ -133,7 +176,48 @@ def upload(
 @router.post("/analyze/again", summary="Analyse the workbook once more, with other choices, before it is split")
 def analyze_again(request: Request, body: JsonWithChoices) -> Fields:
     session_id = session_id_of(body)
-    return analysis_view(service_of(request).analyze_again(session_id, _options(body, Choices)))
+    (choices,) = _options(body, Choices)
+    return analysis_view(service_of(request).analyze_again(session_id, choices))
+
+
+@router.post("/analyze/preview", summary="What the first rows will be asked, and why this sheet and these columns")
+def look_ahead(request: Request, body: JsonToPreview) -> Fields:
+    session_id = session_id_of(body)
+    rows, given = _options(body, Rows, Choices)
+    service = service_of(request)
+    session, choices, analysis, tasks = service.first_tasks(session_id, _choices(body, given), rows.rows)
+    folder = service.sessions.folder(session_id).path
+    return head(session) | {
+        "total": session.split.tasks if session.split.is_ready() else analysis.rows,
+        "why": msgspec.to_builtins(preview.whys(analysis, choices)),
+        "rows": [msgspec.to_builtins(preview.question_of(task, folder)) for task in tasks],
+    }
+
+
+@router.post("/analyze/try", summary="Ask the first rows once, now; their answers are shown and not kept")
+async def try_rows(request: Request, body: JsonToTry) -> Fields:
+    session_id = session_id_of(body)
+    rows, given, asking = _options(body, Rows, Choices, Asking)
+    service, choices = service_of(request), _choices(body, given)
+    session, _, analysis, tasks = await run_in_threadpool(service.first_tasks, session_id, choices, rows.rows)
+    folder = service.sessions.folder(session_id).path
+    trial = await preview.try_tasks(service.settings, session, tasks, asking, folder)
+    most = service.settings.concurrency
+    total = session.split.tasks if session.split.is_ready() else analysis.rows
+    return head(session) | {
+        "model": trial.model,
+        "rows": [
+            {"row": tried.result.row, "seconds": round(tried.seconds, 3)} | result_view(tried.result)
+            for tried in trial.rows
+        ],
+        "estimate": msgspec.to_builtins(preview.estimate(trial, total, min(asking.concurrency or most, most))),
+    }
+
+
+@router.get("/endpoint", summary="The endpoint that is asked, its model, and whether it can be reached")
+async def endpoint(request: Request) -> Fields:
+    view: Fields = msgspec.to_builtins(await preview.look_at_endpoint(service_of(request).settings))
+    return view
 
 
 @router.post("/tasks/split", summary="Turn the rows into tasks")
@@ -141,8 +225,8 @@ def split(request: Request, body: JsonWithChoices) -> Fields:
     session_id = session_id_of(body)
     service = service_of(request)
     service.sessions.get(session_id)
-    choices = _options(body, Choices) if body.keys() - {"session_id"} else None
-    return split_view(service.split(session_id, choices))
+    (choices,) = _options(body, Choices)
+    return split_view(service.split(session_id, _choices(body, choices)))
 
 
 @router.get("/tasks/split/status/{session_id}", summary="How far the split is")
@@ -155,7 +239,17 @@ def start(request: Request, body: JsonWithAsking) -> Fields:
     session_id = session_id_of(body)
     service = service_of(request)
     service.sessions.get(session_id)
-    return execution_view(service.start(session_id, _options(body, Asking)))
+    (asking,) = _options(body, Asking)
+    return execution_view(service.start(session_id, asking))
+
+
+@router.post("/run", summary="Split the rows if that is not done, and start to ask as soon as their tasks are saved")
+def run(request: Request, body: JsonToRun) -> Fields:
+    session_id = session_id_of(body)
+    service = service_of(request)
+    service.sessions.get(session_id)
+    choices, asking = _options(body, Choices, Asking)
+    return execution_view(service.run(session_id, _choices(body, choices), asking))
 
 
 @router.get("/execute/status/{session_id}", summary="How far the run is")
@@ -170,7 +264,7 @@ async def execution_stream(request: Request, session_id: str) -> StreamingRespon
 
     async def events() -> AsyncIterator[bytes]:
         said = b""
-        while not await request.is_disconnected():
+        while not (request.app.state.closing.is_set() or await request.is_disconnected()):
             try:
                 session = await run_in_threadpool(service.monitored, session_id)
             except StoreAway:
@@ -209,16 +303,47 @@ def cancel(request: Request, body: Json) -> Fields:
     return _wish(request, body, "cancel")
 
 
-@router.get("/execute/failures/{session_id}", summary="The rows that failed, with their reasons")
+@router.post("/execute/retry", summary="After a run: ask the rows again that have no answer; options given replace its")
+def retry(request: Request, body: JsonWithAsking) -> Fields:
+    session_id = session_id_of(body)
+    _options(body, Asking)
+    given = {name: value for name, value in body.items() if name != "session_id"}
+    return execution_view(
+        service_of(request).retry(session_id, lambda asking: _converted(msgspec.to_builtins(asking) | given, Asking))
+    )
+
+
+@router.get("/execute/answers/{session_id}", summary="What was answered so far, in the order of the rows")
+def answers(
+    request: Request,
+    session_id: str,
+    skip: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=50)] = 20,
+) -> Fields:
+    service = service_of(request)
+    folder = service.sessions.folder(session_id).path
+    session = service.monitored(session_id)
+    found = service.answers(session_id, skip, limit)
+    rows = [answer_view(task, result, folder) for task, result in found]
+    return {"session_id": session_id, "total": session.execution.total, "rows": rows}
+
+
+def answer_view(task: Task, result: Result | None, folder: Path) -> Fields:
+    asked: Fields = msgspec.to_builtins(preview.question_of(task, folder))
+    return asked | (WAITS if result is None else result_view(result))
+
+
+@router.get("/execute/failures/{session_id}", summary="The rows that failed: counted by reason, and one by one")
 def failed_rows(
     request: Request,
     session_id: str,
     skip: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Fields:
-    count, rows = service_of(request).failed_rows(session_id, skip, limit)
-    shown = [{"row": row.row, "error": row.error, "http_status": row.http_status} for row in rows]
-    return {"session_id": session_id, "failed": count, "rows": shown}
+    found = service_of(request).failed_rows(session_id, skip, limit)
+    shown = [{"row": row.row, "error": row.error, "http_status": row.http_status} for row in found.page]
+    reasons = msgspec.to_builtins(found.reasons)
+    return {"session_id": session_id, "failed": found.count, "reasons": reasons, "rows": shown}
 
 
 @router.get("/download/{session_id}", summary="The workbook with its answers")

@@ -63,7 +63,26 @@ def _wrong_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return error_answer(request.url.path, 400, f"{where or 'the body'}: {first['msg']}")
+    return error_answer(request.url.path, 400, f"{where or 'the body'}: {_what_is_wrong(first)}")
+
+
+def _what_is_wrong(error: dict[str, Any]) -> str:
+    """In words of ours."""
+    limits: dict[str, Any] = error.get("ctx") or {}
+    match error["type"]:
+        case "missing":
+            return "it must be given"
+        case "json_invalid":
+            return "it is not JSON"
+        case "int_parsing" | "int_type":
+            return "it must be a whole number"
+        case "greater_than_equal":
+            return f"it must be at least {limits['ge']}"
+        case "less_than_equal":
+            return f"it must be at most {limits['le']}"
+        case "literal_error":
+            return f"it must be {limits['expected']}"
+    return "it cannot be used"
 
 
 def _store_away(request: Request, error: Exception) -> JSONResponse:

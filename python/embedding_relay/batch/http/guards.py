@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedding_relay.batch.http.errors import error_answer
 
 # They show no data. The page asks for the key and sends it with each of its calls.
-OPEN_PATHS: Final = frozenset({"/", "/health", "/docs", "/openapi.json", "/favicon.ico"})
+OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/health", "/docs", "/openapi.json", "/favicon.ico"})
 UPLOADS: Final = frozenset({"/api/analyze/upload", "/v1/files"})
 # For the JSON of every other call: it becomes part of the session's record, which is read all the time.
 MOST_JSON: Final = 2**20

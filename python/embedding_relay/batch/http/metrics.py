@@ -57,7 +57,8 @@ class _Sessions(Collector):
             value=sum(one.counts.rate for one in running),
         )  # fmt: skip
         yield GaugeMetricFamily(
-            PREFIX + "runs_waiting", "Runs that ask nothing at the moment: the endpoint is away, or overloaded.",
+            PREFIX + "runs_waiting",
+            "Runs that ask nothing at the moment: the endpoint is away or overloaded, or other runs have all requests.",
             value=sum(bool(one.counts.waiting) for one in running),
         )  # fmt: skip
         yield GaugeMetricFamily(

@@ -17,10 +17,11 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from embedding_relay.batch.asking.endpoint import Endpoint
+from embedding_relay.batch.errors import in_words
 from embedding_relay.batch.http.app import create_app, is_loopback
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import StoreAway
-from embedding_relay.batch.store.opening import open_store
+from embedding_relay.batch.store.opening import open_mirror, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,11 @@ def run(settings: Settings) -> int:
         store = open_store(settings.store_place)
         store.keys("session:")
         store.close()
+        open_mirror(settings.files)
         listener = _listen(settings.host, settings.port)
     except (OSError, StoreAway, ValueError) as error:
-        print(f"sglang-relay batch serve: {error}", file=sys.stderr)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(f"sglang-relay batch serve: {where}{in_words(error)}", file=sys.stderr)
         return 1
     config = uvicorn.Config(
         functools.partial(_worker_app, settings),

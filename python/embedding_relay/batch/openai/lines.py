@@ -9,11 +9,12 @@ import msgspec
 
 from embedding_relay.batch.session.records import LineError
 from embedding_relay.batch.tasks import Outcome, Result
-from embedding_relay.batch.workbook.jsonl_file import BOM, PLAIN
+from embedding_relay.batch.workbook.jsonl_file import BOM, PLAIN, why_not_json
 
 # They are part of the session's record in the store, so there must be an end to them.
 MOST_ERRORS: Final = 100
 SHOWN: Final = 200
+EMPTY: Final = LineError("empty_file", "the file has no requests")
 Fields = dict[str, Any]
 
 _decode = msgspec.json.Decoder().decode
@@ -37,17 +38,34 @@ def input_errors(file: IO[bytes], endpoint: str, most_lines: int) -> list[LineEr
         found += _line_errors(number, text, endpoint, first_use)
         if len(found) >= MOST_ERRORS:
             return found[:MOST_ERRORS]
-    return found if requests else [LineError("empty_file", "the file has no requests")]
+    return found if requests else [EMPTY]
 
 
-def _line_errors(number: int, text: bytes, endpoint: str, first_use: dict[str, int]) -> Iterator[LineError]:
+def first_bad_line(file: IO[bytes]) -> LineError | None:
+    """Why this cannot be the input of any batch, if it is not JSON lines: an object in each line that is not empty."""
+    empty = True
+    for number, text in enumerate(file, 1):
+        text = text.removeprefix(BOM) if number == 1 else text
+        if not text.strip():
+            continue
+        empty = False
+        if isinstance(fields := _fields(number, text), LineError):
+            return fields
+    return EMPTY if empty else None
+
+
+def _fields(number: int, text: bytes) -> Fields | LineError:
     try:
         fields = _decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        yield LineError("invalid_json_line", f"this line is not JSON: {error}", number)
-        return
-    if not isinstance(fields, dict):
-        yield LineError("invalid_json_line", "this line is not a JSON object", number)
+        return LineError("invalid_json_line", f"this line is not JSON: {why_not_json(error)}", number)
+    return fields if isinstance(fields, dict) else LineError("invalid_json_line", "this line is no JSON object", number)
+
+
+def _line_errors(number: int, text: bytes, endpoint: str, first_use: dict[str, int]) -> Iterator[LineError]:
+    fields = _fields(number, text)
+    if isinstance(fields, LineError):
+        yield fields
         return
     for name in ("custom_id", "method", "url", "body"):
         if name not in fields:

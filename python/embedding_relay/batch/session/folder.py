@@ -2,7 +2,8 @@
 
 Everything is written beside its place and moved there when it is whole, so a file that is there is a whole one. Names
 carry the number of the attempt that wrote them: a worker that was thought dead and is not writes into its own files.
-Results are a file per attempt and a line per row, and the first line of a row counts.
+Results are a file per attempt and a line per row, and the first line of a row counts. After a retry the failures of the
+attempts before it do not: `set_aside` is the last of these attempts.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
@@ -31,6 +33,10 @@ MANIFEST: Final = "manifest.json"
 # Ends the name of a folder that is being removed. What is left under such a name, a process was killed over.
 REMOVED: Final = ".removed"
 FAILED_MARK: Final = _encode(Outcome.FAILED)
+# What differs between failures for the same reason: names, addresses and numbers.
+VARYING: Final = re.compile(r"""'[^']*'|"[^"]*"|https?://\S+|\d+""")
+MOST_REASONS: Final = 50
+ROWS_OF_A_REASON: Final = 5
 # So much must be free on the disk before anything is asked: an answer that cannot be kept was paid for in vain.
 PROBE_BYTES: Final = 2**20
 
@@ -115,14 +121,16 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def tasks(self, attempt: int) -> Iterator[Task]:
-        """In the order of the rows; one batch is in memory at a time."""
+    def tasks(self, attempt: int, skip: int = 0) -> Iterator[Task]:
+        """In the order of the rows, without the first `skip` of them; one batch is in memory at a time."""
         manifest = self.manifest(attempt)
         if manifest is None:
             raise NotWhatWasSaved(f"{self._tasks(attempt)} is gone")
         for batch in manifest.batches:
-            for line in (self._tasks(attempt) / batch.name).read_bytes().splitlines():
-                yield _decode_task(line)
+            if skip < batch.tasks:
+                for line in (self._tasks(attempt) / batch.name).read_bytes().splitlines()[skip:]:
+                    yield _decode_task(line)
+            skip = max(0, skip - batch.tasks)
 
     def _partial(self, attempt: int) -> Path:
         return self.path / f"tasks.{attempt}.part"
@@ -157,7 +165,11 @@ def _to_disk(path: Path) -> None:
 
 def result_files(folder: Path) -> list[Path]:
     """In the order of the attempts."""
-    return sorted(folder.glob("results.*.jsonl"), key=lambda path: int(path.suffixes[0][1:]))
+    return sorted(folder.glob("results.*.jsonl"), key=attempt_of)
+
+
+def attempt_of(path: Path) -> int:
+    return int(path.suffixes[0][1:])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -203,15 +215,16 @@ class ResultWriter:
 class ResultIndex:
     """Where each row's result is. Holds two numbers per row; the results themselves stay on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, set_aside: int = 0) -> None:
         self._files = result_files(folder)
         self._places: dict[int, tuple[int, int]] = {}
         done = failed = prompt_tokens = completion_tokens = 0
         for number, path in enumerate(self._files):
+            is_before = attempt_of(path) <= set_aside
             for at, line in _lines(path):
                 result = _decode_result(line)
-                if result.row in self._places:
-                    continue  # a worker that was thought dead wrote it as well; the first one counts
+                if result.row in self._places or (is_before and result.outcome is Outcome.FAILED):
+                    continue  # a worker that was thought dead wrote it as well, or the row is asked again
                 self._places[result.row] = number, at
                 done += result.outcome is Outcome.DONE
                 failed += result.outcome is Outcome.FAILED
@@ -241,19 +254,91 @@ class ResultIndex:
                 file.close()
 
 
-def failures(folder: Path, skip: int, most: int) -> tuple[int, list[Result]]:
-    """How many rows failed, and `most` of them after the first `skip`, in the order in which they failed."""
-    count, page = 0, list[Result]()
-    seen: set[int] = set()
+def keep_set_aside(folder: Path, set_aside: int, attempt: int) -> None:
+    """At the end of a retry that was cancelled: rows that it did not come to fail as they had failed before."""
+    if not set_aside:
+        return
+    index, kept = ResultIndex(folder, set_aside), set[int]()
+    with ResultWriter(folder, attempt) as writer:
+        for result in _failed(path for path in result_files(folder) if attempt_of(path) <= set_aside):
+            if result.row not in index and result.row not in kept:
+                kept.add(result.row)
+                writer.write(result)
+
+
+# ---- what people look at
+
+
+class _RowOf(msgspec.Struct):
+    """Of a result its row alone: what is not asked for is not built."""
+
+    row: int
+
+
+_decode_row = msgspec.json.Decoder(_RowOf).decode
+
+
+def results_of(folder: Path, rows: Set[int], set_aside: int) -> dict[int, Result]:
+    """Of these rows those that have a result, without an index over all of them."""
+    found: dict[int, Result] = {}
     for path in result_files(folder):
         for _, line in _lines(path):
-            if FAILED_MARK not in line:
+            if len(found) == len(rows):
+                return found
+            row = _decode_row(line).row
+            if row not in rows or row in found:
                 continue
             result = _decode_result(line)
-            if result.outcome is not Outcome.FAILED or result.row in seen:
-                continue
-            seen.add(result.row)
-            count += 1
-            if count > skip and len(page) < most:
-                page.append(result)
-    return count, page
+            if result.outcome is not Outcome.FAILED or attempt_of(path) > set_aside:
+                found[row] = result
+    return found
+
+
+class Reason(msgspec.Struct):
+    """Rows that failed for the same reason, or for reasons that differ in names and numbers only."""
+
+    error: str  # of the first of these rows
+    http_status: int
+    count: int = 0
+    rows: list[int] = msgspec.field(default_factory=list)  # the first few
+    differs: bool = False  # whether other rows have other names or numbers in it
+
+
+class Failures(msgspec.Struct, frozen=True):
+    count: int
+    reasons: tuple[Reason, ...]  # the most frequent first
+    page: tuple[Result, ...]  # in the order in which they failed
+
+
+def failures(folder: Path, set_aside: int, skip: int, most: int) -> Failures:
+    """The rows that failed: all of them by their reasons, and `most` of them after the first `skip` one by one."""
+    seen, page = set[int](), list[Result]()
+    reasons: dict[tuple[int, str], Reason] = {}
+    for result in _failed(path for path in result_files(folder) if attempt_of(path) > set_aside):
+        if result.row in seen:
+            continue
+        seen.add(result.row)
+        if skip < len(seen) <= skip + most:
+            page.append(result)
+        _count(reasons, result)
+    ordered = sorted(reasons.values(), key=lambda reason: -reason.count)
+    return Failures(len(seen), tuple(ordered), tuple(page))
+
+
+def _failed(files: Iterable[Path]) -> Iterator[Result]:
+    for path in files:
+        for _, line in _lines(path):
+            if FAILED_MARK in line and (result := _decode_result(line)).outcome is Outcome.FAILED:
+                yield result
+
+
+def _count(reasons: dict[tuple[int, str], Reason], result: Result) -> None:
+    key = result.http_status, VARYING.sub("…", result.error)
+    if key not in reasons and len(reasons) >= MOST_REASONS:
+        key = 0, ""
+        reasons.setdefault(key, Reason("other reasons", 0))
+    reason = reasons.setdefault(key, Reason(result.error, result.http_status))
+    reason.count += 1
+    reason.differs |= reason.error != result.error
+    if len(reason.rows) < ROWS_OF_A_REASON:
+        reason.rows.append(result.row)

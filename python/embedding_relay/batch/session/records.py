@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from embedding_relay.batch.errors import Refusal, StaleJob
+from embedding_relay.batch.errors import Refusal, StaleJob, WorkersDied
 from embedding_relay.batch.workbook.analysis import Analysis, Choices
 from embedding_relay.protocol.errors import IllegalMove
 
@@ -61,8 +61,9 @@ STAGE_MOVES: Final[Mapping[Stage, frozenset[Stage]]] = {
     Stage.ANALYZED: frozenset({Stage.SPLIT_COMPLETE, Stage.FAILED}),
     Stage.SPLIT_COMPLETE: frozenset({Stage.EXECUTING, Stage.FAILED}),
     Stage.EXECUTING: frozenset({Stage.COMPLETED, Stage.FAILED}),
-    Stage.COMPLETED: frozenset(),
-    Stage.FAILED: frozenset(),
+    # The moves back to EXECUTING are retries of the rows without an answer.
+    Stage.COMPLETED: frozenset({Stage.EXECUTING}),
+    Stage.FAILED: frozenset({Stage.EXECUTING}),
 }
 # A worker that takes a part over from a dead one begins it again, hence the moves back to PROCESSING and RUNNING.
 SPLIT_MOVES: Final[Mapping[SplitStatus, frozenset[SplitStatus]]] = {
@@ -73,12 +74,12 @@ SPLIT_MOVES: Final[Mapping[SplitStatus, frozenset[SplitStatus]]] = {
     SplitStatus.FAILED: frozenset(),
 }
 EXECUTION_MOVES: Final[Mapping[ExecutionStatus, frozenset[ExecutionStatus]]] = {
-    # The only way out is an accepted start: whatever is not IDLE can be asked how far it is.
+    # The only way out is an accepted start: whatever is not IDLE can be asked how far it is. A retry begins it again.
     ExecutionStatus.IDLE: frozenset({ExecutionStatus.INITIALIZING}),
     ExecutionStatus.INITIALIZING: frozenset({ExecutionStatus.RUNNING, ExecutionStatus.FAILED}),
     ExecutionStatus.RUNNING: frozenset({ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED, ExecutionStatus.FAILED}),
-    ExecutionStatus.COMPLETED: frozenset(),
-    ExecutionStatus.FAILED: frozenset(),
+    ExecutionStatus.COMPLETED: frozenset({ExecutionStatus.INITIALIZING}),
+    ExecutionStatus.FAILED: frozenset({ExecutionStatus.INITIALIZING}),
 }
 
 State = TypeVar("State", bound=enum.Enum)
@@ -98,6 +99,21 @@ EVERYTHING: Final = 100.0
 
 # What a part says from the moment it is accepted until a worker begins.
 WAITING: Final = "waiting for a worker"
+# What a run says that was accepted together with the split before it.
+SPLITTING: Final = "the rows are being read first"
+
+# Attempts that have begun and not ended are workers that died, but for the one that is under way.
+MOST_DEATHS: Final = 3
+
+
+def _one_more(unended: int, part: str) -> int:
+    if unended >= MOST_DEATHS:
+        raise WorkersDied(
+            f"{unended} worker processes died, one after the other, while they were at this {part}, so it is not tried "
+            "again; the log of the machine may say why (was its memory used up?)"
+        )
+    return unended + 1
+
 
 Moment = Literal["in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelling_at", "cancelled_at"]
 
@@ -113,6 +129,7 @@ class SplitProgress(msgspec.Struct):
     # How often a worker has begun. The number is part of its files' names, so a worker that lost its lease and does not
     # know yet overwrites nothing.
     attempt: int = 0
+    unended: int = 0
     tasks: int = 0
     batches: int = 0
 
@@ -127,6 +144,7 @@ class SplitProgress(msgspec.Struct):
         """A worker begins, or begins again what a dead one left. Returns the number of its attempt."""
         if self.status in (SplitStatus.NOT_STARTED, SplitStatus.COMPLETED, SplitStatus.FAILED):
             raise StaleJob
+        self.unended = _one_more(self.unended, "split")
         self.status = move(SPLIT_MOVES, self.status, SplitStatus.PROCESSING)
         self.attempt += 1
         self.progress, self.message = 0.0, "reading the rows"
@@ -182,8 +200,9 @@ class Counts(msgspec.Struct, frozen=True):
     # Rows per second of the last minute, and the time left at that rate; None before the first rows are answered.
     rate: float = 0.0
     seconds_left: float | None = None
-    # Why nothing is asked at the moment, if nothing is: the endpoint is away, or overloaded.
+    # Why nothing is asked at the moment, if nothing is: the endpoint is away, or overloaded. And the same in two words.
     waiting: str = ""
+    trouble: str = ""
 
 
 class Wish(msgspec.Struct):
@@ -204,22 +223,38 @@ class ExecutionProgress(msgspec.Struct):
     ready_for_download: bool = False
     saving: bool = False
     attempt: int = 0
+    unended: int = 0
     total: int = 0
     counts: Counts = Counts()
     wish: Wish = msgspec.field(default_factory=Wish)
+    # Since when `counts.waiting` says that nothing is asked; None while rows are asked.
+    waiting_since: float | None = None
+    # The failures that attempts up to this one have written do not count any more: their rows are asked again.
+    set_aside: int = 0
 
     def is_accepted(self) -> bool:
         """Whether a start was accepted. From then on there is a run to look at, and until it is saved one to steer."""
         return self.status is not ExecutionStatus.IDLE
 
-    def begin(self, total: int) -> None:
+    def begin(self, total: int, message: str = WAITING) -> None:
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.INITIALIZING)
-        self.total, self.message = total, WAITING
+        self.total, self.message = total, message
+
+    def begin_again(self) -> None:
+        """For the rows without an answer; those that are answered stay so."""
+        self.begin(self.total)
+        self.set_aside = self.attempt
+        kept = self.counts
+        self.counts = Counts(kept.done, 0, 0, kept.retries, kept.prompt_tokens, kept.completion_tokens)
+        self.progress = self._progress()
+        self.error, self.wish, self.waiting_since, self.unended = "", Wish(), None, 0
+        self.saving = self.ready_for_monitoring = self.ready_for_download = False
 
     def take(self) -> int:
         """A worker takes the run, or takes it over from a dead one. Returns the number of its attempt."""
         if self.status not in (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING):
             raise StaleJob
+        self.unended = _one_more(self.unended, "run")
         self.attempt += 1
         return self.attempt
 
@@ -232,14 +267,21 @@ class ExecutionProgress(msgspec.Struct):
     def advance(self, counts: Counts) -> None:
         self._require_running()
         self.counts = counts
-        finished = counts.done + counts.failed
-        # The last hundredth is the saving of the workbook.
-        self.progress = 99.0 * finished / self.total if self.total else 99.0
+        self.progress = self._progress()
         self.message = self._wished(counts.waiting or "running")
+        if not counts.waiting:
+            self.waiting_since = None
+        elif self.waiting_since is None:
+            self.waiting_since = time.time()
+
+    def _progress(self) -> float:
+        """The last hundredth is the saving of the workbook."""
+        finished = self.counts.done + self.counts.failed
+        return 99.0 * finished / self.total if self.total else 99.0
 
     def mark_saving(self) -> None:
         self._require_running()
-        self.saving, self.message = True, "saving the answers"
+        self.saving, self.message, self.waiting_since = True, "saving the answers", None
 
     def mark_completed(self, counts: Counts) -> None:
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.COMPLETED)
@@ -252,7 +294,7 @@ class ExecutionProgress(msgspec.Struct):
 
     def mark_failed(self, error: str) -> None:
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.FAILED)
-        self.error, self.message, self.saving = error, "the run failed", False
+        self.error, self.message, self.saving, self.waiting_since = error, "the run failed", False, None
 
     def _wished(self, otherwise: str) -> str:
         """The message of a run under way: what people want of it comes first."""
@@ -361,12 +403,19 @@ class Session(msgspec.Struct, kw_only=True):
     def complete_split(self) -> None:
         self.split.mark_completed()
         self._go(Stage.SPLIT_COMPLETE)
-        if self.order:
-            # Nobody presses Start for a batch. In the same change, so that no worker can die between the two.
-            self.begin_execution(Asking())
+        # In the same change, so that no worker can die between the two.
+        if self.execution.is_accepted():
+            self._go(Stage.EXECUTING)
+            self.execution.total = self.split.tasks
+            if self.execution.message == SPLITTING:
+                self.execution.message = WAITING
+        elif self.order:
+            self.begin_execution(Asking())  # nobody presses Start for a batch
 
     def fail_split(self, error: str) -> None:
         self.split.mark_failed(error)
+        if self.execution.is_accepted():
+            self.execution.mark_failed(error)
         self._go(Stage.FAILED)
         self._stamp("failed_at")
 
@@ -381,6 +430,33 @@ class Session(msgspec.Struct, kw_only=True):
         self.asking = asking
         self.execution.begin(self.split.tasks)
         self._stamp("in_progress_at")
+
+    def begin_run(self, asking: Asking) -> None:
+        """While it is being split: start it by itself when its tasks are ready. The start is accepted from now on."""
+        if self.split.is_ready():
+            self.begin_execution(asking)
+            return
+        if self.split.status not in (SplitStatus.PROCESSING, SplitStatus.SAVING) or self.execution.is_accepted():
+            raise Refusal(400, f"this session cannot be started: {self.where()}")
+        assert self.analysis is not None
+        self.asking = asking
+        self.execution.begin(self.analysis.rows, SPLITTING)
+
+    def retry(self, asking: Asking) -> None:
+        """Ask the rows again that have no answer: those that failed, and after a cancel those that were not asked."""
+        if self.order:
+            raise Refusal(400, "this session is a batch of OpenAI's API: create another batch of what has failed")
+        if not self.stage.is_over() or not self.execution.is_accepted() or not self.split.is_ready():
+            raise Refusal(400, f"there is no run that has ended: {self.where()}")
+        if self.stage is Stage.COMPLETED and self.execution.counts.done >= self.execution.total:
+            raise Refusal(400, "every row of this session has its answer")
+        self._go(Stage.EXECUTING)
+        self.asking = asking
+        self.execution.begin_again()
+
+    def is_under_way(self) -> bool:
+        """Whether there is a run to steer: accepted, and neither over nor being saved."""
+        return self.execution.is_accepted() and not self.stage.is_over() and not self.execution.saving
 
     def mark_saving(self) -> None:
         self.execution.mark_saving()
@@ -398,7 +474,7 @@ class Session(msgspec.Struct, kw_only=True):
 
     def wish(self, verb: Literal["pause", "resume", "cancel"]) -> None:
         execution = self.execution
-        if self.stage is not Stage.EXECUTING or execution.saving or execution.wish.cancelled:
+        if not self.is_under_way() or execution.wish.cancelled:
             raise Refusal(400, f"there is no run to {verb}: {self.where()}")
         if verb == "cancel":
             execution.wish.cancelled = True
@@ -406,7 +482,7 @@ class Session(msgspec.Struct, kw_only=True):
             self._stamp("cancelling_at")
         else:
             execution.wish.paused = verb == "pause"
-            going = "running" if execution.ready_for_monitoring else WAITING
+            going = "running" if execution.ready_for_monitoring else WAITING if self.split.is_ready() else SPLITTING
             execution.message = "pausing" if verb == "pause" else going
 
     def cancel_order(self) -> None:

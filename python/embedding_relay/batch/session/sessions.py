@@ -1,4 +1,4 @@
-"""All sessions: their records in the store, their folders on disk."""
+"""All sessions: their records in the store, their folders on disk, and the copies of these in an object store."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from embedding_relay.batch.errors import UnknownSession
 from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import Session
 from embedding_relay.batch.store.contract import Store
+from embedding_relay.batch.store.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
 PREFIX: Final = "session:"
 # Ids become names of directories, so nothing of another form is even looked for.
 ID: Final = re.compile(r"[0-9a-f]{16}")
+
+# Files of a session, as they come into being; in patterns, for an object store.
+UPLOADED: Final = ("source.*", "uploaded/*")
+SPLIT: Final = ("tasks.*", "pictures/*")
+RESULTS: Final = ("results.*.jsonl*",)
+ANSWERED: Final = ("answers", "output", "errors")  # a file of each for every attempt
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Session).decode
@@ -28,13 +35,33 @@ _decode = msgspec.msgpack.Decoder(Session).decode
 class Sessions:
     """Nothing of a session is kept in the process, so any thread of any worker may use any method."""
 
-    def __init__(self, store: Store, directory: Path, keep_seconds: float) -> None:
+    def __init__(self, store: Store, directory: Path, keep_seconds: float, mirror: Mirror | None = None) -> None:
         self._store = store
         self._directory = directory
         self._keep = keep_seconds
+        self.mirror = mirror
 
     def folder(self, session_id: str) -> Folder:
         return Folder(self._directory / session_id)
+
+    # ---- its files, where machines share no file system; else nothing is to be done
+
+    def bring(self, session_id: str, *patterns: str) -> None:
+        """Before files of a session are read: another machine may have written them."""
+        if self.mirror and ID.fullmatch(session_id):
+            self.mirror.bring(f"sessions/{session_id}", self.folder(session_id).path, patterns)
+
+    def save(self, session_id: str, *patterns: str, verified: bool = False) -> None:
+        """After they were written, and before it is said that they are saved."""
+        if self.mirror:
+            self.mirror.keep(f"sessions/{session_id}", self.folder(session_id).path, patterns, verified)
+
+    def remove_files(self, session_id: str) -> None:
+        self.folder(session_id).remove()
+        if self.mirror:
+            self.mirror.remove(f"sessions/{session_id}")
+
+    # ---- their records
 
     def add(self, session: Session) -> None:
         if not self._store.create(PREFIX + session.session_id, _encode(session), self._keep):

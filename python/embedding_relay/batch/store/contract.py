@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,9 +11,52 @@ from typing import Final, Protocol
 
 from embedding_relay.batch.errors import StaleJob
 
+DAY: Final = 86_400.0
+MOST_WATCHED: Final = 10_000
+# What is left of a claim that was never given up and that nobody asks for, the store may forget after this time.
+CLAIM_KEPT: Final = 30 * DAY
+
 
 class StoreAway(Exception):
     """The store cannot be reached, or cannot write, just now. Nothing is known to have changed."""
+
+
+def claim_of(holder: str, seconds: float) -> str:
+    """What stands in the store for a claim. No two are alike, so that a renewed one is told from the one before."""
+    return f"{holder}|{seconds:g}|{secrets.token_hex(8)}"
+
+
+def holder_of(claim: str) -> str:
+    return claim.rsplit("|", 2)[0]
+
+
+class Watch:
+    """Tells when somebody else's claim has run out: it stood there, not renewed, for as long as it was made for.
+
+    Measured by the monotonic clock of the process that would take it. So it makes no difference what time it is on any
+    machine, or whether somebody sets a clock; and a process that has just started has to watch for the whole time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def has_run_out(self, name: str, claim: str) -> bool:
+        now = self._clock()
+        before, since = self._seen.get(name, ("", now))
+        if before != claim:
+            self._make_room(now)
+            self._seen[name] = claim, now
+            return False
+        return now - since >= float(claim.rsplit("|", 2)[1])
+
+    def forget(self, name: str) -> None:
+        self._seen.pop(name, None)
+
+    def _make_room(self, now: float) -> None:
+        """Names that nobody asks about any more would stay for ever."""
+        if len(self._seen) >= MOST_WATCHED:
+            self._seen = {name: seen for name, seen in self._seen.items() if now - seen[1] < DAY}
 
 
 class Store(Protocol):
@@ -36,7 +80,10 @@ class Store(Protocol):
     def keys(self, prefix: str) -> list[str]: ...
 
     def claim(self, name: str, holder: str, seconds: float) -> bool:
-        """Become, or stay, the only holder of `name` for `seconds` from now; False while somebody else holds it."""
+        """Become, or stay, the only holder of `name` for `seconds` from now; False while somebody else holds it.
+
+        Who does not renew it loses it to the first who asks for it again and again during all these seconds (`Watch`).
+        """
 
     def release(self, name: str, holder: str) -> None:
         """Give `name` up, if this holder has it."""
@@ -69,6 +116,11 @@ class Lease:
         # Counted from before the question, so that we never believe in it longer than the store does.
         self._until = asked + self._seconds if got else 0.0
         return got
+
+    async def give_up(self) -> None:
+        """Without having used it."""
+        self._until = 0.0
+        await asyncio.to_thread(self._store.release, self._name, self._holder)
 
     def check(self) -> None:
         """Raise unless the lease is ours at this moment: before everything that another holder must not do twice."""

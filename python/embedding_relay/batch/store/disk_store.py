@@ -9,30 +9,42 @@ from typing import Any, cast
 
 import diskcache
 
-from embedding_relay.batch.store.contract import StoreAway
+from embedding_relay.batch.store.contract import CLAIM_KEPT, StoreAway, Watch, claim_of, holder_of
 
 # Waiting for another worker's transaction; they take well under a millisecond.
 PATIENCE_SECONDS = 60.0
+# By SQLite's codes, of which longer ones begin with a shorter one.
+REASONS = {
+    "SQLITE_FULL": "its disk is full",
+    "SQLITE_READONLY": "its file cannot be written",
+    "SQLITE_CANTOPEN": "its file cannot be opened",
+    "SQLITE_PERM": "its file cannot be opened",
+    "SQLITE_CORRUPT": "its file is damaged",
+    "SQLITE_NOTADB": "its file is damaged",
+    "SQLITE_IOERR": "its disk fails",
+}
 
 
 class DiskStore:
     def __init__(self, cache: diskcache.Cache) -> None:
         self._cache = cache
+        self._watch = Watch()
 
     @classmethod
     def open(cls, directory: str) -> DiskStore:
-        return cls(
-            diskcache.Cache(
-                directory,
-                timeout=PATIENCE_SECONDS,
-                # Nothing is evicted: a session that vanished would be the bug that this service exists for.
-                eviction_policy="none",
-                size_limit=2**62,
-                # diskcache puts large values into files of their own, and reports one that is replaced while it is
-                # being read as a key that does not exist.
-                disk_min_file_size=2**62,
+        with _mapped():
+            return cls(
+                diskcache.Cache(
+                    directory,
+                    timeout=PATIENCE_SECONDS,
+                    # Nothing is evicted: a session that vanished would be the bug that this service exists for.
+                    eviction_policy="none",
+                    size_limit=2**62,
+                    # diskcache puts large values into files of their own, and reports one that is replaced while it is
+                    # being read as a key that does not exist.
+                    disk_min_file_size=2**62,
+                )
             )
-        )
 
     def create(self, key: str, value: bytes, seconds: float) -> bool:
         with self._transaction() as cache:
@@ -63,15 +75,18 @@ class DiskStore:
     def claim(self, name: str, holder: str, seconds: float) -> bool:
         key = f"claim:{name}"
         with self._transaction() as cache:
-            if cache.get(key, holder) != holder:
+            before = cast("str | None", cache.get(key))
+            if before is not None and holder_of(before) != holder and not self._watch.has_run_out(name, before):
                 return False
-            cache.set(key, holder, expire=seconds)
-            return True
+            cache.set(key, claim_of(holder, seconds), expire=CLAIM_KEPT)
+        self._watch.forget(name)
+        return True
 
     def release(self, name: str, holder: str) -> None:
         key = f"claim:{name}"
         with self._transaction() as cache:
-            if cache.get(key) == holder:
+            before = cast("str | None", cache.get(key))
+            if before is not None and holder_of(before) == holder:
                 cache.delete(key)
 
     def close(self) -> None:
@@ -91,4 +106,9 @@ def _mapped() -> Iterator[None]:
     except diskcache.Timeout as error:
         raise StoreAway(f"the session store could not be locked within {PATIENCE_SECONDS:g} s") from error
     except sqlite3.Error as error:
-        raise StoreAway(f"the session store cannot be used: {error}") from error
+        raise StoreAway(f"the session store cannot be used: {_why(error)}") from error
+
+
+def _why(error: sqlite3.Error) -> str:
+    code = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    return next((words for start, words in REASONS.items() if code.startswith(start)), f"SQLite reports {code}")

@@ -192,7 +192,9 @@ class ImageFinder:
         digest = hashlib.sha256(content).digest()
         if digest not in self._by_content:
             kind = picture_format(io.BytesIO(content))
-            name = f"{PICTURES}/{len(self._by_content) + 1:06}.{kind}"
+            # Named by its content, so that a look at the first rows and a split, which may read another sheet or other
+            # columns, never give one name to two pictures.
+            name = f"{PICTURES}/{digest.hex()[:32]}.{kind}"
             self._save(name, content)
             self._by_content[digest] = name
         return self._by_content[digest]

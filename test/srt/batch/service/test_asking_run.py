@@ -329,7 +329,7 @@ def test_an_endpoint_that_is_killed_is_waited_for(tmp_path: Path) -> None:
                 stub.kill()
                 await until(lambda: "refused" in it.run.counts.waiting and it.run.counts.running == 0)
                 assert it.run.counts.waiting == (
-                    f"the endpoint {stub.url} does not answer (connection refused); asking again every 1 s"
+                    f"cannot reach the endpoint {stub.url} (connection refused); asking again every 1 s"
                 )
                 answered = {f"prompt {result.row}" for result in it.results}
                 await asyncio.to_thread(stub.start)
@@ -375,7 +375,7 @@ def test_a_name_that_nobody_knows() -> None:
             assert it.results == []
         return waiting
 
-    assert "does not answer (its name cannot be resolved)" in asyncio.run(one_run())
+    assert "(its name cannot be resolved); asking again" in asyncio.run(one_run())
 
 
 # ---- what people wish

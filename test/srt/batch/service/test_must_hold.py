@@ -144,6 +144,7 @@ def test_workers_killed_while_they_ask(mortal: BatchService, stub: StubEndpoint)
         wait_until(lambda: patient(mortal, f"/api/sessions/{session_id}")["stage"] == "completed", 120)
     finally:
         stub.delay(0)
+    assert execution(mortal, session_id)["unended"] == 3, "two attempts ended in the death of their worker"
     rows = mortal.answers(session_id)
     assert [row["prompt"] for row in rows] == prompts
     assert {row["status"] for row in rows} == {"done"}
@@ -189,6 +190,7 @@ def test_the_service_started_again_goes_on(stub: StubEndpoint, tmp_path: Path) -
             wait_until(lambda: execution(service, session_id).get("done", 0) >= 30)
         with batch_service(tmp_path, stub.url) as service:
             service.wait_stage(session_id, "completed")
+            assert execution(service, session_id)["unended"] == 1, "the first attempt has ended in order"
             assert {row["status"] for row in service.answers(session_id)} == {"done"}
     finally:
         stub.delay(0)
@@ -425,7 +427,7 @@ def test_an_endpoint_that_disappears_pauses_the_run(tmp_path: Path) -> None:
         service.start(session_id, concurrency=4)
         wait_until(lambda: execution(service, session_id).get("done", 0) > 10)
         stub.kill()
-        wait_until(lambda: "does not answer" in execution(service, session_id)["message"])
+        wait_until(lambda: "cannot reach" in execution(service, session_id)["message"])
         assert execution(service, session_id)["failed"] == 0
         stub.start()
         service.wait_stage(session_id, "completed", seconds=90)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ import openai
 import pytest
 from openai.types import Batch
 
+from support import pages
 from support.batch_service import BatchService, batch_service
 from support.patience import wait_until
+from support.repo import REPO
 from support.stub_endpoint import StubEndpoint, answer_to
 
 CHAT = "/v1/chat/completions"
@@ -107,6 +111,18 @@ def test_the_whole_ladder_and_never_a_step_too_early(client: openai.OpenAI, stub
     assert max(stub.counts().values()) == 1
 
 
+def test_the_example_of_the_page(service: BatchService, stub: StubEndpoint, tmp_path: Path) -> None:
+    """Both blocks of batch-sessions.md as they are printed, but for the address of the service."""
+    blocks = pages.blocks(REPO / "docs/batch-sessions.md")
+    lines, code = (block.text for block in blocks if block.run_by.endswith("::test_the_example_of_the_page"))
+    (tmp_path / "requests.jsonl").write_text(lines)
+    command = [sys.executable, "-c", code.replace("http://127.0.0.1:8600", service.url)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("completed ")
+    assert answer_to("Hello") in ended.stdout
+
+
 def test_plain_completions(client: openai.OpenAI) -> None:
     path = "/v1/completions"
     file_id = upload(client, line("a", "", url=path, body={"prompt": "once upon"}), line("b", "", url=path, body={}))
@@ -183,7 +199,7 @@ def test_bad_lines_make_a_failed_batch_that_names_them(client: openai.OpenAI, st
     batch = create(
         client,
         line("a", "good"),
-        "{no json",
+        "{}",
         line("a", "again"),
         line("d", "x", url="/v1/other"),
         line("e", "x", body=1),
@@ -194,7 +210,7 @@ def test_bad_lines_make_a_failed_batch_that_names_them(client: openai.OpenAI, st
     assert batch.errors is not None
     errors = [(error.line, error.code, error.param) for error in batch.errors.data or []]
     assert errors == [
-        (2, "invalid_json_line", None),
+        *[(2, "missing_required_parameter", name) for name in ("custom_id", "method", "url", "body")],
         (3, "duplicate_custom_id", "custom_id"),
         (4, "url_mismatch", "url"),
         (5, "invalid_value", "body"),
@@ -203,13 +219,16 @@ def test_bad_lines_make_a_failed_batch_that_names_them(client: openai.OpenAI, st
     assert stub.counts() == {}
 
 
-def test_a_file_that_is_something_else(client: openai.OpenAI) -> None:
-    picture = client.files.create(file=("a.png", b"\x89PNG\r\n\x1a\n" + bytes(100)), purpose="batch")
-    batch = client.batches.create(input_file_id=picture.id, endpoint=CHAT, completion_window="24h")
-    assert batch.status == "failed"
-    empty = create(client)
-    assert empty.status == "failed"
-    assert [error.code for error in (empty.errors.data if empty.errors else None) or []] == ["empty_file"]
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"\x89PNG\r\n\x1a\n" + bytes(100), "invalid_json_line"), (b"{no json", "invalid_json_line"), (b"", "empty_file")],
+)
+def test_a_file_that_is_something_else_is_refused(client: openai.OpenAI, content: bytes, code: str) -> None:
+    before = [stored.id for stored in client.files.list(purpose="batch")]
+    with pytest.raises(openai.BadRequestError, match="the file must be JSON lines") as refused:
+        client.files.create(file=("a.jsonl", content), purpose="batch")
+    assert (refused.value.code, refused.value.param) == (code, "file")
+    assert [stored.id for stored in client.files.list(purpose="batch")] == before
 
 
 # ---- files
@@ -250,13 +269,13 @@ def test_output_can_be_listed_and_deleted(client: openai.OpenAI) -> None:
 
 
 def test_lists_with_cursors(client: openai.OpenAI) -> None:
-    made = [create(client, "no request").id for _ in range(5)]
+    made = [create(client, "{}").id for _ in range(5)]
     page = client.batches.list(limit=2)
     assert [batch.id for batch in page.data] == made[:-3:-1]
     assert page.has_more
     assert [batch.id for batch in client.batches.list(limit=2)][:5] == made[::-1]
     assert [batch.id for batch in client.batches.list(limit=1, after=made[3]).data] == [made[2]]
-    files = [upload(client, "x") for _ in range(3)]
+    files = [upload(client, "{}") for _ in range(3)]
     newest = [stored.id for stored in client.files.list(limit=2, purpose="batch")][:3]
     assert newest == files[::-1]
     (last,) = client.files.list(limit=1, order="asc").data
@@ -310,7 +329,7 @@ def test_a_batch_is_a_session(client: openai.OpenAI, service: BatchService) -> N
     ],
 )
 def test_a_wrong_order_names_its_parameter(client: openai.OpenAI, changes: dict[str, Any], param: str) -> None:
-    order: dict[str, Any] = {"input_file_id": upload(client, "x"), "endpoint": CHAT, "completion_window": "24h"}
+    order: dict[str, Any] = {"input_file_id": upload(client, "{}"), "endpoint": CHAT, "completion_window": "24h"}
     with pytest.raises(openai.BadRequestError) as caught:
         client.batches.create(**order | changes)
     assert caught.value.param == param

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from support.batch_service import BatchService, batch_service, sheet_of
 from support.repo import REPO
 from support.stub_endpoint import StubEndpoint, answer_to
+from support.workbooks import picture, save_book
 
 PICTURES = REPO / "test-output" / "page"
 ARGUMENTS = [
@@ -34,12 +35,11 @@ NOTE_WHAT_IS_OPEN = """() => {
     window.noted = [];
     const known = new Set();
     const shown = (id) => document.getElementById(id).checkVisibility();
-    const enabled = (id) => !document.getElementById(id).disabled;
+    const enabled = (id) => !document.getElementById(id).disabled && shown(id);
     const text = (id) => document.getElementById(id).textContent;
     const note = () => {
         const waits = [text("split-text"), text("run-text")].some((one) => one.includes("not ready yet"));
-        const one = {start: enabled("start"), download: enabled("download") || shown("download-link"),
-                     text: waits ? "not ready yet" : "ready"};
+        const one = {download: enabled("download") || shown("download-link"), text: waits ? "not ready yet" : "ready"};
         if (!known.has(JSON.stringify(one))) { known.add(JSON.stringify(one)); noted.push(one); }
     };
     new MutationObserver(note).observe(document.querySelector(".steps"),
@@ -146,9 +146,12 @@ def button(page: Page, name: str) -> Any:
     return page.get_by_role("button", name=name, exact=True)
 
 
-def split(page: Page) -> None:
-    button(page, "Split into tasks").click()
-    expect(button(page, "Start")).to_be_enabled()
+def start(page: Page) -> None:
+    button(page, "Start").click()
+
+
+def open_choices(page: Page) -> None:
+    page.get_by_text("Change the columns or the prompt").click()
 
 
 def catch(page: Page, element_id: str, text: str) -> None:
@@ -174,20 +177,21 @@ def test_from_a_file_to_its_answers(page: Page, stub: StubEndpoint, tmp_path: Pa
     pick(page, workbook(prompts))
     expect(page.locator("#found")).to_contain_text("300 rows in sheet Products")
     expect(page.get_by_label("Use of column prompt")).to_have_value("prompt")
-    expect(button(page, "Start")).to_be_disabled()
+    expect(page.locator("#endpoint")).to_contain_text(f"{stub.url} · model stub")
+    expect(page.locator("#why")).to_contain_text("B prompt · its name says so")
+    expect(page.locator("#preview-rows tr")).to_have_count(5)
+    expect(page.locator("#preview-rows")).to_contain_text("Describe product 4")
+    expect(page.locator("#start-hint")).to_have_text(f"Start asks 300 rows of {stub.url}, model stub.")
     expect(button(page, "Download the answers")).to_be_disabled()
+    assert stub.counts() == {}, "something was asked before anybody wanted it"
     page.screenshot(path=PICTURES / "2-analysed.png", full_page=True)
 
     page.evaluate(NOTE_WHAT_IS_OPEN)
-    button(page, "Split into tasks").click()
+    start(page)
     catch(page, "split-text", "not ready yet")
     page.screenshot(path=PICTURES / "3-saving.png", full_page=True)
-    expect(button(page, "Start")).to_be_enabled()
-    page.screenshot(path=PICTURES / "4-ready.png", full_page=True)
-
-    button(page, "Start").click()
     catch(page, "numbers", "Time left")
-    catch(page, "numbers", "rows/s")
+    catch(page, "numbers", "Rows/s")
     assert re.fullmatch(r"\d+ % · products.xlsx", page.title())
     page.screenshot(path=PICTURES / "5-running.png", full_page=True)
     catch(page, "run-text", "not ready yet")
@@ -197,10 +201,9 @@ def test_from_a_file_to_its_answers(page: Page, stub: StubEndpoint, tmp_path: Pa
         link.click()
     page.screenshot(path=PICTURES / "6-completed.png", full_page=True)
     noted = page.evaluate("window.noted")
-    assert {"start": False, "download": False, "text": "not ready yet"} in noted
-    assert {"start": True, "download": False, "text": "not ready yet"} in noted
-    assert {"start": True, "download": True, "text": "ready"} in noted
-    assert [one for one in noted if one["text"] != "ready" and one["download"]] == []
+    assert {"download": False, "text": "not ready yet"} in noted
+    assert {"download": True, "text": "ready"} in noted
+    assert {"download": True, "text": "not ready yet"} not in noted
     assert download.value.suggested_filename == "products-answers.xlsx"
     download.value.save_as(tmp_path / "answers.xlsx")
     assert answers_in(tmp_path / "answers.xlsx") == [answer_to(prompt) for prompt in prompts]
@@ -223,11 +226,8 @@ def test_by_the_keyboard_alone(page: Page) -> None:
     chooser.value.set_files({"name": "keys.csv", "mimeType": "", "buffer": sheet_of(["one", "two"])})
     expect(page.locator("#session-name")).to_be_focused()
     expect(page.locator("#found")).to_contain_text("2 rows")
-    tab_to("split")
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.keyboard.press("Enter")
-    expect(button(page, "Start")).to_be_enabled()
     tab_to("start")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Space")
     expect(page.locator("#download-link")).to_be_visible()
     tab_to("download-link")
@@ -265,13 +265,15 @@ def test_a_file_that_cannot_be_used(page: Page) -> None:
 
 def test_another_sheet_another_column_and_a_template(page: Page, stub: StubEndpoint) -> None:
     pick(page, workbook(["x"]))
+    open_choices(page)
     page.get_by_label("Sheet").select_option("Languages")
     expect(page.locator("#found")).to_contain_text("1 row in sheet Languages")
     page.get_by_label("Template").fill("Translate ")  # it is open where no column looks like a prompt
     page.get_by_role("button", name="{word}").click()
     page.keyboard.type(" into ")
     page.get_by_role("button", name="{language}").click()
-    split(page)
+    expect(page.locator("#preview-rows")).to_contain_text("Translate house into German")
+    expect(page.locator("#why")).to_contain_text("your template")
     page.get_by_text("More: model, instructions, length").click()
     page.get_by_label("Model").fill("a model")
     page.get_by_label("System prompt").fill("Be brief.")
@@ -287,24 +289,61 @@ def test_another_sheet_another_column_and_a_template(page: Page, stub: StubEndpo
 
 def test_one_column_is_the_prompt(page: Page, stub: StubEndpoint) -> None:
     pick(page, b"question,other\nfirst,second\n", "columns.csv")
+    open_choices(page)
     page.get_by_label("Use of column other").select_option("prompt")
     expect(page.get_by_label("Use of column question")).to_have_value("")
-    split(page)
-    button(page, "Start").click()
+    expect(page.locator("#preview-rows")).to_contain_text("second")
+    start(page)
     expect(page.locator("#download-link")).to_be_visible()
     assert stub.counts() == {"second": 1}
 
 
 def test_a_refused_choice_says_why_and_loses_nothing(page: Page) -> None:
     pick(page, b"question\nfirst\n", "refused.csv")
+    open_choices(page)
     page.get_by_text("Write the prompt around the columns").click()
     page.get_by_label("Template").fill("Translate {nothing}")
-    button(page, "Split into tasks").click()
-    expect(page.locator("#split-error")).to_contain_text("nothing")
+    expect(page.locator("#preview-error")).to_contain_text("nothing")
+    start(page)
+    expect(page.locator("#run-error")).to_contain_text("nothing")
     expect(page.get_by_label("Template")).to_have_value("Translate {nothing}")
     page.get_by_label("Template").fill("Translate {question}")
-    split(page)
-    expect(page.locator("#split-error")).to_be_empty()
+    expect(page.locator("#preview-rows")).to_contain_text("Translate first")
+    expect(page.locator("#preview-error")).to_be_empty()
+    start(page)
+    expect(page.locator("#download-link")).to_be_visible()
+    expect(page.locator("#run-error")).to_be_empty()
+
+
+# ---- before anything is spent
+
+
+def test_the_first_rows_with_their_pictures(page: Page, tmp_path: Path) -> None:
+    rows = [["prompt", "photo", "more"], ["What is it?", None, "https://8.8.8.8/a.png"], ["And this?"]]
+    pictures = {"B2": picture("red", size=300), "B3": picture("blue", "JPEG", size=300)}
+    pick(page, save_book(tmp_path / "p.xlsx", rows, pictures).read_bytes(), "pictures.xlsx")
+    expect(page.locator("#preview-rows tr")).to_have_count(2)
+    images = page.locator("#preview-rows img")
+    expect(images).to_have_count(2)
+    assert [images.nth(at).evaluate("image => image.naturalWidth") for at in (0, 1)] == [160, 160]
+    expect(page.get_by_role("link", name="https://8.8.8.8/a.png")).to_be_visible()
+    page.screenshot(path=PICTURES / "10-pictures.png", full_page=True)
+
+
+def test_a_few_rows_are_tried_and_nothing_of_it_is_kept(page: Page, stub: StubEndpoint) -> None:
+    stub.next(1, "number 2", status=400, message="I will not look at that")
+    pick(page, sheet_of([f"number {number}" for number in range(40)]), "tried.csv")
+    button(page, "Try the first 5 rows").click()
+    rows = page.locator("#trial-rows tr")
+    expect(rows).to_have_count(5)
+    expect(rows.first).to_contain_text(answer_to("number 0"))
+    expect(rows.nth(2)).to_contain_text("I will not look at that")
+    expect(page.locator("#estimate")).to_contain_text("40 rows like these, answered by stub: about 80 tokens in")
+    page.screenshot(path=PICTURES / "11-tried.png", full_page=True)
+    assert sum(stub.counts().values()) == 5
+    start(page)
+    expect(page.locator("#run-text")).to_contain_text("40 answered, 0 failed")
+    assert sum(stub.counts().values()) == 45
 
 
 # ---- what goes wrong
@@ -314,11 +353,15 @@ def test_failed_rows_in_pages(page: Page, service: BatchService, stub: StubEndpo
     stub.next(None, "bad", status=400, message=HOSTILE)
     session_id = service.run(sheet_of([f"bad {number}" for number in range(60)] + ["good"]))
     page.goto(f"/#{session_id}")
-    page.get_by_text("60 rows failed").click()
+    expect(page.locator("#failed-title")).to_have_text("60 rows failed")
+    expect(page.locator("#reasons li")).to_have_count(1)
+    expect(page.locator("#reasons .count")).to_have_text("60")
+    expect(page.locator("#session-pill")).to_have_text("completed, 60 failed")
+    page.screenshot(path=PICTURES / "8-failed.png", full_page=True)
+    page.get_by_text("The failed rows, one by one").click()
     rows = page.locator("#failed-rows tr")
     expect(rows).to_have_count(50)
     expect(rows.first).to_contain_text(HOSTILE)
-    page.screenshot(path=PICTURES / "8-failed.png", full_page=True)
     button(page, "Next").click()
     expect(rows).to_have_count(10)
     expect(page.locator("#failures-where")).to_have_text("51 to 60 of 60")
@@ -327,24 +370,92 @@ def test_failed_rows_in_pages(page: Page, service: BatchService, stub: StubEndpo
     assert page.locator("img").count() == 0
 
 
+def test_failed_rows_are_asked_again(page: Page, stub: StubEndpoint, service: BatchService) -> None:
+    stub.next(3, "bad", status=400, message="not today")
+    stub.next(1, "worse", status=422, message="never")
+    session_id = service.run(sheet_of(["bad 1", "bad 2", "bad 3", "worse", "good"]))
+    page.goto(f"/#{session_id}")
+    expect(page.locator("#reasons .count")).to_have_text(["3", "1"])
+    button(page, "Ask the 4 failed rows again").click()
+    expect(page.locator("#run-text")).to_contain_text("5 answered, 0 failed")
+    expect(page.locator("#session-pill")).to_have_text("completed")
+    expect(page.locator("#failed")).to_be_hidden()
+    expect(page.locator("#retry")).to_be_hidden()
+    assert stub.counts() == {"bad 1": 2, "bad 2": 2, "bad 3": 2, "worse": 2, "good": 1}
+    assert [row["status"] for row in service.answers(session_id)] == ["done"] * 5
+
+
+def test_answers_can_be_read_before_the_download(page: Page, service: BatchService) -> None:
+    prompts = [f"row {number}" for number in range(45)]
+    page.goto(f"/#{service.run(sheet_of(prompts))}")
+    page.get_by_text("Look at the answers").click()
+    rows = page.locator("#answer-rows tr")
+    expect(rows).to_have_count(20)
+    expect(rows.first).to_contain_text(answer_to("row 0"))
+    page.screenshot(path=PICTURES / "12-answers.png", full_page=True)
+    button(page, "Next answers").click()
+    button(page, "Next answers").click()
+    expect(rows).to_have_count(5)
+    expect(rows.last).to_contain_text(answer_to("row 44"))
+    expect(page.locator("#answers-where")).to_have_text("41 to 45 of 45")
+
+
+def test_an_endpoint_that_is_away_looks_so(page: Page, stub: StubEndpoint) -> None:
+    stub.delay(0.3)
+    pick(page, sheet_of([f"row {number}" for number in range(200)]), "dead.csv")
+    start(page)
+    catch(page, "numbers", "Rows/")
+    stub.kill()
+    try:
+        expect(page.locator("#waiting")).to_contain_text(re.compile(r"It has been so since \d+:\d\d"))
+        expect(page.locator("#waiting")).to_contain_text(stub.url)
+        expect(page.locator("#session-pill")).to_have_attribute("data-tone", "bad")
+        expect(page.locator("#endpoint-pill")).to_have_text("endpoint away")
+        page.screenshot(path=PICTURES / "13-endpoint-away.png", full_page=True)
+    finally:
+        stub.start()
+    expect(page.locator("#waiting")).to_be_hidden()
+    expect(page.locator("#run-text")).to_contain_text("200 answered, 0 failed")
+
+
+def test_an_unknown_session_shows_nothing_of_another(page: Page) -> None:
+    pick(page, sheet_of(["a secret prompt"], "secretcolumn"), "secret.csv")
+    expect(page.locator("#preview-rows")).to_contain_text("a secret prompt")
+    page.get_by_text("More: model, instructions, length").click()
+    page.get_by_label("System prompt").fill("a secret instruction")
+    page.goto("/#0123456789abcdef")
+    expect(page.locator("#session-error")).to_contain_text("Nothing is left of this session")
+    expect(page.locator("#session")).not_to_contain_text("secret")
+    assert "secret" not in page.locator("#session").evaluate(
+        "session => [...session.querySelectorAll('input, textarea')].map((one) => one.value).join()"
+    )
+    expect(page.locator("#step-run")).to_be_hidden()
+    page.screenshot(path=PICTURES / "16-unknown.png", full_page=True)
+
+
 def test_a_session_that_has_failed_says_why(page: Page, service: BatchService) -> None:
-    file = service.call("POST", "/v1/files", files={"file": ("bad.jsonl", b"no json")}, data={"purpose": "batch"})
+    file = service.call("POST", "/v1/files", files={"file": ("bad.jsonl", b"{}")}, data={"purpose": "batch"})
     order = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file.json()["id"]}
     batch = service.post("/v1/batches", order)
     page.goto("/#" + batch["id"].removeprefix("batch_"))
-    expect(page.locator("#split-error")).to_contain_text("line 1: this line is not JSON")
+    expect(page.locator("#failure")).to_contain_text("line 1: this line has no 'custom_id'")
     expect(page.locator("#found")).to_have_text("This file could not be used.")
     expect(page.locator("#sessions li").first).to_contain_text("failed")
-    for name in ("Split into tasks", "Start"):
-        expect(button(page, name)).to_be_hidden()
+    expect(button(page, "Start")).to_be_hidden()
+    page.screenshot(path=PICTURES / "17-failed-session.png", full_page=True)
 
 
 def test_hostile_names_are_only_text(page: Page) -> None:
     pick(page, f"question,{HOSTILE}\n{HOSTILE},{HOSTILE}\n".encode(), f"{HOSTILE}.csv")
+    open_choices(page)
     expect(page.get_by_label(f"Use of column {HOSTILE}")).to_be_visible()
     expect(page.locator("#columns")).to_contain_text(HOSTILE)
+    expect(page.locator("#preview-rows")).to_contain_text(HOSTILE)
     expect(page.locator("#sessions")).to_contain_text(HOSTILE)
-    split(page)
+    start(page)
+    expect(page.locator("#download-link")).to_be_visible()
+    page.get_by_text("Look at the answers").click()
+    expect(page.locator("#answer-rows")).to_contain_text(HOSTILE)
     assert page.locator("img").count() == 0
     assert "broken" not in page.title().split("=")[0]
 
@@ -355,11 +466,11 @@ def test_hostile_names_are_only_text(page: Page) -> None:
 def test_a_reload_and_a_second_tab_show_the_same_run(context: BrowserContext, page: Page, stub: StubEndpoint) -> None:
     stub.delay(0.5)
     pick(page, sheet_of([f"row {number}" for number in range(1000)]), "tabs.csv")
-    split(page)
-    button(page, "Start").click()
-    catch(page, "numbers", "Rate")
+    start(page)
+    catch(page, "numbers", "Rows/")
     button(page, "Pause").click()
     expect(page.locator("#run-text")).to_contain_text("paused")
+    page.screenshot(path=PICTURES / "14-paused.png", full_page=True)
     page.reload()
     expect(page.locator("#numbers")).to_contain_text("of 1,000")
     expect(page.locator("#run-text")).to_contain_text("paused")
@@ -374,6 +485,8 @@ def test_a_reload_and_a_second_tab_show_the_same_run(context: BrowserContext, pa
     for tab in (page, second):
         expect(tab.locator("#run-text")).to_contain_text("cancelled: ")
         expect(tab.locator("#download-link")).to_be_visible()
+        expect(tab.locator("#retry")).to_have_text(re.compile(r"Ask the \d+ unasked rows"))
+    page.screenshot(path=PICTURES / "15-cancelled.png", full_page=True)
 
 
 def test_a_session_that_is_deleted_elsewhere(page: Page, service: BatchService) -> None:
@@ -401,9 +514,8 @@ def test_delete_asks_first(page: Page, service: BatchService) -> None:
 def test_a_service_that_is_away_for_a_while(context: BrowserContext, page: Page, stub: StubEndpoint) -> None:
     stub.delay(0.5)
     pick(page, sheet_of([f"row {number}" for number in range(1000)]), "away.csv")
-    split(page)
-    button(page, "Start").click()
-    catch(page, "numbers", "Rate")
+    start(page)
+    catch(page, "numbers", "Rows/")
     context.set_offline(True)
     button(page, "Pause").click()
     expect(page.locator("#run-error")).to_contain_text("does not answer")
@@ -422,9 +534,8 @@ def test_without_a_stream_it_asks_again_and_again(page: Page, stub: StubEndpoint
     stub.delay(0.4)
     page.route("**/api/execute/stream/**", lambda route: route.abort())
     pick(page, sheet_of([f"row {number}" for number in range(200)]), "polled.csv")
-    split(page)
-    button(page, "Start").click()
-    catch(page, "numbers", "Rate")
+    start(page)
+    catch(page, "numbers", "Rows/")
     expect(page.locator("#download-link")).to_be_visible()
     expect(page.locator("#numbers")).to_contain_text("200 of 200")
 
@@ -435,8 +546,32 @@ def test_it_tells_that_the_service_is_away(context: BrowserContext, page: Page) 
     expect(page.locator("#trouble")).to_contain_text("cannot be reached")
     expect(page.locator("#found")).to_contain_text("1 row")
     page.screenshot(path=PICTURES / "9-away.png", full_page=True)
+    page.set_viewport_size({"width": 900, "height": 400})
+    assert covered_buttons(page) == []
     context.set_offline(False)
     expect(page.locator("#trouble")).to_be_hidden()
+
+
+def covered_buttons(page: Page) -> list[str]:
+    """Those that something lies over, wherever on the page one has scrolled to."""
+    found: list[str] = page.evaluate(
+        """() => {
+            const covered = new Set();
+            const visible = (one) => one.checkVisibility() && !one.closest("dialog");
+            for (let y = 0; y < document.documentElement.scrollHeight; y += 50) {
+                scrollTo(0, y);
+                for (const one of [...document.querySelectorAll("button, a, summary")].filter(visible)) {
+                    const { left, top, width, height } = one.getBoundingClientRect();
+                    const [x, middle] = [left + width / 2, top + height / 2];
+                    if (middle < 0 || middle >= innerHeight) continue;
+                    const there = document.elementFromPoint(x, middle);
+                    if (there.closest("#trouble")) covered.add(one.textContent);
+                }
+            }
+            return [...covered];
+        }"""
+    )
+    return found
 
 
 # ---- how it looks
@@ -459,11 +594,15 @@ def test_a_small_screen(browser: Browser, service: BatchService, stub: StubEndpo
             page.screenshot(path=PICTURES / f"small-{scheme}-{number}.png", full_page=True)
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
         page.goto(shown[1])
-        split(page)
-        button(page, "Start").click()
+        button(page, "Try the first 2 rows").click()
+        expect(page.locator("#trial-rows tr")).to_have_count(2)
+        assert contrasts(page) == []
+        start(page)
         expect(page.locator("#download-link")).to_be_visible()
-        page.get_by_text("1 row failed").click()
+        page.get_by_text("The failed rows, one by one").click()
         expect(page.locator("#failed-rows tr")).to_have_count(1)
+        page.get_by_text("Look at the answers").click()
+        expect(page.locator("#answer-rows tr")).to_have_count(2)
         page.screenshot(path=PICTURES / f"small-{scheme}-3.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert (brightness(page, "backgroundColor") < 100) == (scheme == "dark")
@@ -535,8 +674,7 @@ def test_the_key_is_asked_for_and_sent_with_everything(browser: Browser, stub: S
         button(page, "Continue").click()
         expect(page.get_by_role("dialog")).to_be_hidden()
         pick(page, workbook(["only one"]))
-        split(page)
-        button(page, "Start").click()
+        start(page)
         expect(button(page, "Download the answers")).to_be_enabled()
         with page.expect_download() as download:
             button(page, "Download the answers").click()

@@ -140,6 +140,21 @@ def test_a_claim_runs_out(store: Store, key: str) -> None:
     assert time.monotonic() - started >= 0.5
 
 
+@pytest.mark.parametrize("moved", [-3600.0, 3600.0])
+def test_a_claim_does_not_depend_on_what_time_it_is(
+    store: Store, key: str, monkeypatch: pytest.MonkeyPatch, moved: float
+) -> None:
+    """The clock of this process is set, which is the one that diskcache looks at. That of Redis is not."""
+    assert store.claim(key, "one", 0.4)
+    assert store.claim(f"{key} long", "one", FOREVER)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + moved)
+    assert not store.claim(key, "two", FOREVER), "set forward, it has not run out"
+    assert not store.claim(f"{key} long", "two", FOREVER)
+    wait_until(lambda: store.claim(key, "two", FOREVER), 10)
+    assert not store.claim(f"{key} long", "two", FOREVER)
+
+
 def test_a_claim_is_no_value(store: Store, key: str) -> None:
     store.claim(key, "one", FOREVER)
     assert store.get(key) is None

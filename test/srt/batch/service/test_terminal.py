@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from pathlib import Path
 
 import openpyxl
 import pytest
 
+from embedding_relay.tools.local_process import free_ports
 from support.batch_service import RELAY as QUICK
 from support.batch_service import sheet_of, workbook_of
 from support.patience import wait_until
@@ -26,10 +33,10 @@ class Terminal:
     def __init__(self, where: Path, endpoint: str) -> None:
         self.where = where
         self.out = where / "answers.csv"
-        self._endpoint = endpoint
+        self.endpoint = endpoint
 
     def command(self, workbook: Path, *arguments: str, by: Sequence[str] = QUICK) -> list[str]:
-        places = ["--out", str(self.out), "--cache-dir", str(self.where / "cache"), "--endpoint", self._endpoint]
+        places = ["--out", str(self.out), "--cache-dir", str(self.where / "cache"), "--endpoint", self.endpoint]
         return [*by, "batch", "run", str(workbook), *places, *arguments]
 
     def run(self, workbook: Path, *arguments: str, by: Sequence[str] = QUICK) -> subprocess.CompletedProcess[str]:
@@ -105,14 +112,110 @@ def test_a_template_over_two_columns(terminal: Terminal, stub: StubEndpoint) -> 
     assert set(stub.counts()) == {"Translate guten Tag into French", "Translate {x} into Latin"}
 
 
+def test_a_dead_endpoint_is_told_on_80_columns_and_given_up(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, f"http://127.0.0.1:{free_ports(1)[0]}")
+    workbook = terminal.file(sheet_of(["a", "b", "c"]))
+    status, said = on_a_terminal(terminal.command(workbook, "--give-up-after", "1"), columns=80)
+    assert status == 4, said
+    lines = [line for part in said.splitlines() for line in part.split("\r")]
+    shown = [line for line in lines if line.startswith("cannot reach: ")]
+    assert shown, said
+    for line in shown:
+        assert len(line) <= 80
+        assert "0/3" in line
+        assert "|" in line
+    assert f"cannot reach the endpoint {terminal.endpoint} (connection refused); waiting for it, up to 1 s" in lines
+    assert lines[-1].startswith("gave up after 1 s: cannot reach the endpoint")
+    assert lines[-1].endswith("; the same command goes on from here")
+    assert not terminal.out.exists()
+
+
+def on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
+    """The exit status, and all that was shown, without the sequences that move the cursor."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # when its other end is closed
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    return process.wait(60), re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n").rstrip("\n")
+
+
 def test_rows_that_fail_are_told(terminal: Terminal, stub: StubEndpoint) -> None:
     stub.next(None, "bad", status=400, message="I will not look at that")
     ended = terminal.run(terminal.file(sheet_of([*(f"bad {at}" for at in range(7)), "good"])))
-    assert ended.returncode == 0
+    assert ended.returncode == 3
     assert ended.stdout.endswith("1 answered, 7 failed\n")
-    assert "row 2: " in ended.stderr
-    assert "I will not look at that" in ended.stderr
-    assert "… and 2 more" in ended.stderr
+    assert "7 rows failed (" in ended.stderr
+    assert "): 400: I will not look at that\n" in ended.stderr
+    assert ended.stderr.endswith("the same command with --retry-failed asks the failed rows again\n")
+
+
+def test_the_failed_rows_are_asked_again_and_only_these(terminal: Terminal, stub: StubEndpoint) -> None:
+    workbook = terminal.file(sheet_of(["bad", "good"]))
+    stub.next(1, "bad", status=400, message="not yet")
+    assert terminal.run(workbook).returncode == 3
+    for _ in range(2):  # the second time nothing is left to ask
+        ended = terminal.run(workbook, "--retry-failed")
+        assert (ended.returncode, ended.stdout) == (0, f"{terminal.out}: 2 answered, 0 failed\n")
+        assert stub.counts() == {"bad": 2, "good": 1}
+    rows = list(csv.DictReader(io.StringIO(terminal.out.read_text())))
+    assert [row["answer"] for row in rows] == [answer_to("bad"), answer_to("good")]
+
+
+def test_it_says_what_it_asks_and_why(terminal: Terminal, stub: StubEndpoint) -> None:
+    ended = terminal.run(terminal.file(b"id,question\n1,what?\n"), "--model", "m")
+    assert ended.stderr.startswith(
+        "prompts.csv: 1 row\n"
+        "  prompt    B question (its name says so)\n"
+        f"  endpoint  {stub.url}, model: m\n"
+    )  # fmt: skip
+
+
+# ---- before it is asked
+
+
+def previewed(terminal: Terminal, workbook: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*QUICK, "batch", "preview", str(workbook), "--endpoint", terminal.endpoint, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=terminal.where)
+
+
+def test_a_preview_asks_nothing(terminal: Terminal, stub: StubEndpoint) -> None:
+    workbook = terminal.file(sheet_of([f"row {number}\x1b[31m" for number in range(9)]))
+    ended = previewed(terminal, workbook, "--rows", "2")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "prompts.csv: 9 rows",
+        "  prompt    A prompt (its name says so)",
+        f"  endpoint  {stub.url}, model stub",
+        "row 2",
+        "  row 0 [31m",
+        "row 3",
+        "  row 1 [31m",
+    ]
+    assert stub.counts() == {}
+    assert [path.name for path in terminal.where.iterdir() if path.is_dir()] == [], "something was kept"
+
+
+def test_a_preview_with_answers(terminal: Terminal, stub: StubEndpoint) -> None:
+    stub.next(1, "row 1", status=400, message="no")
+    ended = previewed(terminal, terminal.file(sheet_of([f"row {number}" for number in range(90)])), "--try")
+    assert ended.returncode == 3
+    assert sum(stub.counts().values()) == 5
+    assert answer_to("row 0") in ended.stdout
+    assert "FAILED: 400: no" in ended.stdout
+    assert "90 rows like these: about 180 tokens in and 360 out" in ended.stdout
+
+
+def test_a_preview_of_an_endpoint_that_is_away(terminal: Terminal) -> None:
+    terminal.endpoint = "http://127.0.0.1:1"
+    for arguments in ((), ("--try",)):
+        ended = previewed(terminal, terminal.file(sheet_of(["a"])), *arguments)
+        assert ended.returncode == 1
+        assert "cannot reach the endpoint http://127.0.0.1:1 (connection refused)" in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(

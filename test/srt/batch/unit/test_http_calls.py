@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(calls, "STREAM_EVERY", 0.01)
     settings = Settings(endpoint="http://127.0.0.1:1", cache_dir=tmp_path)
     store = open_store(settings.store_place)
-    yield Service(settings, SometimesAway(store, settings.sessions_dir, 1000), wake=lambda: None)
+    yield Service(settings, SometimesAway(store, settings.sessions_dir, 1000), wake=lambda session_id: None)
     store.close()
 
 
@@ -58,7 +59,8 @@ async def chunks_of(service: Service, session_id: str) -> Any:
         return False
 
     request = SimpleNamespace(
-        app=SimpleNamespace(state=SimpleNamespace(service=service)), is_disconnected=is_disconnected
+        app=SimpleNamespace(state=SimpleNamespace(service=service, closing=threading.Event())),
+        is_disconnected=is_disconnected,
     )
     return (await calls.execution_stream(request, session_id)).body_iterator  # type: ignore[arg-type]
 

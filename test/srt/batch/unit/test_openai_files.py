@@ -49,9 +49,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def test_an_upload_is_kept_listed_and_deleted(place: Place) -> None:
-    stored = place.files.add(io.BytesIO(b"content"), "../../etc/requests.jsonl", None)
+    stored = place.files.add(io.BytesIO(b'{"a":1}'), "../../etc/requests.jsonl", None)
     found, path = place.files.get(stored.file_id)
-    assert (found.size, found.purpose, path.read_bytes()) == (7, "batch", b"content")
+    assert (found.size, found.purpose, path.read_bytes()) == (7, "batch", b'{"a":1}')
     assert path.parent == place.settings.cache_dir / "files"
     assert found.expires_at == int(found.created_at) + 1000
     assert [one.file_id for one in place.files.all()] == [stored.file_id]
@@ -60,6 +60,26 @@ def test_an_upload_is_kept_listed_and_deleted(place: Place) -> None:
     assert not path.exists()
     with pytest.raises(OpenAIRefusal, match="there is no file"):
         place.files.get(stored.file_id)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file has no requests"),
+        (b"\n \n", "the file has no requests"),
+        (b"prompt,photo\na,b\n", "line 1: this line is not JSON"),
+        (b"\x89PNG\r\n\x1a\n", "line 1: this line is not JSON: there is a mistake at byte 1 of it"),
+        (b'[{"custom_id": "a"}]', "line 1: this line is no JSON object"),
+        (b'{"custom_id": "a"}\n\n{"custom_id": "b"', "line 3: this line is not JSON: it ends too early"),
+    ],
+)
+def test_what_is_not_json_lines_is_refused_and_not_kept(place: Place, content: bytes, says: str) -> None:
+    with pytest.raises(OpenAIRefusal, match="the file must be JSON lines") as refused:
+        place.files.add(io.BytesIO(content), "a.jsonl", None)
+    assert says in refused.value.detail
+    assert (refused.value.status, refused.value.param) == (400, "file")
+    assert place.files.all() == []
+    assert list((place.settings.cache_dir / "files").iterdir()) == []
 
 
 @pytest.mark.parametrize("file_id", ["", "file-", "file-../../x", "file-" + "0" * 24, "file-out-" + "0" * 16])
@@ -71,13 +91,13 @@ def test_unknown_ids(place: Place, file_id: str) -> None:
 
 
 def test_what_a_client_asked_to_keep_shorter_expires_sooner(place: Place) -> None:
-    stored = place.files.add(io.BytesIO(b""), "a.jsonl", 3600)
+    stored = place.files.add(io.BytesIO(b"{}"), "a.jsonl", 3600)
     assert stored.expires_at == int(stored.created_at) + 3600
 
 
 def test_the_sweep_takes_what_has_expired_and_nothing_else(place: Place) -> None:
-    kept = place.files.add(io.BytesIO(b"kept"), "a.jsonl", None)
-    expired = place.files.add(io.BytesIO(b"expired"), "b.jsonl", None)
+    kept = place.files.add(io.BytesIO(b"{}"), "a.jsonl", None)
+    expired = place.files.add(io.BytesIO(b"{}"), "b.jsonl", None)
     coming = place.settings.cache_dir / "files" / ("file-" + "0" * 24)
     coming.write_bytes(b"half of it")
     paths = [place.files.get(one.file_id)[1] for one in (kept, expired)]

@@ -43,7 +43,7 @@ def opened(where: Path) -> Iterator[Service]:
     """As one worker process has it; nothing takes what it accepts."""
     settings = Settings(endpoint="http://127.0.0.1:1", cache_dir=where)
     store = open_store(settings.store_place)
-    yield Service(settings, Interrupted(store, settings.sessions_dir, 1000), wake=lambda: None)
+    yield Service(settings, Interrupted(store, settings.sessions_dir, 1000), wake=lambda session_id: None)
     store.close()
 
 

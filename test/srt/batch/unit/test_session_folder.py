@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_relay.batch.session.folder import Folder, NotWhatWasSaved, ResultIndex, ResultWriter, failures
+from embedding_relay.batch.session.folder import (
+    Failures,
+    Folder,
+    NotWhatWasSaved,
+    ResultIndex,
+    ResultWriter,
+    failures,
+    keep_set_aside,
+    results_of,
+)
 from embedding_relay.batch.tasks import Outcome, Result, Task
 from support.effort import effort, unhurried
 
@@ -152,14 +161,67 @@ def test_a_line_that_was_cut_off_is_no_result(tmp_path: Path) -> None:
 def test_no_results_at_all(tmp_path: Path) -> None:
     index = ResultIndex(tmp_path)
     assert (index.counts.done, 1 in index) == (0, False)
-    assert failures(tmp_path, 0, 10) == (0, [])
+    assert failures(tmp_path, 0, 0, 10) == Failures(0, (), ())
 
 
 def test_failures_in_pages(tmp_path: Path) -> None:
     write(tmp_path, 1, [result(row, f"why {row}", Outcome.FAILED if row % 2 else Outcome.DONE) for row in range(20)])
     write(tmp_path, 2, [result(1, "again", Outcome.FAILED), result(30, 'the answer says "failed"')])
-    count, page = failures(tmp_path, 3, 4)
-    assert (count, [each.row for each in page]) == (10, [7, 9, 11, 13])
+    found = failures(tmp_path, 0, 3, 4)
+    assert (found.count, [each.row for each in found.page]) == (10, [7, 9, 11, 13])
+
+
+def test_failures_by_their_reasons(tmp_path: Path) -> None:
+    """What differs in names and numbers only is one reason; the most frequent comes first."""
+    reasons = ["the picture 'a.png' is not in the upload", "no answer within 20 s (tried 6 times)"]
+    written = [result(row, reasons[0].replace("a.png", f"{row}.png"), Outcome.FAILED) for row in range(2, 10)]
+    write(tmp_path, 1, [result(1, reasons[1], Outcome.FAILED), *written, result(11, "400: no", Outcome.FAILED)])
+    pictures, late, refused = failures(tmp_path, 0, 0, 0).reasons
+    assert pictures.error == "the picture '2.png' is not in the upload"
+    assert (pictures.count, pictures.rows, pictures.differs) == (8, [2, 3, 4, 5, 6], True)
+    assert (late.error, late.rows, late.differs) == (reasons[1], [1], False)
+    assert refused.error == "400: no"
+
+
+def test_so_many_reasons_are_not_all_listed(tmp_path: Path) -> None:
+    letters = [chr(ord("a") + at % 26) * (1 + at // 26) for at in range(70)]
+    write(tmp_path, 1, [result(row, why, Outcome.FAILED) for row, why in enumerate(letters)])
+    reasons = failures(tmp_path, 0, 0, 0).reasons
+    assert (len(reasons), sum(reason.count for reason in reasons)) == (51, 70)
+    assert (reasons[0].error, reasons[0].count) == ("other reasons", 20)
+
+
+# ---- a retry
+
+
+def test_failures_that_are_set_aside_are_no_results(tmp_path: Path) -> None:
+    write(tmp_path, 1, [result(1, "one"), result(2, "two", Outcome.FAILED), result(3, "three", Outcome.FAILED)])
+    write(tmp_path, 2, [result(4, "four", Outcome.FAILED)])
+    index = ResultIndex(tmp_path, set_aside=2)
+    assert [row in index for row in (1, 2, 3, 4)] == [True, False, False, False]
+    write(tmp_path, 3, [result(2, "now"), result(3, "again", Outcome.FAILED)])
+    index = ResultIndex(tmp_path, set_aside=2)
+    assert (index.counts.done, index.counts.failed) == (2, 1)
+    assert [each.answer or each.error for each in index.in_order(map(Task, (1, 2, 3)))] == ["one", "now", "again"]
+    assert [each.row for each in failures(tmp_path, 2, 0, 9).page] == [3]
+    assert {row: each.answer for row, each in results_of(tmp_path, {1, 2, 4}, 2).items()} == {1: "one", 2: "now"}
+
+
+def test_what_a_cancelled_retry_did_not_come_to_has_failed_as_before(tmp_path: Path) -> None:
+    write(tmp_path, 1, [result(row, f"why {row}", Outcome.FAILED) for row in (1, 2, 3)])
+    write(tmp_path, 2, [result(2, "now")])
+    for attempt in (2, 3):  # the second time another worker saves, because the first was killed over it
+        keep_set_aside(tmp_path, 1, attempt)
+    index = ResultIndex(tmp_path, set_aside=1)
+    assert (index.counts.done, index.counts.failed) == (1, 2)
+    assert [each.answer or each.error for each in index.in_order(map(Task, (1, 2, 3)))] == ["why 1", "now", "why 3"]
+    assert not (tmp_path / "results.3.jsonl").read_bytes()
+
+
+def test_tasks_from_the_middle_on(folder: Folder) -> None:
+    folder.save_tasks(1, folder.build_tasks(1, TASKS, 5))
+    for skip in range(len(TASKS) + 2):
+        assert list(folder.tasks(1, skip)) == TASKS[skip:]
 
 
 @unhurried

@@ -1,4 +1,4 @@
-"""The lease: it is renewed while the work goes on, and whoever loses it is stopped."""
+"""The lease: it is renewed while the work goes on, and whoever loses it is stopped. And how a claim runs out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from embedding_relay.batch.errors import StaleJob
-from embedding_relay.batch.store.contract import Lease, Store, StoreAway
+from embedding_relay.batch.store.contract import MOST_WATCHED, Lease, Store, StoreAway, Watch, claim_of, holder_of
 
 SECONDS = 0.2
 
@@ -140,6 +140,59 @@ def test_who_is_cancelled_meanwhile_is_cancelled() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    asyncio.run(work())
+    assert claims.released == [("split:one", "worker")]
+
+
+# ---- claims, and when they have run out
+
+
+def test_a_claim_that_stands_there_unrenewed_runs_out_by_our_own_clock() -> None:
+    now = 1000.0
+    watch = Watch(lambda: now)
+    claim = claim_of("host 12 ab|cd", 10)
+    assert holder_of(claim) == "host 12 ab|cd"
+    assert not watch.has_run_out("run:a", claim), "it may have been made in this moment"
+    now += 9.9
+    assert not watch.has_run_out("run:a", claim)
+    now += 0.1
+    assert watch.has_run_out("run:a", claim)
+    assert not watch.has_run_out("run:b", claim), "another one is watched by itself"
+
+
+def test_a_renewed_claim_begins_anew() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    for _ in range(5):
+        assert not watch.has_run_out("run:a", claim_of("me", 10))
+        now += 9
+    claim = claim_of("me", 10)
+    watch.has_run_out("run:a", claim)
+    watch.forget("run:a")
+    now += 100
+    assert not watch.has_run_out("run:a", claim)
+
+
+def test_what_nobody_asks_for_any_more_is_not_remembered_for_ever() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    for number in range(MOST_WATCHED):
+        watch.has_run_out(f"run:{number}", claim_of("me", 10))
+    now += 100_000
+    watch.has_run_out("run:new", claim_of("me", 10))
+    assert len(watch._seen) == 1
+
+
+def test_a_lease_that_was_not_used_is_given_up() -> None:
+    claims = Claims(True)
+
+    async def work() -> None:
+        lease = lease_of(claims)
+        await lease.take()
+        await lease.give_up()
+        with pytest.raises(StaleJob):
+            lease.check()
 
     asyncio.run(work())
     assert claims.released == [("split:one", "worker")]

@@ -1,5 +1,6 @@
 """Pictures in workbooks: floating, placed in cells, named by formulas; and pictures that rows name."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def test_floating_pictures_belong_to_the_row_of_their_upper_left_corner(tmp_path
     assert (book.analysis.pictures, book.analysis.image_columns) == (3, ("photo",))
     tasks = book.tasks()
     assert [contents(book, task.images) for task in tasks] == [[RED], [BLUE], [], [RED]]
-    assert tasks[0].images == tasks[3].images == ("pictures/000001.png",)
-    assert tasks[1].images == ("pictures/000002.jpg",)
+    assert tasks[0].images == tasks[3].images == (f"pictures/{hashlib.sha256(RED).hexdigest()[:32]}.png",)
+    assert tasks[1].images == (f"pictures/{hashlib.sha256(BLUE).hexdigest()[:32]}.jpg",)
     assert len(list((book.folder / "pictures").iterdir())) == 2
 
 
