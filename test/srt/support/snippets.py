@@ -352,12 +352,24 @@ def check_output(block: Block) -> None:
             raise Wrong(f"nothing here writes: {line}")
 
 
+def check_screen(block: Block) -> None:
+    """What a command shows, in columns: all words of it are in the texts of our code."""
+    known = {word for pieces in _texts() for piece in pieces for word in re.findall("[a-z]{4,}", piece)}
+    if unknown := set(re.findall("[a-z]{4,}", block.text)) - known:
+        raise Wrong(f"nothing here writes: {', '.join(sorted(unknown))}")
+
+
+@functools.cache
+def _texts() -> list[list[str]]:
+    """Those of our code: of each what stands still between its values."""
+    trees = [ast.parse(path.read_text()) for path in our_modules().values() if path.suffix == ".py"]
+    return [pieces for tree in trees for node in ast.walk(tree) if (pieces := _pieces(node))]
+
+
 @functools.cache
 def _sentences() -> list[list[str]]:
-    """The texts of our code that are long enough to be recognised: what stands still between their values."""
-    trees = [ast.parse(path.read_text()) for path in our_modules().values() if path.suffix == ".py"]
-    found = (_pieces(node) for tree in trees for node in ast.walk(tree))
-    return [pieces for pieces in found if sum(map(len, pieces)) >= 20]
+    """Those that are long enough to be recognised."""
+    return [pieces for pieces in _texts() if sum(map(len, pieces)) >= 20]
 
 
 def _follow(pieces: Sequence[str], line: str) -> bool:
@@ -388,6 +400,7 @@ RULES: Final[dict[str, Callable[[Block], None]]] = {
     "promql": check_promql,
     "markdown": lambda block: None,
     "text": check_output,
+    "console": check_screen,
     "": check_output,
 }
 

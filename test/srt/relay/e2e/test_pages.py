@@ -55,8 +55,8 @@ def test_what_the_tutorial_types(
     assert kinds == ["bash", "python", "python", "bash", "bash"]
     assert "prompt_tokens" in capsys.readouterr().out
     assert "sglang:embedding_relay_resumes_total" in metrics_of(pair)
-    wait_until(lambda: len(stories(pair["language"].log_text())) == before + 2)
-    assert max(story.rounds for story in stories(pair["language"].log_text())[before:]) > 1, "the picture"
+    wait_until(lambda: len(stories(pair["language"].log_text())) == before + 1)  # text alone has no rows to transfer
+    assert stories(pair["language"].log_text())[-1].rounds > 1
 
 
 def answered(call: snippets.Call) -> int:

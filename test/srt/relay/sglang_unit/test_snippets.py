@@ -54,6 +54,7 @@ def test_what_a_page_names_in_its_sentences_exists(page: Path) -> None:
         ("promql", "sglang:embedding_relay_pool", "embedding_relay_pool"),
         ("mermaid", "graf TD", "no diagram"),
         ("", "relay room=7 status=Excellent", "nothing here writes"),
+        ("console", "ENCODE  pool  tortoises", "tortoises"),
         ("perl", "print 1", "no rule for blocks"),
     ],
 )
