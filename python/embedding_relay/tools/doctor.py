@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
@@ -27,16 +28,23 @@ _WORDS: Final = {Outcome.OK: "ok", Outcome.WARNING: "warn", Outcome.FAILED: "FAI
 
 def run(arguments: argparse.Namespace) -> int:
     """0: nothing failed, whatever there is to be warned of. 1: something failed."""
+    try:
+        return _examine(arguments)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever reads the lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _examine(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     found: list[tuple[str, Finding]] = []
     report = Report(sys.stdout.isatty())
-    try:
-        for about, finding in findings(arguments):
-            found.append((about, finding))
-            if not arguments.json:
-                report.show(about, finding)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    for about, finding in findings(arguments):
+        found.append((about, finding))
+        if not arguments.json:
+            report.show(about, finding)
     seconds = time.monotonic() - started
     outcomes = Counter(finding.outcome for _, finding in found)
     is_well = not outcomes[Outcome.FAILED]
@@ -45,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": is_well, "seconds": round(seconds, 3), "findings": told}, indent=2))
     else:
         print(f"\n{len(found)} checks in {seconds:.1f} s: {_counted(outcomes)}")
+    sys.stdout.flush()
     return 0 if is_well else 1
 
 

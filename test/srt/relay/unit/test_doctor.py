@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -107,6 +109,19 @@ def test_an_interrupt_ends_it_quietly(
     machine(lambda: ok("a", "well"), interrupted)
     assert cli.main(["doctor"]) == 130
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+def test_whoever_reads_it_may_stop_reading() -> None:
+    """As `| head` does."""
+    command = [sys.executable, "-m", "embedding_relay", "doctor"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(30) == 141
+    assert running.stderr is not None
+    assert running.stderr.read() == b""
+    running.stderr.close()
 
 
 def test_long_lines_are_wrapped_to_the_terminal(
