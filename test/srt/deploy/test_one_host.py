@@ -5,14 +5,17 @@ This does not reproduce Docker: no image is built.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from check_jsonschema.builtin_schemas import get_builtin_schema
+from jsonschema.validators import validator_for
 from packaging.requirements import Requirement
 
 from embedding_relay.config import DATA_PLANE, SECRET_FILE, SHARED_MEMORY, RelayConfig
@@ -104,21 +107,19 @@ def test_the_builder_gets_what_packaging_needs_and_nothing_more() -> None:
 
 
 def test_docker_knows_every_key() -> None:
-    assert run_check("vendor.compose-spec", DEPLOY / "compose.yaml").returncode == 0
+    assert refused(COMPOSE) == []
 
 
-def test_the_schema_notices_what_is_wrong(tmp_path: Path) -> None:
-    text = (DEPLOY / "compose.yaml").read_text()
-    wrong = tmp_path / "compose.yaml"
-    wrong.write_text(text.replace("stop_grace_period", "stop_grace_time"))
-    ended = run_check("vendor.compose-spec", wrong)
-    assert ended.returncode == 1
-    assert "stop_grace_time" in ended.stdout
+def test_the_schema_notices_what_is_wrong() -> None:
+    wrong = copy.deepcopy(COMPOSE)
+    wrong["services"]["encode"]["stop_grace_time"] = wrong["services"]["encode"].pop("stop_grace_period")
+    (said,) = refused(wrong)
+    assert "stop_grace_time" in said
 
 
-def run_check(schema: str, file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(file)]
-    return subprocess.run(command, capture_output=True, text=True)
+def refused(compose: dict[str, Any]) -> list[str]:
+    schema = get_builtin_schema("vendor.compose-spec")
+    return [error.message for error in validator_for(schema)(schema).iter_errors(compose)]
 
 
 def test_rows_go_through_shared_memory_on_one_network() -> None:
