@@ -8,11 +8,13 @@ import email.utils
 import functools
 import http.client
 import json
+import secrets
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -22,9 +24,10 @@ import msgspec
 from embedding_relay import __version__, config
 from embedding_relay.pairing import ALLOWED_HOSTS
 from embedding_relay.protocol.encode.sessions import disagreement
-from embedding_relay.protocol.messages import Address, Handshake
+from embedding_relay.protocol.messages import MAX_ROOM, Address, Handshake
 from embedding_relay.registry.client import RegistryError, look_up
 from embedding_relay.registry.entry import EncodeRank
+from embedding_relay.tools.chat_client import chat_body, picture
 from embedding_relay.tools.doctor_machine import (
     Finding,
     failed,
@@ -42,6 +45,8 @@ _TIMEOUT: Final = 5.0
 _LARGEST_ANSWER: Final = 8 << 20
 _ENCODE: Final = "encode"
 _TRANSFER_TIMEOUT: Final = 120.0
+_REQUEST_TIMEOUT: Final = 60.0
+_PICTURE: Final = 448
 # Of two clocks: what a secret allows, and what makes logs hard to compare.
 _CLOCK_LIMIT: Final = 60.0
 _CLOCK_UNTIDY: Final = 5.0
@@ -56,7 +61,6 @@ _SAME_FLAGS: Final = (
     "tokenizer_path",
     "tool_call_parser",
 )
-_UNSET: Final[dict[str, Any]] = {}
 
 
 class InstanceFacts(msgspec.Struct, frozen=True):
@@ -104,11 +108,13 @@ class Peer:
 # ---- asking
 
 
-def _get(url: str, headers: Mapping[str, str] = _UNSET) -> tuple[int, bytes, str]:
+def _ask(url: str, headers: Mapping[str, str], body: Any = None, timeout: float = 0) -> tuple[int, bytes, str]:
     """The status, the body, and the date that it was sent at. Raises OSError where no HTTP answer comes."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:
-        with opener.open(urllib.request.Request(url, headers=dict(headers)), timeout=_TIMEOUT) as reply:
+        with opener.open(request, timeout=timeout or _TIMEOUT) as reply:
             return reply.status, reply.read(_LARGEST_ANSWER), reply.headers.get("Date", "")
     except urllib.error.HTTPError as refusal:
         with refusal:
@@ -132,7 +138,7 @@ def reach(url: str, api_key: str | None) -> tuple[Peer | None, Finding]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     peer = Peer(address, url, headers)
     try:
-        status, body, date = _get(f"{peer.url}/server_info", headers)
+        status, body, date = _ask(f"{peer.url}/server_info", headers)
     except OSError as error:
         todo = "start the instance, or mend its address (its --host), its port or the firewall between"
         return None, failed("reach", f"nothing answers at {address}: {error}", todo)
@@ -203,7 +209,7 @@ def _clock_error(date: str) -> float | None:
 def check_health(peer: Peer) -> Finding:
     if not peer.url:
         return skipped("health", "only its registry was named; name its --port to have this looked at")
-    status, _, _ = _get(f"{peer.url}/health", peer.headers)
+    status, _, _ = _ask(f"{peer.url}/health", peer.headers)
     if status == HTTPStatus.OK:
         return ok("health", "it says that it is well")
     todo = "look for `relay is unhealthy` in its log, or wait for its start"
@@ -354,6 +360,37 @@ def check_flags(encode: Peer, language: Peer) -> Finding:
     return ok("flags", "those about prompts and pictures are the same")
 
 
+def check_request(encode: Peer, language: Peer) -> Finding:
+    """One question about a picture, sent to both halves as the router does."""
+    if not encode.url or not language.url or encode.registry is None:
+        return skipped("request", "it takes the HTTP port of both")
+    if language.info.get("disaggregation_mode") != "language" or language.info.get("encoder_urls"):
+        return skipped("request", "it takes a language instance that a router pairs")
+    try:
+        shown = picture(_PICTURE, _PICTURE, secrets.randbelow(1 << 32))
+    except ModuleNotFoundError as error:
+        return skipped("request", f"{error.name} is not installed here, which makes a picture")
+    where, room = encode.registry, secrets.randbelow(MAX_ROOM)
+    pairing = {"bootstrap_host": where.host, "bootstrap_port": where.port, "bootstrap_room": room}
+    body = chat_body([shown], "What is this?", max_tokens=1, logprobs=False, **pairing)
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda peer: _answer(peer, body), (encode, language)))
+    seconds = time.monotonic() - started
+    if flaws := "; ".join(filter(None, answers)):
+        return failed("request", flaws[:500], f"look for room {room} in both logs; docs/operations.md, By what you see")
+    return ok("request", f"a picture went through both halves, and was answered in {seconds:.2g} s", seconds=seconds)
+
+
+def _answer(peer: Peer, body: Mapping[str, Any]) -> str:
+    """Empty if it is one."""
+    try:
+        status, text, _ = _ask(f"{peer.url}/v1/chat/completions", peer.headers, body, _REQUEST_TIMEOUT)
+    except OSError as error:
+        return f"{peer.address} does not answer the request: {error}"
+    return "" if status == HTTPStatus.OK else f"{peer.address} answers {status} {text[:200].decode(errors='replace')}"
+
+
 def check_versions(encode: Peer, language: Peer) -> Finding:
     one, other = (
         (peer.facts.version if peer.facts else "unknown", str(peer.info.get("version", "unknown")))
@@ -379,6 +416,7 @@ TOGETHER: Final[Mapping[str, PairCheck]] = {
     "model": check_model,
     "settings": check_pair_settings,
     "flags": check_flags,
+    "request": check_request,
 }
 
 

@@ -307,8 +307,19 @@ def half(mode: str, port: int, said: Mapping[str, Any] | None = None, **info: An
 
 def test_two_halves_that_fit(encode: Encode, transfers: Callable[..., Any]) -> None:
     transfers(MOVED)
+    rooms = []
+
+    def answer(body: str) -> tuple[int, str]:
+        asked = json.loads(body)
+        rooms.append((asked["bootstrap_host"], asked["bootstrap_port"], asked["bootstrap_room"]))
+        return 200, "{}"
+
     with serving(health="", server_info=server_info("language", facts=facts("language"))) as language:
+        language.on_post = encode.pages.on_post = answer
         findings = found(language.url, encode.pages.url)
+    assert len(rooms) == 2
+    assert len(set(rooms)) == 1, "both are asked about one room, as by a router"
+    assert rooms[0][:2] == (HOST, encode.registry.port)
     [together] = {about for about, _ in findings if " and " in about}
     assert together == f"{encode.pages.url[7:]} and {language.url[7:]}"
     assert {name: one.outcome for (about, name), one in findings.items() if about == together} == dict.fromkeys(
@@ -357,6 +368,23 @@ def test_each_half_may_have_its_own_copy_of_the_model() -> None:
         for mode, path in (("encode", "/a"), ("language", "/b"))
     )
     assert doctor_peer.check_flags(one, other).outcome is Outcome.OK
+
+
+def test_a_request_that_fails_is_quoted(encode: Encode, transfers: Callable[..., Any]) -> None:
+    transfers(MOVED)
+    with serving(health="", server_info=server_info("language", facts=facts("language"))) as language:
+        language.on_post = lambda body: (502, '{"message": "encode instance did not answer"}')
+        encode.pages.on_post = lambda body: (200, "{}")
+        findings = {name: one for (_, name), one in found(encode.pages.url, language.url).items()}
+    is_wrong(findings["request"], Outcome.FAILED, "502", "look for room")
+    assert "did not answer" in findings["request"].said
+
+
+@pytest.mark.parametrize("info", [{"disaggregation_mode": "prefill"}, {"encoder_urls": ["http://a:1"]}])
+def test_a_language_instance_that_asks_by_itself_is_not_paired(info: Mapping[str, Any]) -> None:
+    encode, language = half("encode", 1), half("language", 2, **({"disaggregation_mode": "language"} | dict(info)))
+    encode.registry = Address(HOST, 8998)
+    assert doctor_peer.check_request(encode, language).outcome is Outcome.SKIPPED
 
 
 def test_versions_of_two_halves() -> None:
