@@ -229,6 +229,8 @@ class ExecutionProgress(msgspec.Struct):
     wish: Wish = msgspec.field(default_factory=Wish)
     # Since when `counts.waiting` says that nothing is asked; None while rows are asked.
     waiting_since: float | None = None
+    # Its start was accepted while the rows are still being split into tasks: nobody may take it before that is done.
+    after_split: bool = False
     # The failures that attempts up to this one have written do not count any more: their rows are asked again.
     set_aside: int = 0
 
@@ -252,13 +254,15 @@ class ExecutionProgress(msgspec.Struct):
 
     def take(self) -> int:
         """A worker takes the run, or takes it over from a dead one. Returns the number of its attempt."""
-        if self.status not in (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING):
+        if self.after_split or self.status not in (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING):
             raise StaleJob
         self.unended = _one_more(self.unended, "run")
         self.attempt += 1
         return self.attempt
 
     def mark_running(self) -> None:
+        if self.after_split:
+            raise StaleJob
         self.status = move(EXECUTION_MOVES, self.status, ExecutionStatus.RUNNING)
         self.saving = False
         self.ready_for_monitoring = True
@@ -406,7 +410,7 @@ class Session(msgspec.Struct, kw_only=True):
         # In the same change, so that no worker can die between the two.
         if self.execution.is_accepted():
             self._go(Stage.EXECUTING)
-            self.execution.total = self.split.tasks
+            self.execution.total, self.execution.after_split = self.split.tasks, False
             if self.execution.message == SPLITTING:
                 self.execution.message = WAITING
         elif self.order:
@@ -441,6 +445,7 @@ class Session(msgspec.Struct, kw_only=True):
         assert self.analysis is not None
         self.asking = asking
         self.execution.begin(self.analysis.rows, SPLITTING)
+        self.execution.after_split = True
 
     def retry(self, asking: Asking) -> None:
         """Ask the rows again that have no answer: those that failed, and after a cancel those that were not asked."""

@@ -85,6 +85,7 @@ REPORTS = {
 @example([*IN_ORDER, "saving answers"])
 @example(["begin split", "begin run", *IN_ORDER[1:7], *IN_ORDER[8:], "retry", *IN_ORDER[8:]])
 @example(["begin split", "begin run", "fail split", "retry"])
+@example(["begin split", "begin run", "take execution", "running"])
 @example([*IN_ORDER[:-1], "fail execution", "retry", *IN_ORDER[8:]])
 def test_no_order_of_calls_says_ready_too_early(names: list[str]) -> None:
     session, done, starts = new_session(), list[str](), 0
