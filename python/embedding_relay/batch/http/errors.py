@@ -62,7 +62,8 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
 def _wrong_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    # The first part is where in the request it stands. JSON that cannot be read has no more than a position.
+    where = "" if first["type"] == "json_invalid" else ".".join(map(str, first["loc"][1:]))
     return error_answer(request.url.path, 400, f"{where or 'the body'}: {_what_is_wrong(first)}")
 
 

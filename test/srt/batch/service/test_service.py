@@ -183,6 +183,12 @@ def test_every_error_is_a_sentence(service: BatchService) -> None:
         assert answer.status_code == 400, f"{answer.request.url}: {answer.text}"
         assert list(answer.json()) == ["detail"]
         assert len(answer.json()["detail"]) > 10
+    said = [answer.json()["detail"] for answer in wrong]
+    assert said[0] == "file: it must be given"
+    assert said[1] == "the file is damaged, or it was cut short"
+    assert said[3] == "the body: it is not JSON"
+    assert "max_tokens: it must be a whole number, not a text" in said[6]
+    assert said[7] == "limit: it must be at least 1"
     assert "'sheat'" in wrong[4].json()["detail"]
     assert "prompt" in wrong[5].json()["detail"], "the columns that exist are named"
     assert service.call("GET", "/no/such/page").status_code == 404
