@@ -41,7 +41,13 @@ def test_bytes_that_arrive_otherwise_are_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 JOB = {"peer": {"url": "http://127.0.0.1:9", "registry": "127.0.0.1:9", "host": "127.0.0.1", "headers": {}}}
-MAIN = "import sys; {}; from embedding_relay.tools import doctor_transfer as d; d.main(); assert not sys.modules.get('torch')"  # fmt: skip
+MAIN = """
+import sys
+{}
+from embedding_relay.tools import doctor_transfer
+doctor_transfer.main()
+assert not sys.modules.get("torch")
+"""
 
 
 @pytest.mark.parametrize(
