@@ -1,7 +1,7 @@
 """Encode, prefill, decode: SGLang's own prefill/decode disaggregation behind our first stage, and its router before it.
 
 The third stage is stock SGLang. Beside the three stages runs a language instance that knows the same encode instances
-and needs no router.
+and needs no router; in front of it is one that does not pair, as in front of any server.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ register_cpu_ci(est_time=60, suite="base-c-test-cpu")
 STAGES = dataclasses.replace(SMALL, arguments=(*REPORT, "--chunked-prefill-size", str(CHUNK)), adapter=False)
 ENCODE = ("encode", "encode-1")
 GENERATING = ("prefill", "language")
+PLAIN = "plain-router"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,10 @@ def cluster(logs: Path) -> Iterator[LocalCluster]:
     options = STAGES.options(logs / "stages")
     stages = local_cluster.three_stages(options, encode_instances=len(ENCODE))
     knows = ("--encoder-urls", *(stages[name].url for name in ENCODE))
-    (port,) = free_ports(1)
+    port, plain_port = free_ports(2)
     alone = local_cluster.sglang_server("language", options, port, "--disaggregation-mode", "language", *knows)
-    stages.stages = [[*stages.stages[0], alone], *stages.stages[1:]]
+    plain = local_cluster.plain_router(options, plain_port, [alone.url])
+    stages.stages = [[*stages.stages[0], alone], [*stages.stages[1], plain]]
     with servers.running(stages) as running:
         yield running
 
@@ -135,11 +137,24 @@ def test_an_encode_instance_that_is_gone_is_passed_over_and_none_is_an_answer_at
         assert time.monotonic() - started < DEADLINE, "a half has waited for its deadline"
         assert "no encode instance takes requests" in cluster[name].log_text()
         assert question("text").ask(entrance(cluster, name), max_tokens=2).ok
+    text_goes_past_what_is_dead(cluster)
 
     first.start()
     wait_all_ready([first], 120, silent)
     for name in GENERATING:
         wait_until(lambda name=name: asked[0].ask(entrance(cluster, name), max_tokens=2).ok)
+    assert asked[0].ask(cluster[PLAIN].url, max_tokens=2).ok
+
+
+def text_goes_past_what_is_dead(cluster: LocalCluster) -> None:
+    """Behind the router that does not pair, which would count a 503 against the server that answers it."""
+    url, pictures = cluster[PLAIN].url, [question("gone", (2, 2), seed=90 + at) for at in range(6)]
+    with ThreadPoolExecutor(len(pictures)) as pool:
+        answers = list(pool.map(lambda one: one.ask(url, max_tokens=2), pictures))
+    assert [answer.status for answer in answers] == [503] * len(pictures), [answer.body for answer in answers]
+    assert "no encode instance takes requests" in str(answers[0].body)
+    answer = question("text").ask(url, max_tokens=2)
+    assert answer.ok, answer.body
 
 
 def test_nothing_is_left_behind(cluster: LocalCluster) -> None:
