@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from openpyxl.styles import Font, PatternFill
+from openpyxl.utils import get_column_letter
 
 from embedding_relay.batch.errors import TooLarge, Unreadable
 from embedding_relay.batch.tasks import Outcome, Result
@@ -147,7 +148,11 @@ def test_a_workbook_stays_what_it_is(data: st.DataObject) -> None:
     assert new.freeze_panes == old.freeze_panes
     for dimensions in ("column_dimensions", "row_dimensions"):
         for key, dimension in getattr(old, dimensions).items():
-            assert dict(getattr(new, dimensions)[key]) | {"spans": ""} == dict(dimension) | {"spans": ""}
+            now = getattr(new, dimensions)[key]
+            if key in map(get_column_letter, range(width + 1, width + 6)):
+                assert now.width >= dimension.width  # it fits the answers
+                continue
+            assert dict(now) | {"spans": ""} == dict(dimension) | {"spans": ""}
     assert [new.cell(1, width + 1 + index).value for index in range(5)] == list(NAMES)
     by_row = {result.row: result for result in given_results}
     for number in range(2, rows + 1):
