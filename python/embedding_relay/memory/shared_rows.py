@@ -8,6 +8,7 @@ Nothing here has a name in a file system; when the ranks have ended, in whatever
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import itertools
@@ -121,15 +122,76 @@ def _close(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+class _Side(abc.ABC):
+    """One end of the connections, and the thread that hears what comes and says what there is to say."""
+
+    def __init__(self, connections: Mapping[int, socket.socket]) -> None:
+        self._connections = dict(connections)
+        self._poke: _Poke | None = None
+        self._thread: WatchedThread | None = None
+        self._closing = False
+        self._on_death: Callable[[str], None] = logger.error
+
+    def _start(self, on_death: Callable[[str], None]) -> None:
+        self._on_death = on_death
+        self._poke = _Poke()
+        self._thread = WatchedThread("relay-shared-rows", self._work, on_death)
+        self._thread.start()
+
+    def _wake(self) -> None:
+        if self._poke is not None:
+            self._poke.set()
+
+    def close(self) -> None:
+        """Memory that somebody has mapped stays readable there. Idempotent."""
+        self._closing = True
+        self._wake()
+        for connection in self._connections.values():
+            _close(connection)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        for connection in self._connections.values():
+            connection.close()
+        if self._poke is not None:
+            self._poke.close()
+
+    def _work(self) -> None:
+        """Until all connections are over, or this is closed."""
+        assert self._poke is not None
+        with selectors.PollSelector() as selector:
+            selector.register(self._poke, selectors.EVENT_READ)
+            open_ones = dict(self._connections)
+            for rank, connection in open_ones.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while open_ones and not self._closing:
+                for key, events in selector.select():
+                    if key.fileobj is self._poke:
+                        self._poke.clear()
+                    elif events & selectors.EVENT_READ and not self._hear(key.data):
+                        selector.unregister(open_ones.pop(key.data))
+                writable = 0 if self._say_all() else selectors.EVENT_WRITE
+                for rank, connection in open_ones.items():
+                    selector.modify(connection, selectors.EVENT_READ | writable, rank)
+
+    @abc.abstractmethod
+    def _hear(self, rank: int) -> bool:
+        """Take the message that has come from that rank; whether more may come."""
+
+    @abc.abstractmethod
+    def _say_all(self) -> bool:
+        """False if what is left has to wait until a connection can take it."""
+
+
 # ---- the rank that receives
 
 
-class Lender:
+class Lender(_Side):
     """`take` and `lend` are for one thread, and never wait."""
 
     def __init__(self, borrowers: Mapping[int, socket.socket], limit: int) -> None:
         """`borrowers`: connections, by rank. At most `limit` bytes that nobody uses are kept."""
-        self._borrowers = dict(borrowers)
+        super().__init__(borrowers)
         self._memory = ReusedMemory(limit, self._make, _PIECE)
         self._names: dict[int, int] = {}
         """Of memory, by where it is here."""
@@ -137,42 +199,24 @@ class Lender:
         self._lent: dict[int, tuple[ReceivedRows, set[int]]] = {}
         """Rows that other ranks may read, and which ranks, by number."""
         self._unsaid: deque[tuple[Message, int]] = deque()
-        self._poke: _Poke | None = None
-        self._thread: WatchedThread | None = None
-        self._closing = False
         self._on_return: Callable[[], None] = lambda: None
-        self._on_death: Callable[[str], None] = logger.error
 
     def start(self, on_return: Callable[[], None], on_death: Callable[[str], None]) -> None:
         """`on_return` is called when rows were given back, `on_death` with what went wrong; in a thread of this."""
-        self._on_return, self._on_death = on_return, on_death
-        self._poke = _Poke()
-        self._thread = WatchedThread("relay-shared-rows", self._work, on_death)
-        self._thread.start()
+        self._on_return = on_return
+        self._start(on_death)
 
     def close(self) -> None:
-        """Who has mapped memory keeps it. Idempotent."""
-        self._closing = True
-        self._wake()
-        connections = list(self._borrowers.values())
-        for connection in connections:
-            _close(connection)
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        for connection in connections:
-            connection.close()
+        super().close()
         while self._unsaid:
             self._close_descriptor(self._unsaid.popleft()[1])
-        self._borrowers.clear()
+        self._connections.clear()
         self._lent.clear()
         self._memory.clear()
-        if self._poke is not None:
-            self._poke.close()
 
     @property
     def borrowers(self) -> int:
-        return len(self._borrowers)
+        return len(self._connections)
 
     @property
     def lent(self) -> int:
@@ -186,7 +230,7 @@ class Lender:
     def lend(self, number: int, rows: ReceivedRows) -> None:
         """Every borrower may read these, which lie in what `take` gave. Nobody writes to them any more."""
         memory = self._names[rows.fill_ids.data_ptr()]
-        self._lent[number] = rows, set(self._borrowers)
+        self._lent[number] = rows, set(self._connections)
         self._say(RowsLent(number, memory, rows.aux.values()))
 
     def _make(self, length: int) -> _Bytes:
@@ -211,29 +255,10 @@ class Lender:
         self._unsaid.append((message, descriptor))
         self._wake()
 
-    def _wake(self) -> None:
-        if self._poke is not None:
-            self._poke.set()
-
     # ---- its own thread
 
-    def _work(self) -> None:
-        assert self._poke is not None
-        with selectors.PollSelector() as selector:
-            selector.register(self._poke, selectors.EVENT_READ)
-            for rank, connection in self._borrowers.items():
-                selector.register(connection, selectors.EVENT_READ, rank)
-            while not self._closing:
-                for key, _ in selector.select():
-                    if key.data is None:
-                        self._poke.clear()
-                    elif not self._hear(key.data):
-                        selector.unregister(key.fileobj)
-                self._say_all()
-
     def _hear(self, rank: int) -> bool:
-        """Whether that rank goes on."""
-        message, _ = _receive(self._borrowers[rank])
+        message, _ = _receive(self._connections[rank])
         if isinstance(message, RowsReturned):
             for number in message.numbers:
                 self._returned(number, rank)
@@ -251,15 +276,16 @@ class Lender:
         if not ranks:
             del self._lent[number]
 
-    def _say_all(self) -> None:
-        """Waits for a rank that does not listen: no rank can go on without it anyway."""
+    def _say_all(self) -> bool:
+        """Waits here for a rank that does not listen: no rank can go on without it anyway."""
         while self._unsaid and not self._closing:
             message, descriptor = self._unsaid.popleft()
             said = [msgspec.json.encode(message)]
-            for connection in self._borrowers.values():
+            for connection in self._connections.values():
                 with contextlib.suppress(ConnectionError):  # it is gone, which `_hear` finds
                     socket.send_fds(connection, said, [] if descriptor < 0 else [descriptor])
             self._close_descriptor(descriptor)
+        return True
 
     @staticmethod
     def _close_descriptor(descriptor: int) -> None:
@@ -270,60 +296,31 @@ class Lender:
 # ---- a rank that does not
 
 
-class Borrower:
+class Borrower(_Side):
     """Hears of rows that another rank has received, and gives them back when nobody here refers to them any more."""
 
     def __init__(self, connection: socket.socket, layout: BufferLayout, device: torch.device) -> None:
         """`device`: where the model of this rank runs."""
+        super().__init__({0: connection})
         self._connection = connection
         self._layout = layout
         self._is_copied = device.type == "cuda"
         self._memories: dict[int, _Bytes] = {}
         self._to_return: deque[int] = deque()
-        self._poke: _Poke | None = None
-        self._thread: WatchedThread | None = None
-        self._closing = False
         self._give: GiveRows = lambda _number, _rows: None
-        self._on_death: Callable[[str], None] = logger.error
 
     def start(self, give: GiveRows, on_death: Callable[[str], None]) -> None:
         """Both are called in a thread of this: `give` once for each request that is complete."""
-        self._give, self._on_death = give, on_death
-        self._poke = _Poke()
-        self._thread = WatchedThread("relay-shared-rows", self._work, on_death)
-        self._thread.start()
+        self._give = give
+        self._start(on_death)
 
     def close(self) -> None:
-        """Rows that somebody has stay readable. Idempotent."""
-        self._closing = True
-        _close(self._connection)
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._connection.close()
+        super().close()
         self._memories.clear()
-        if self._poke is not None:
-            self._poke.close()
 
     # ---- its own thread
 
-    def _work(self) -> None:
-        assert self._poke is not None
-        with selectors.PollSelector() as selector:
-            selector.register(self._poke, selectors.EVENT_READ)
-            selector.register(self._connection, selectors.EVENT_READ)
-            while not self._closing:
-                for key, events in selector.select():
-                    if key.fileobj is self._poke:
-                        self._poke.clear()
-                    elif events & selectors.EVENT_READ and not self._hear():
-                        return
-                is_waiting = not self._return_all()
-                writable = selectors.EVENT_WRITE if is_waiting else 0
-                selector.modify(self._connection, selectors.EVENT_READ | writable)
-
-    def _hear(self) -> bool:
-        """Whether the lender goes on."""
+    def _hear(self, rank: int) -> bool:
         message, descriptors = _receive(self._connection)
         try:
             match message:
@@ -351,11 +348,10 @@ class Borrower:
     def _unused(self, number: int) -> None:
         """In a finalizer, in any thread."""
         self._to_return.append(number)
-        if self._poke is not None:
-            self._poke.set()
+        self._wake()
 
-    def _return_all(self) -> bool:
-        """Whether all was said that there was to say. Never waits: the lender may be waiting for us to listen."""
+    def _say_all(self) -> bool:
+        """Never waits here: the lender may be waiting for us to listen."""
         while self._to_return:
             numbers = [self._to_return.popleft() for _ in range(min(len(self._to_return), _MOST_NUMBERS))]
             try:

@@ -221,7 +221,7 @@ def test_without_the_rank_that_receives_the_other_is_ill(encode: EncodeInstance)
         pair.borrowing.on_unhealthy = reasons.append
         assert pair.receiving._lender is not None
         pair.receiving._lender._closing = True  # as if killed: it says nothing
-        for connection in pair.receiving._lender._borrowers.values():
+        for connection in pair.receiving._lender._connections.values():
             connection.shutdown(socket.SHUT_RDWR)
         until(lambda: reasons == ["the rank of this host that receives the rows is gone"])
         failure = there.failure()
