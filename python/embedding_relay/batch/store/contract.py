@@ -13,6 +13,7 @@ from embedding_relay.batch.errors import StaleJob
 
 DAY: Final = 86_400.0
 MOST_WATCHED: Final = 10_000
+UNKNOWN_SECONDS: Final = 60.0
 # What is left of a claim that was never given up and that nobody asks for, the store may forget after this time.
 CLAIM_KEPT: Final = 30 * DAY
 
@@ -30,6 +31,13 @@ def holder_of(claim: str) -> str:
     return claim.rsplit("|", 2)[0]
 
 
+def _seconds_of(claim: str) -> float:
+    try:
+        return float(claim.rsplit("|", 2)[1])
+    except (IndexError, ValueError):
+        return UNKNOWN_SECONDS  # another version wrote it
+
+
 class Watch:
     """Tells when somebody else's claim has run out: it stood there, not renewed, for as long as it was made for.
 
@@ -43,12 +51,12 @@ class Watch:
 
     def has_run_out(self, name: str, claim: str) -> bool:
         now = self._clock()
-        before, since = self._seen.get(name, ("", now))
+        before, since = self._seen.get(name, (None, now))
         if before != claim:
             self._make_room(now)
             self._seen[name] = claim, now
             return False
-        return now - since >= float(claim.rsplit("|", 2)[1])
+        return now - since >= _seconds_of(claim)
 
     def forget(self, name: str) -> None:
         self._seen.pop(name, None)

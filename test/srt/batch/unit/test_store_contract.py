@@ -8,7 +8,16 @@ from typing import cast
 import pytest
 
 from embedding_relay.batch.errors import StaleJob
-from embedding_relay.batch.store.contract import MOST_WATCHED, Lease, Store, StoreAway, Watch, claim_of, holder_of
+from embedding_relay.batch.store.contract import (
+    MOST_WATCHED,
+    UNKNOWN_SECONDS,
+    Lease,
+    Store,
+    StoreAway,
+    Watch,
+    claim_of,
+    holder_of,
+)
 
 SECONDS = 0.2
 
@@ -172,6 +181,15 @@ def test_a_renewed_claim_begins_anew() -> None:
     watch.forget("run:a")
     now += 100
     assert not watch.has_run_out("run:a", claim)
+
+
+@pytest.mark.parametrize("claim", ["host 12 ab", "", "a|b|c"])
+def test_a_claim_of_another_version_runs_out_too(claim: str) -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    assert not watch.has_run_out("run:a", claim)
+    now = UNKNOWN_SECONDS
+    assert watch.has_run_out("run:a", claim)
 
 
 def test_what_nobody_asks_for_any_more_is_not_remembered_for_ever() -> None:
