@@ -16,7 +16,7 @@ import msgspec
 from embedding_relay.batch.asking.endpoint import Endpoint
 from embedding_relay.batch.asking.question import Unaskable, chat_request
 from embedding_relay.batch.asking.replies import Answered, failure, result_of
-from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.errors import Refusal, in_words
 from embedding_relay.batch.session.folder import Folder
 from embedding_relay.batch.session.records import Asking, Session
 from embedding_relay.batch.settings import Settings
@@ -245,7 +245,7 @@ async def _try(endpoint: Endpoint, task: Task, asking: Asking, model: str, folde
     try:
         path, body = await asyncio.to_thread(chat_request, task, asking, model, folder, path)
     except (OSError, Unaskable) as error:
-        return failure(task, f"this row cannot be asked: {error}")
+        return failure(task, f"this row cannot be asked: {in_words(error)}")
     reply = await endpoint.ask(path, msgspec.json.encode(body))
     if isinstance(reply, Answered):
         return result_of(task, reply)

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from embedding_relay.batch import preview as ahead
-from embedding_relay.batch.errors import Refusal
+from embedding_relay.batch.errors import Refusal, in_words
 from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.records import Asking, Session, counted
 from embedding_relay.batch.session.sessions import Sessions
@@ -45,7 +45,7 @@ def preview(settings: Settings, arguments: argparse.Namespace) -> int:
             finally:
                 store.close()
     except (Refusal, StoreAway, OSError, ValueError) as error:
-        print(f"sglang-relay batch preview: {error}", file=sys.stderr)
+        print(f"sglang-relay batch preview: {in_words(error)}", file=sys.stderr)
         return 1
 
 
