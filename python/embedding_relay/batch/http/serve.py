@@ -97,5 +97,6 @@ def _log_to_stderr() -> None:
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True
     )
-    # A line per call is of no use while pages poll.
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    # A line per call is of no use while pages poll, and where keys were found is the business of their library.
+    for name in ("uvicorn.access", "botocore", "aiobotocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
