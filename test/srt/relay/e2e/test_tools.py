@@ -137,6 +137,31 @@ def test_a_workbook_of_pictures(pair: Pair, tmp_path: Path) -> None:
     ]
 
 
+def test_the_doctor_finds_both_halves_well(pair: Pair) -> None:
+    """Rows come to it, as to a language rank of this host."""
+    command = [RELAY, "doctor", "--json", "--peer", pair["encode"].url, "--peer", pair["language"].url]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    findings = json.loads(ended.stdout)["findings"]
+    assert [one for one in findings if one["outcome"] == "failed"] == []
+    assert ended.returncode == 0
+    together = {one["name"]: one["outcome"] for one in findings if " and " in one["about"]}
+    assert together == dict.fromkeys(("versions", "model", "settings", "flags", "request"), "ok")
+    moved = {one["name"]: one["facts"] for one in findings if one["facts"].get("bytes_per_s")}
+    assert moved.keys() == {"mooncake", "shared memory", "transfer"}
+    assert moved["transfer"]["over"] == "shared memory"
+    assert moved["transfer"]["rounds"] > 1
+
+
+def test_top_shows_the_instances_of_the_router(pair: Pair) -> None:
+    ended = subprocess.run([RELAY, "top", "--once", "--router", pair.url], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = ended.stdout.splitlines()
+    shown = {
+        kind: lines[at + 1].split()[0] for at, line in enumerate(lines) for kind in line.split()[:1] if kind.isupper()
+    }
+    assert shown == {half.upper(): pair[half].url.removeprefix("http://") for half in ("encode", "language")}
+
+
 TRACED = (
     *("request received", "prompt processed", "asked for rows from 0 on", "vision tower begins", "vision tower ends"),
     *("blocks offered for 256 rows", "resume: blocks for row 256 on", "rows 0-255 written", "rows 0-255 copied"),
