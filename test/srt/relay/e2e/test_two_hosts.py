@@ -34,9 +34,10 @@ from support.sglang_ci import register_cpu_ci, run_tests
 register_cpu_ci(est_time=45, suite="base-c-test-cpu")
 
 GUIDE: Final = REPO / "docs/two-hosts.md"
-SECRET, FIREWALL, ENCODE, LANGUAGE, ROUTER, ASK = TYPED = (
-    *("2. A secret", "3. A firewall", "4. The encode instance", "5. The language instance", "6. The router", "7. Ask"),
-)
+SECRET, FIREWALL = ("2. A secret", "3. A firewall")
+ENCODE, LANGUAGE = ("4. The encode instance", "5. The language instance")
+ROUTER, ASK, CHECK = ("6. The router", "7. Ask", "8. Check")
+TYPED: Final = (SECRET, FIREWALL, ENCODE, LANGUAGE, ROUTER, ASK, CHECK)
 # Of commands that this machine does not run: it has one file system.
 OVER_THE_NETWORK: Final = ("ssh ", "scp ")
 # Which way rows take is left to the instances.
@@ -82,19 +83,21 @@ class Machines(NamedTuple):
     folder: Path
     cluster: LocalCluster
 
-    def type(self, section: str) -> str:
+    def type(self, section: str, **environ: str) -> str:
         """What the commands of a section print. Clients are on a host of their own."""
         host, text = self.typed[section]
         places = {"both": list(self.by_address.values()), "anywhere": [self.stranger]}
         here = "\n".join(line for line in text.splitlines() if not line.startswith(OVER_THE_NETWORK))
         command = ["bash", "-euo", "pipefail", "-c", here]
-        return "".join(run(place, command, self.folder) for place in places.get(host) or [self.by_address[host]])
+        return "".join(
+            run(place, command, self.folder, **environ) for place in places.get(host) or [self.by_address[host]]
+        )
 
 
-def run(host: Host, command: Sequence[str], folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
+def run(host: Host, command: Sequence[str], folder: Path, **environ: str) -> str:
+    environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
     ended = subprocess.run(
-        host.command(command), cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120
+        host.command(command), cwd=folder, env=os.environ | environ, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
@@ -175,6 +178,13 @@ def test_the_question_of_the_page_is_answered(machines: Machines) -> None:
     assert router["status"] == "ready"
     assert answer["choices"][0]["message"]["content"]
     assert answer["usage"]["prompt_tokens"] > 64, "no rows of the picture"
+
+
+def test_the_doctor_finds_nothing_wrong(machines: Machines, logs: Path) -> None:
+    # The instances of the page have the settings of whoever types; these have a tiny pool.
+    pool = {name: each for name, each in HOSTS.options(logs).environ.items() if name.startswith("SGLANG_EMBEDDING")}
+    printed = machines.type(CHECK, **pool)
+    assert all(address in printed for address in machines.by_address)
 
 
 # ---- the firewall
