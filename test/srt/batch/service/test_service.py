@@ -381,7 +381,7 @@ def test_what_was_asked_again_is_counted_when_the_run_is_over_too(service: Batch
 def test_no_more_runs_and_requests_than_the_service_may_have(stub: StubEndpoint, tmp_path: Path) -> None:
     """Of all its workers together."""
     limits = ("--max-runs", "2", "--max-in-flight", "6", "--lease-seconds", "1")
-    with batch_service(tmp_path, stub.url, *limits, workers=3) as service:
+    with batch_service(tmp_path, stub.url, *limits, workers=2) as service:
         stub.delay(0.1)
         sheets = [sheet_of(f"limit {number} {row}" for row in range(30)) for number in range(3)]
         ids = [service.upload(sheet)["session_id"] for sheet in sheets]
