@@ -463,7 +463,7 @@ function showRun(session) {
   $("before-run").hidden = begun || stage === "failed";
   const rows = split.ready_for_next_stage ? split.tasks : analysis?.rows ?? 0;
   setText($("start-hint"), `Start asks ${plural(rows, "row")}${state.endpoint ? ` of ${state.endpoint.url}, model ${$("model").value.trim() || state.endpoint.model || "unknown"}` : ""}.`);
-  setText($("try"), `Try the first ${rows < FIRST_ROWS ? plural(rows, "row") : `${FIRST_ROWS} rows`}`);
+  setText($("try"), `Try the first ${rows === 1 ? "row" : `${number(Math.min(rows, FIRST_ROWS))} rows`}`);
   $("splitting").hidden = !reading;
   $("split-bar").value = split.progress;
   setText($("split-text"), `Reading the rows: ${Math.floor(split.progress)} % · ${split.message}${split.status === "saving" ? " — not ready yet" : ""}`);
