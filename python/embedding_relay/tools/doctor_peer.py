@@ -146,9 +146,8 @@ def reach(url: str, api_key: str | None) -> tuple[Peer | None, Finding]:
     if status == HTTPStatus.OK and (info := _mapping(body)) is not None and "disaggregation_mode" in info:
         peer.info, peer.facts = info, _facts_in(info)
         return _known(peer, address)
-    if (
-        status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) and _mapping(body) is not None
-    ):  # a registry says a sentence
+    # A registry that refuses says a sentence, SGLang a mapping.
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) and _mapping(body) is not None:
         return None, failed("reach", f"{address} wants an API key, or another one ({status})", "name it with --api-key")
     try:
         peer.entry, peer.registry, peer.url = _look_up(address), address, ""

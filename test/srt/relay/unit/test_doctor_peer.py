@@ -374,9 +374,10 @@ def test_a_request_that_fails_is_quoted(encode: Encode, transfers: Callable[...,
     transfers(MOVED)
     with serving(health="", server_info=server_info("language", facts=facts("language"))) as language:
         language.on_post = lambda body: (502, '{"message": "encode instance did not answer"}')
-        encode.pages.on_post = lambda body: (200, "{}")
+        rooms = []
+        encode.pages.on_post = lambda body: rooms.append(json.loads(body)["bootstrap_room"]) or (200, "{}")
         findings = {name: one for (_, name), one in found(encode.pages.url, language.url).items()}
-    is_wrong(findings["request"], Outcome.FAILED, "502", "look for room")
+    is_wrong(findings["request"], Outcome.FAILED, "502", f"look for room {rooms[0]} in both logs")
     assert "did not answer" in findings["request"].said
 
 
