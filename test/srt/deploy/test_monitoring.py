@@ -34,7 +34,7 @@ NAMING += [DEPLOY / "grafana/dashboard.json"]
 
 def program(name: str) -> str:
     """Where `scripts/setup --tests` puts it, or where the machine has it."""
-    found = shutil.which(name, path=f"{sys.prefix}/bin:{os.environ['PATH']}")
+    found = shutil.which(name, path=f"{sys.prefix}/bin:{REPO}/.venv/bin:{os.environ['PATH']}")
     assert found, "run scripts/setup --tests"
     return found
 
