@@ -34,6 +34,8 @@ from embedding_relay.batch.terminal_preview import ROWS_FAILED, asking_of, choic
 from embedding_relay.batch.workbook.analysis import Choices
 
 LOOK_EVERY: Final = 0.2
+# So long the same command waits when the one before it was killed: there may be another one in another window.
+LEASE_SECONDS: Final = 5.0
 REASONS_SHOWN: Final = 5
 SUFFIXES: Final = {"xlsx": (".xlsx", ".xlsm"), "csv": (".csv", ".tsv", ".txt"), "jsonl": (".jsonl", ".ndjson")}
 # 128 + SIGINT: the exit status of an interrupted command.
@@ -60,7 +62,9 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         _forget_old_runs(place.parent, settings.keep_seconds)
         place.mkdir(parents=True, exist_ok=True)
         place.touch()
-        settings = msgspec.structs.replace(settings, cache_dir=place, scan_seconds=LOOK_EVERY, max_runs=1)
+        settings = msgspec.structs.replace(
+            settings, cache_dir=place, scan_seconds=LOOK_EVERY, lease_seconds=LEASE_SECONDS, max_runs=1
+        )
         again, patience = arguments.retry_failed, arguments.give_up_after
         return asyncio.run(_Terminal(settings, workbook, out, choices, asking, again, patience).run())
     except (Refusal, StoreAway, OSError, ValueError) as error:

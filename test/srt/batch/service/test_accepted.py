@@ -65,7 +65,8 @@ def shared(
 
 @contextmanager
 def serving(where: Path, stub: StubEndpoint, place: str) -> Iterator[Shared]:
-    with batch_service(where, stub.url, "--store", place, workers=WORKERS) as service:
+    # Workers are killed here: nobody shall wait long for them.
+    with batch_service(where, stub.url, "--store", place, "--lease-seconds", "3", workers=WORKERS) as service:
         store = open_store(place)
         try:
             yield Shared(service, store)
