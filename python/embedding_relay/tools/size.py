@@ -49,17 +49,20 @@ class Model:
     processor: Mapping[str, Any]
 
     def rows_of_picture(self, width: int, height: int) -> int:
+        """Of its embedding. Tokens that mark its beginning, its end and its lines are text."""
         kind, inner = str(self.config.get("model_type")), _inner(self.config)
         if fixed := inner.get("mm_tokens_per_image"):
             return int(fixed)
+        vision = inner.get("vision_config") or {}
+        patch = int(vision.get("patch_size") or self.processor.get("patch_size") or 14)
+        if vision.get("model_type") == "pixtral":
+            return _lines(width, height, patch * int(self.config.get("spatial_merge_size") or 1), self._longest())
         if kind not in _GRIDS:
             raise CannotSize(
                 f"how many rows a picture becomes is not known for models of type {kind}: give --rows-per-picture "
                 "(any server tells: usage.prompt_tokens with a picture, less the same without it)"
             )
-        vision = inner.get("vision_config") or {}
         merge = int(vision.get("spatial_merge_size") or self.processor.get("merge_size") or 2)
-        patch = int(vision.get("patch_size") or self.processor.get("patch_size") or 14)
         least, most = self._pixels()
         return _grid(width, height, patch * merge, least / _GRIDS[kind], most / _GRIDS[kind])
 
@@ -68,12 +71,26 @@ class Model:
         size = self.processor.get("size") or {}
         least = self.processor.get("min_pixels") or size.get("shortest_edge")
         most = self.processor.get("max_pixels") or size.get("longest_edge")
-        if not least or not most:
-            raise CannotSize(
-                f"the limits for the pixels of a picture are not known: put {' or '.join(_PROCESSORS)} of the model "
-                "beside its config.json, or give --rows-per-picture"
-            )
-        return least, most
+        return _known(least), _known(most)
+
+    def _longest(self) -> float:
+        """Side of a picture, after scaling."""
+        return _known((self.processor.get("size") or {}).get("longest_edge"))
+
+
+def _known(limit: float | None) -> float:
+    if not limit:
+        raise CannotSize(
+            f"the limits for the pixels of a picture are not known: put {' or '.join(_PROCESSORS)} of the model "
+            "beside its config.json, or give --rows-per-picture"
+        )
+    return limit
+
+
+def _lines(width: int, height: int, unit: int, longest: float) -> int:
+    """Squares of `unit` pixels that cover a picture whose sides are no longer than that."""
+    scale = max(1.0, width / longest, height / longest)
+    return math.prod(math.ceil(math.floor(side / scale) / unit) for side in (width, height))
 
 
 def _grid(width: int, height: int, unit: int, least: float, most: float) -> int:

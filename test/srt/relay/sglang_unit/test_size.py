@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import transformers
+from transformers.models.pixtral.image_processing_pixtral import get_resize_output_image_size
 
 from embedding_relay import config
 from embedding_relay.tools import cli, size, tiny_model
@@ -30,6 +32,18 @@ def test_rows_are_those_of_the_models_own_processor(family: str) -> None:
     ours = [model.rows_of_picture(width, height) for width, height in SIDES]
     theirs = [processor.get_number_of_image_patches(height, width, {}) // merged for width, height in SIDES]
     assert ours == theirs
+
+
+@pytest.mark.parametrize("family", ["pixtral", "mistral3", "lighton_ocr"])
+def test_rows_in_lines_are_those_of_the_models_own_processor(family: str) -> None:
+    folder = tiny_model.cached(family)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    unit, most = settings["patch_size"] * settings["spatial_merge_size"], settings["image_processor"]["size"]
+    model = size.read_model(str(folder))
+    for width, height in SIDES:
+        nothing = numpy.broadcast_to(numpy.uint8(0), (height, width, 3))
+        high, wide = get_resize_output_image_size(nothing, (most["longest_edge"],) * 2, (unit, unit))
+        assert model.rows_of_picture(width, height) == (high // unit) * (wide // unit)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_omni", "gemma3", "internvl"])
