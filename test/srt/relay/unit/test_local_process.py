@@ -16,6 +16,7 @@ from embedding_relay.tools.local_cluster import LocalCluster
 from embedding_relay.tools.local_process import (
     LocalProcess,
     ProcessFailed,
+    _group_members,
     free_ports,
     stop_all,
     wait_all_ready,
@@ -148,6 +149,38 @@ def test_an_error_in_the_body_stops_the_cluster(server: Start) -> None:
     with pytest.raises(KeyboardInterrupt), LocalCluster(process.url, [[process]]):
         raise KeyboardInterrupt
     assert process.group_members() == []
+
+
+def test_an_interrupt_while_a_cluster_stops_kills_what_is_left(server: Start) -> None:
+    """A second Ctrl-C: somebody does not want to wait."""
+    asked: list[str] = []
+
+    def interrupt_once(name: str, stage: str, _seconds: float) -> None:
+        if stage == "stopping" and not asked:
+            asked.append(name)
+            raise KeyboardInterrupt
+
+    process = server("stubborn")
+    cluster = LocalCluster(process.url, [[process]], interrupt_once)
+    cluster.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        cluster.stop(grace=60)
+    assert asked == ["server"]
+    assert process.group_members() == []
+    assert time.monotonic() - started < 30
+
+
+def test_what_is_started_again_leaves_nothing_of_its_first_life(server: Start) -> None:
+    process = server("parent")
+    process.start()
+    wait_all_ready([process], 30)
+    first = process.pid
+    os.kill(first, signal.SIGKILL)
+    process.restart()
+    assert list(_group_members(first)) == []
+    wait_all_ready([process], 30)
+    assert process.log_text().count("listening") == 2
 
 
 @pytest.fixture
