@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from embedding_relay.batch.session.records import STAGE_MOVES, Stage
 from support.pages import code_in
 from support.repo import REPO, our_modules
 
@@ -138,3 +139,13 @@ def test_messages_that_a_page_quotes_are_ours(name: str) -> None:
 def test_a_message_that_nobody_writes_is_noticed() -> None:
     assert strange_words("no language instance has asked for room") == []
     assert strange_words("no language server has ever wanted room")
+
+
+def test_the_stages_of_a_batch_session_are_those_of_the_code() -> None:
+    page = (REPO / "docs/batch-sessions.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", page.split("## Ready means ready")[1].split("\n## ")[0], re.MULTILINE))
+    assert told == {stage.value for stage in Stage} - {Stage.CREATED.value}
+    drawn = re.findall(r"(?<=─► )(\w+) ─►(?= (\w+))", page)
+    assert len(drawn) == 3
+    for here, there in drawn:
+        assert Stage(there) in STAGE_MOVES[Stage(here)]
