@@ -62,18 +62,19 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         _forget_old_runs(place.parent, settings.keep_seconds)
         place.mkdir(parents=True, exist_ok=True)
         place.touch()
-        settings = msgspec.structs.replace(
+        own = msgspec.structs.replace(
             settings, cache_dir=place, scan_seconds=LOOK_EVERY, lease_seconds=LEASE_SECONDS, max_runs=1
         )
         again, patience = arguments.retry_failed, arguments.give_up_after
-        return asyncio.run(_Terminal(settings, workbook, out, choices, asking, again, patience).run())
+        return asyncio.run(_Terminal(own, workbook, out, choices, asking, again, patience).run())
     except (Refusal, StoreAway, OSError, ValueError) as error:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         print(f"sglang-relay batch run: {where}{in_words(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         log = settings.cache_dir / "error.log"
-        log.write_text(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            log.write_text(traceback.format_exc())
         what = f"this is a bug of the command ({type(error).__name__}); {log} says where"
         print(f"sglang-relay batch run: {what}", file=sys.stderr)
         return 1

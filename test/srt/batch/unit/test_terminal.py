@@ -1,0 +1,45 @@
+"""What `sglang-relay batch run` says when something goes wrong inside: one line, and the rest in a file."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from embedding_relay.batch import terminal
+from embedding_relay.batch.command_line import settings_of
+from embedding_relay.tools.cli import build_parser
+
+
+def run(tmp_path: Path) -> int:
+    (tmp_path / "a.csv").write_text("prompt\na\n")
+    places = ["--out", str(tmp_path / "b.csv"), "--cache-dir", str(tmp_path / "cache")]
+    words = ["batch", "run", str(tmp_path / "a.csv"), *places, "--endpoint", "http://127.0.0.1:9"]
+    arguments = build_parser().parse_args(words)
+    return terminal.run(settings_of(arguments), arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyError("inside of a library"), "this is a bug of the command (KeyError); {log} says where"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/e"), "/d/e: no space left on device"),
+    ],
+)
+def test_an_error_of_others_is_one_line_of_ours(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    says: str,
+) -> None:
+    def raising(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(terminal, "open_store", raising)
+    assert run(tmp_path) == 1
+    log = tmp_path / "cache" / "error.log"
+    assert capsys.readouterr().err == f"sglang-relay batch run: {says.format(log=log)}\n"
+    assert log.exists() is isinstance(error, KeyError)
+    assert not log.exists() or "inside of a library" in log.read_text()
