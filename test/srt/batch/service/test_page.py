@@ -407,6 +407,7 @@ def test_an_endpoint_that_is_away_looks_so(page: Page, stub: StubEndpoint) -> No
     catch(page, "numbers", "Rows/")
     stub.kill()
     try:
+        expect(page.locator("#waiting")).to_be_visible()
         expect(page.locator("#waiting")).to_contain_text(re.compile(r"It has been so since \d+:\d\d"))
         expect(page.locator("#waiting")).to_contain_text(stub.url)
         expect(page.locator("#session-pill")).to_have_attribute("data-tone", "bad")

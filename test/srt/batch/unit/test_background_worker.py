@@ -13,7 +13,7 @@ import pytest
 from embedding_relay.batch.background.worker import Worker
 from embedding_relay.batch.errors import NotWhatWasSaved
 from embedding_relay.batch.service import Service
-from embedding_relay.batch.session.records import MOST_DEATHS, Asking, Session, Stage
+from embedding_relay.batch.session.records import MOST_DEATHS, Asking, ExecutionStatus, Session, Stage
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.disk_store import DiskStore
@@ -73,6 +73,30 @@ def split(place: Place) -> str:
     place.service.split(session_id, None)
     asyncio.run(place.work_until(lambda: place.get(session_id).split.is_ready()))
     return session_id
+
+
+def test_a_session_that_had_ended_is_taken_again_at_once_when_it_is_retried(place: Place) -> None:
+    """Those that have ended are not read at every look; the process that is asked for a retry reads this one."""
+    session_id = split(place)
+    place.service.start(session_id, Asking())
+    place.sessions.change(session_id, lambda session: session.fail_execution("its disk was away"))
+
+    async def retry() -> None:
+        worker = Worker(place.settings, place.store, place.sessions)
+        service = Service(place.settings, place.sessions, wake=worker.wake)
+        working = asyncio.create_task(worker.run())
+        try:
+            async with asyncio.timeout(20):
+                while session_id not in worker._over:
+                    await asyncio.sleep(0.01)
+                service.retry(session_id)
+                while place.get(session_id).execution.status is not ExecutionStatus.RUNNING:
+                    await asyncio.sleep(0.01)
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    asyncio.run(retry())
 
 
 def test_a_split_that_has_killed_three_workers_is_failed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
