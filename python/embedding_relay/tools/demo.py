@@ -219,9 +219,9 @@ def _show_answer(arguments: argparse.Namespace, image: Image, cluster: LocalClus
 
 
 def _draw(path: Path, transfer: TransferReport, cluster: LocalCluster) -> None:
-    title = f"One request: {transfer.rows:,} rows in {transfer.rounds} rounds"
+    urls = [cluster["encode"].url, cluster["language"].url]
     try:
-        trace.draw(path, transfer.room, [cluster["encode"].url, cluster["language"].url], title)
+        trace.draw(path, transfer.room, urls, "One request across both instances")
     except (OSError, LookupError) as error:
         raise DemoFailed(f"--svg {path}: {getattr(error, 'strerror', None) or error}") from None
 

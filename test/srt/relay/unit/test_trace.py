@@ -21,6 +21,7 @@ from embedding_relay.recorder import MOST_ROUNDS, Moment
 from embedding_relay.tools import cli, trace_svg, trace_text
 from embedding_relay.tools.trace import draw
 from embedding_relay.tools.trace_story import Request, Story, Told, tell
+from support.repo import REPO
 
 ROOM = (1 << 63) - 7
 SVG = "{http://www.w3.org/2000/svg}"
@@ -248,6 +249,12 @@ def test_the_picture_has_nothing_that_runs() -> None:
 
 def test_the_picture_follows_a_dark_page() -> None:
     assert "prefers-color-scheme:dark" in trace_svg.drawn(story_of(halves()))
+
+
+def test_the_picture_in_the_docs_is_one_that_would_be_drawn_now() -> None:
+    """`scripts/demo --svg docs/plots/demo-timeline.svg` draws it anew."""
+    kept = (REPO / "docs/plots/demo-timeline.svg").read_text()
+    assert ElementTree.fromstring(kept).find(f"{SVG}style").text == trace_svg._STYLE  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("only", [0, 1])
