@@ -20,7 +20,10 @@ pytestmark = pytest.mark.usefixtures("mode", "empty_cache")
 
 
 class Model:
-    """A row is (hash of its item, position in its item); `batches` has the hashes of every call."""
+    """A row is (hash of its item, position in its item); `batches` has the hashes of every call.
+
+    After a pass for several requests each of them follows alone, because the first such passes are compared.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -70,7 +73,7 @@ def test_every_item_of_every_request_gets_its_own_rows_in_one_call(model: Model)
         [[(11, 0), (11, 1)], [(12, 0)]],
         [[(13, 0), (13, 1), (13, 2), (13, 3)]],
     ]
-    assert model.batches == [[11, 12, 13]]
+    assert model.batches == [[11, 12, 13], [11, 12], [13]]
 
 
 def test_an_item_in_several_places_of_a_prompt_is_one_item(model: Model) -> None:
@@ -86,7 +89,7 @@ def test_the_videos_of_a_request_go_through_the_tower_together(model: Model) -> 
         [[(27, 0)], [(25, 0), (25, 1), (25, 2)], [(26, 0), (26, 1), (26, 2)]],
         [[(28, 0)]],
     ]
-    assert sorted(model.batches) == [[25, 26], [27, 28]]
+    assert sorted(model.batches) == [[25, 26], [27], [27, 28], [28]]
 
 
 def test_an_item_that_came_with_its_rows_needs_no_tower(model: Model) -> None:
@@ -94,10 +97,11 @@ def test_an_item_that_came_with_its_rows_needs_no_tower(model: Model) -> None:
     given.feature, given.precomputed_embeddings = None, torch.tensor([[0.5, 1.5], [2.5, 3.5]])
     rows = VisionTower(model, "cpu", 100).encode([request(item(23, (1, 1)), given), request(item(24, (0, 0)))])
     assert [numbers(one) for one in rows] == [[[(23, 0)], [(0.5, 1.5), (2.5, 3.5)]], [[(24, 0)]]]
-    assert model.batches == [[23, 24]]
+    assert model.batches == [[23, 24], [23], [24]]
+    model.batches.clear()
     [[alone]] = VisionTower(model, "cpu", 100).encode([request(given)])
     assert torch.equal(alone, given.precomputed_embeddings)
-    assert len(model.batches) == 1
+    assert model.batches == []
 
 
 def test_a_picture_that_was_seen_is_not_encoded_again(model: Model) -> None:
@@ -133,6 +137,36 @@ def test_a_batch_is_the_longest_beginning_of_the_queue_within_the_budget(
 ) -> None:
     queue = [request(item(70 + n, (0, size - 1))) for n, size in enumerate(sizes)]
     assert VisionTower(model, "cpu", budget).next_batch(queue) == queue[:together]
+
+
+def test_on_a_cpu_a_pass_is_shared_by_pictures_whose_features_are_a_row_for_each_patch(model: Model) -> None:
+    patches, tiles, sound = item(74, (0, 1)), item(75, (0, 1)), item(76, (0, 1), modality=Modality.AUDIO)
+    tiles.feature = torch.zeros(1, 3, 4, 4)
+    tower = VisionTower(model, "cpu", 100)
+    for other in (tiles, sound):
+        for queue in ([request(patches), request(other)], [request(other), request(patches)]):
+            assert tower.next_batch(queue) == queue[:1]
+            assert VisionTower(model, "cuda", 100).next_batch(queue) == queue
+
+
+def test_a_tower_that_mixes_requests_gets_one_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = [request(item(number, (0, 1))) for number in (77, 78)]
+    tower = VisionTower(model, "cpu", 100)
+    assert tower.next_batch(queue) == queue
+    encode = model.get_image_feature
+    monkeypatch.setattr(model, "get_image_feature", lambda items: encode(items) + len(items))
+    rows = tower.encode(queue)
+    assert [numbers(one) for one in rows] == [[[(78, 1), (78, 2)]], [[(79, 1), (79, 2)]]], "as each would be alone"
+    assert tower.next_batch(queue) == queue[:1]
+
+
+@pytest.mark.parametrize(("ranks", "together"), [(1, 2), (2, 1)])
+def test_the_ranks_of_an_instance_make_the_same_passes(ranks: int, together: int) -> None:
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=Outer()))
+    config = SimpleNamespace(hidden_size=8)
+    tower = VisionTower.of(SimpleNamespace(device="cpu", tp_worker=worker, model_config=config, tp_size=ranks))
+    queue = [request(item(79, (0, 1))), request(item(80, (0, 1)))]
+    assert tower.next_batch(queue) == queue[:together]
 
 
 def test_rows_that_are_narrower_than_those_that_travel_are_filled_up(model: Model) -> None:
@@ -173,5 +207,5 @@ def test_the_getters_may_be_one_level_down() -> None:
     outer = Outer()
     worker = SimpleNamespace(model_runner=SimpleNamespace(model=outer))
     config = SimpleNamespace(hidden_size=8)
-    tower = VisionTower.of(SimpleNamespace(device="cpu", tp_worker=worker, model_config=config))
+    tower = VisionTower.of(SimpleNamespace(device="cpu", tp_worker=worker, model_config=config, tp_size=1))
     assert (tower.model, tower.name, tower.width) == (outer.thinker, "Thinker", 24)

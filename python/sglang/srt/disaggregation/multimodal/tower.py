@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from typing import Any, Final
 
 import torch
 
 from sglang.srt.disaggregation.multimodal import parts
+from sglang.srt.disaggregation.multimodal.shared_pass import SharedPasses
 
-# A tower on an accelerator wants full batches. On the CPU its attention is quadratic over everything in a batch, so
-# there one request at a time is the cheapest batch, but for the smallest pictures. Those would gain by a pass in common
-# with attention per request, and lose the bits of a request that is alone: in bfloat16 oneDNN adds up the products of a
-# matrix in another order when it has more rows. The items of one request always go together, as they do in an undivided
+# A tower on an accelerator wants full batches. On a CPU small requests share what a pass costs whatever its size, and
+# large ones would gain nothing (`shared_pass`). The items of one request always go together, as they do in an undivided
 # server: encoded apart, they would differ in their last bits.
 _ACCELERATOR_BATCH_TOKENS: Final = 16384
-_CPU_BATCH_TOKENS: Final = 1
+_CPU_BATCH_TOKENS: Final = 128
 
 
 class VisionTower:
@@ -30,11 +29,14 @@ class VisionTower:
         self.totals: Final = {"media_items": 0, "encoded_items": 0}
         """Items that were asked for, and those that went through the tower."""
         self.name = type(model).__name__
+        self._passes = SharedPasses() if device == "cpu" else None
 
     @classmethod
     def of(cls, scheduler: Any) -> VisionTower:
         device = str(scheduler.device)
         tokens = _CPU_BATCH_TOKENS if device == "cpu" else _ACCELERATOR_BATCH_TOKENS
+        if device == "cpu" and scheduler.tp_size > 1:
+            tokens = 1  # each rank would compare for itself, and the passes of all must be the same
         part = parts.media_part(scheduler.tp_worker.model_runner.model)
         return cls(part, device, tokens, scheduler.model_config.hidden_size * (1 + parts.deepstack_rows(part)))
 
@@ -43,10 +45,19 @@ class VisionTower:
         batch, tokens = reqs[:1], _tokens(reqs[0])
         for req in reqs[1:]:
             tokens += _tokens(req)
-            if tokens > self.batch_tokens:
+            if tokens > self.batch_tokens or not all(map(self._may_share, (batch[0], req))):
                 break
             batch.append(req)
         return batch
+
+    def _may_share(self, req: Any) -> bool:
+        """A pass with others: on a CPU those that are a row for each patch, which can be told apart there."""
+        if self._passes is None:
+            return True
+        items = req.multimodal_inputs.mm_items
+        return self._passes.are_equal and not any(
+            item.is_audio() or getattr(item.feature, "ndim", 2) != 2 for item in items
+        )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is left out of the type check
     def encode(self, reqs: list[Any]) -> list[list[torch.Tensor]]:
@@ -86,7 +97,7 @@ class VisionTower:
         items = list(chain(*requests))
         places = [[place for item in of_request for place in item.offsets] for of_request in requests]
         rows, _ = _get_chunked_prefill_embedding(
-            self._function_for(items[0].modality),
+            self._function_for(items[0].modality, requests),
             items,
             items_size=[0, *accumulate(map(len, requests))],
             prefix_length=[0] * len(requests),
@@ -105,15 +116,19 @@ class VisionTower:
         missing = self.width - rows.shape[1]
         return torch.nn.functional.pad(rows, (0, missing)) if missing > 0 else rows
 
-    def _function_for(self, modality: Any) -> Any:
+    def _function_for(self, modality: Any, requests: list[list[Any]]) -> Any:
         name = f"get_{modality.name.lower()}_feature"
         function = getattr(self.model, name, None)
         if function is None:
             raise RuntimeError(f"{self.name} has no {name}")
+        request_of = {id(item): number for number, of_request in enumerate(requests) for item in of_request}
 
         def counted(items: list[Any]) -> Any:
             self.totals["encoded_items"] += len(items)
-            return function(items)
+            if self._passes is None or len(requests) == 1:
+                return function(items)
+            groups = [list(group) for _, group in groupby(items, key=lambda item: request_of[id(item)])]
+            return self._passes.encode(function, groups)
 
         return counted
 

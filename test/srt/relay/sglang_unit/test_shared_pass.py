@@ -1,0 +1,148 @@
+"""A pass of the tower for several requests on a CPU: the bits of each are those that it has alone.
+
+The towers are SGLang's own, with small random weights in bfloat16.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig
+
+from embedding_relay.tools import tiny_model
+from sglang.srt.disaggregation.multimodal.shared_pass import SharedPasses
+from sglang.srt.runtime_context import get_parallel
+
+MODE = "encode"
+pytestmark = pytest.mark.usefixtures("mode")
+
+SIDES = (2, 6, 8, 10, 16)
+"""In patches. A plain pass has other bits from 6 on."""
+
+
+class Tower:
+    """What a model of SGLang does with items, and what it was called with."""
+
+    def __init__(self, visual: Any, patch: int) -> None:
+        self.visual = visual
+        self.patch = patch
+        self.calls: list[int] = []
+
+    def __call__(self, items: list[Any]) -> torch.Tensor:
+        self.calls.append(len(items))
+        rows: torch.Tensor = self.visual(
+            torch.cat([item.feature for item in items]),
+            grid_thw=torch.tensor([item.grid for item in items]),
+        )
+        return rows
+
+    def picture(self, height: int, width: int) -> Any:
+        feature = torch.randn(height * width, 3 * 2 * self.patch**2).to(torch.bfloat16)
+        return SimpleNamespace(feature=feature, grid=[1, height, width])
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def made(request: pytest.FixtureRequest) -> Iterator[Tower]:
+    config = AutoConfig.from_pretrained(tiny_model.cached(request.param)).vision_config
+    torch.manual_seed(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as an instance on few cores, and far quicker beside other tests
+    pipeline = SimpleNamespace(is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1)
+    one_rank = dict.fromkeys(("tp_rank", "attn_tp_rank"), 0) | dict.fromkeys(("tp_size", "attn_tp_size"), 1)
+    with get_parallel().override(**one_rank, pp_group=pipeline), torch.inference_mode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # SGLang's own
+                visual = tower_class(request.param)(config, use_data_parallel=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for name, parameter in visual.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05 + ("norm" in name and name.endswith("weight")))
+        yield Tower(visual, config.patch_size)
+    torch.set_num_threads(threads)
+
+
+def tower_class(family: str) -> Any:
+    from sglang.srt.models import qwen2_5_vl, qwen3_vl
+
+    return qwen2_5_vl.Qwen2_5_VisionTransformer if family == "qwen2_5_vl" else qwen3_vl.Qwen3VLMoeVisionModel
+
+
+@pytest.fixture
+def tower(made: Tower) -> Tower:
+    made.calls.clear()
+    return made
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_equal_pictures(tower: Tower, side: int) -> None:
+    requests = [[tower.picture(side, side)] for _ in range(4)]
+    assert believed(tower, requests)
+
+
+def test_pictures_of_all_sizes_and_several_in_a_request(tower: Tower) -> None:
+    for _ in range(4):
+        sides = torch.randint(1, 8, (5, 2)) * 2
+        pictures = [tower.picture(*size) for size in sides.tolist()]
+        assert believed(tower, [pictures[:1], pictures[1:4], pictures[4:]])
+
+
+def believed(tower: Tower, requests: list[list[Any]]) -> bool:
+    """Whether the pass had the bits of those alone, which is what it is compared with."""
+    passes = SharedPasses()
+    rows = passes.encode(tower, requests)
+    assert torch.equal(rows, torch.cat([tower(items) for items in requests]))
+    return passes.are_equal
+
+
+def test_a_plain_pass_has_other_bits(made: Tower) -> None:
+    """Or the tests above show nothing. The order of sums is that of the processor, so some size has to differ."""
+    pictures = [[made.picture(side, side) for _ in range(4)] for side in SIDES]
+    differ = [not torch.equal(made(four), torch.cat([made([one]) for one in four])) for four in pictures]
+    assert any(differ)
+
+
+def test_the_first_passes_are_compared_and_the_others_are_one_call(tower: Tower) -> None:
+    passes, requests = SharedPasses(), [[tower.picture(4, 4)], [tower.picture(4, 6), tower.picture(2, 2)]]
+    for _ in range(4):
+        passes.encode(tower, requests)
+    assert tower.calls == [3, 1, 2] * 4
+    passes.encode(tower, requests)
+    assert tower.calls[12:] == [3]
+
+
+def test_a_tower_with_other_bits_takes_one_request_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    def mixes_requests(items: list[Any]) -> torch.Tensor:
+        rows = torch.cat([item.feature for item in items])
+        return rows - rows.mean()
+
+    items = [SimpleNamespace(feature=torch.full((2, 3), value)) for value in (1.0, 5.0)]
+    passes = SharedPasses()
+    for _ in range(2):  # what the model gets is right from the first pass on
+        assert torch.equal(passes.encode(mixes_requests, [[items[0]], [items[1]]]), torch.zeros(4, 3))
+    assert not passes.are_equal
+    assert "one request at a time from now on: with 2 together" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_attention_is_divided_only_if_its_mask_hides_the_requests_from_each_other(hides: bool) -> None:
+    mask = torch.ones(1, 6, 6, dtype=torch.bool)
+    if hides:
+        mask[:, :2, 2:] = mask[:, 2:, :2] = False
+
+    def attend(items: list[Any]) -> torch.Tensor:
+        rows = torch.cat([item.feature for item in items])[None, None]
+        own = mask if len(items) == 2 else torch.ones(1, *rows.shape[-2:-1] * 2, dtype=torch.bool)
+        return functional.scaled_dot_product_attention(rows, rows, rows, attn_mask=own)[0, 0]
+
+    passes = SharedPasses()
+    passes.encode(attend, [[SimpleNamespace(feature=torch.randn(rows, 8))] for rows in (2, 4)])
+    assert passes.are_equal == hides
