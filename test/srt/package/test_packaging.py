@@ -29,7 +29,7 @@ import pytest
 
 import embedding_relay
 from embedding_relay.tools.local_process import LocalProcess, free_ports, stop_all, wait_all_ready
-from support.repo import DISTRIBUTION, REPO, SOURCE, doors, our_modules
+from support.repo import DISTRIBUTION, REPO, SOURCE, SUFFIXES, doors, our_modules
 from support.stub_endpoint import answer_to, stub_endpoint
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
@@ -159,7 +159,7 @@ def directories(root: Path) -> set[Path]:
 def modules_in(site: Path) -> set[str]:
     """Our files in an environment: those of the package, and any that lie in SGLang's directories."""
     found = [path for top in ("embedding_relay", "sglang") for path in (site / top).rglob("*.*")]
-    found = [path for path in found if path.suffix in (".py", ".html", ".css", ".js")]
+    found = [path for path in found if path.suffix in SUFFIXES]
     return {str(path.relative_to(site)) for path in found} - UPSTREAM.keys()
 
 
@@ -167,7 +167,7 @@ class TestWheel:
     def test_it_has_our_modules_and_no_directory_of_sglangs(self, wheel: Path, modules: set[str]) -> None:
         names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         assert names == modules | {PATH_FILE}
-        assert {"embedding_relay/batch/http/page.html", f"{DOORS}mooncake/conn_multimodal.py"} <= names
+        assert {"embedding_relay/batch/http/page.js", f"{DOORS}mooncake/conn_multimodal.py"} <= names
 
     def test_it_makes_no_package_of_a_directory_that_is_sglangs(self, wheel: Path) -> None:
         packages = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(DOORS) and "__init__" in name}
@@ -206,7 +206,7 @@ class TestWheel:
         assert len(always) == len(PROJECT["dependencies"])
         assert not [line for line in always if line.startswith(("sglang", "torch", "mooncake"))]
         extras = set(metadata.get_all("Provides-Extra") or [])
-        assert extras == {"sglang", "cpu", "cuda12", "cuda13", "router", "batch", "dev"}
+        assert extras == {"sglang", "cpu", "cuda12", "cuda13", "router", "batch", "s3", "dev"}
 
     def test_the_sglang_that_is_installed_is_one_that_is_tested(self) -> None:
         source = ast.parse((SOURCE / "sglang/srt/disaggregation/multimodal/compatibility.py").read_text())
