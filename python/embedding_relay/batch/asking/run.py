@@ -138,9 +138,10 @@ class Run:
         try:
             while not self._is_over():
                 self._wake.clear()
-                self._ask_what_is_due()
+                now = time.monotonic()  # one for both: what becomes due between them would never be asked
+                self._ask_what_is_due(now)
                 if not self._is_over():
-                    await self._something_happens()
+                    await self._something_happens(now)
             if self._error is not None:
                 raise self._error
         finally:
@@ -149,11 +150,11 @@ class Run:
     def _is_over(self) -> bool:
         return self._cancelled or self._error is not None or (self._feed.is_over and self._schedule.is_idle)
 
-    def _ask_what_is_due(self) -> None:
+    def _ask_what_is_due(self, now: float) -> None:
         self._feed.check()
         if self._paused:
             return
-        while (row := self._schedule.take(time.monotonic(), self._fresh)) is not None:
+        while (row := self._schedule.take(now, self._fresh)) is not None:
             self._begin(self._ask(row))
         if self._schedule.away and not self._is_looking:
             self._is_looking = True
@@ -176,11 +177,10 @@ class Run:
             self._note(failure(task, task.error))
         return task
 
-    async def _something_happens(self) -> None:
-        now = time.monotonic()
-        moment = None if self._paused else self._schedule.look_again_at(now)
+    async def _something_happens(self, looked_at: float) -> None:
+        moment = None if self._paused else self._schedule.look_again_at(looked_at)
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(moment - now, self._wake.set) if moment is not None else None
+        timer = loop.call_later(moment - time.monotonic(), self._wake.set) if moment is not None else None
         try:
             await self._wake.wait()
         finally:
