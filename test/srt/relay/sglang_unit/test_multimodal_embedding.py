@@ -590,6 +590,34 @@ def test_a_flush_forgets_the_rows_of_pictures(
     assert model.calls == 2
 
 
+def test_a_picture_that_the_tower_cannot_take_fails_none_of_those_beside_it(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    role: EncodeRole,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode, together = role.tower.encode, []
+
+    def fail_for_the_second(reqs: list[Any]) -> Any:
+        together.append([req.bootstrap_room for req in reqs])
+        if 8 in together[-1]:
+            raise ValueError("not with these pixels")
+        return encode(reqs)
+
+    role.tower.batch_tokens = 100
+    monkeypatch.setattr(role.tower, "encode", fail_for_the_second)
+    scheduler.turn(*(request(name, room, pictures=1) for name, room in (("a", 7), ("b", 8), ("c", 9))))
+    for room in (7, 8, 9):
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert together == [[7, 8, 9], [7], [8], [9]]
+    assert (sent(transfer, 7), sent(transfer, 9)) == (1, 1)
+    scheduler.turn()
+    answer = scheduler.answer_to("b")
+    assert answer is not None
+    assert answer.code == INTERNAL
+
+
 def test_what_the_tower_failed_with_is_in_the_log_and_not_in_the_answer(
     scheduler: SchedulerWithoutModel,
     transfer: TransferWithoutThread,

@@ -132,6 +132,29 @@ def test_a_tower_with_other_bits_takes_one_request_at_a_time(caplog: pytest.LogC
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("is_bad_alone", [True, False])
+def test_a_pass_that_fails_is_the_fault_of_a_request_or_the_last_one(
+    is_bad_alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def encode(items: list[Any]) -> torch.Tensor:
+        if len(items) == 2 or (is_bad_alone and items[0].feature[0, 0] == 5.0):
+            raise ValueError("not these")
+        rows: torch.Tensor = items[0].feature
+        return rows
+
+    items = [SimpleNamespace(feature=torch.full((2, 3), value)) for value in (1.0, 5.0)]
+    passes = SharedPasses()
+    if is_bad_alone:
+        with pytest.raises(ValueError, match="not these"):
+            passes.encode(encode, [[items[0]], [items[1]]])
+        assert passes.are_equal
+    else:
+        rows = passes.encode(encode, [[items[0]], [items[1]]])
+        assert torch.equal(rows, torch.cat([item.feature for item in items]))
+        assert not passes.are_equal
+        assert "the pass failed (ValueError: not these)" in caplog.text
+
+
 @pytest.mark.parametrize("hides", [True, False])
 def test_attention_is_divided_only_if_its_mask_hides_the_requests_from_each_other(hides: bool) -> None:
     mask = torch.ones(1, 6, 6, dtype=torch.bool)

@@ -170,25 +170,33 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
     def _encode(self, numbers: Sequence[int]) -> None:
         requests = [request for request in self.tower_queue if request.number in numbers]
         self.tower_queue = [request for request in self.tower_queue if request.number not in numbers]
+        self._encode_together(requests)
+        self.inflight += requests
+
+    def _encode_together(self, requests: list[EncodeRequest]) -> None:
         batch = [request.req for request in requests]
         began_at = time.monotonic()
         for request in requests:
             self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
         try:
             rows = self.tower.encode(batch)
-            for request, embeddings in zip(requests, rows, strict=True):
-                self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
-            send_embedding_chunk(requests, rows)
-            self.manager.observer.encoded(self.tower.totals)
-            for req in batch:
-                req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
+            if len(requests) > 1 and self.tower.device == "cpu":  # small ones: only what fails alone fails
+                for request in requests:
+                    self._encode_together([request])
+                return
             for request in requests:
                 request.sender.refuse(
                     Failure(INTERNAL, "the vision tower failed: the log of the encode instance says why")
                 )
-        self.inflight += requests
+            return
+        for request, embeddings in zip(requests, rows, strict=True):
+            self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
+        send_embedding_chunk(requests, rows)
+        self.manager.observer.encoded(self.tower.totals)
+        for req in batch:
+            req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
 
     def _end(self, number: int, failure: Failure | None) -> None:
         for queue in (self.bootstrap_queue.queue, self.tower_queue, self.inflight):

@@ -43,20 +43,25 @@ class SharedPasses:
             return encode(requests[0])
         if not self.are_equal:
             return torch.cat([encode(items) for items in requests])
-        # What SGLang compiles would be compiled anew for every mode; on this platform that changes no result.
-        with torch.compiler.set_stance("force_eager"), _EachRequestForItself(patches):
-            rows = encode([item for items in requests for item in items])
-        if self._compared == _COMPARED:
+        rows, difference = None, ""
+        try:
+            # What SGLang compiles would be compiled anew for every mode; on this platform that changes no result.
+            with torch.compiler.set_stance("force_eager"), _EachRequestForItself(patches):
+                rows = encode([item for items in requests for item in items])
+        except Exception as error:  # by one of the requests, which fails alone as well, or by the pass in common
+            difference = f"the pass failed ({type(error).__name__}: {error})"
+        if rows is not None and self._compared == _COMPARED:
             return rows
         alone = torch.cat([encode(items) for items in requests])
         self._compared += 1
-        if not torch.equal(rows, alone):
+        if rows is not None and not torch.equal(rows, alone):
+            most = float((rows.float() - alone.float()).abs().max())
+            difference = f"their rows differed by up to {most:.2g} from those that each has alone"
+        if difference:
             self.are_equal = False
             logger.warning(
-                "the vision tower takes one request at a time from now on: with %d together, their rows differed by up "
-                "to %.2g from those that each has alone",
-                len(requests),
-                float((rows.float() - alone.float()).abs().max()),
+                "the vision tower takes one request at a time from now on: with %d together, %s",
+                *(len(requests), difference),
             )
         return alone
 
