@@ -42,6 +42,8 @@ from embedding_relay.tools.doctor_machine import (
 )
 
 _TIMEOUT: Final = 5.0
+# Of questions that the scheduler answers, as the router's health checks in the README: a busy one is healthy and slow.
+_PATIENCE: Final = 15.0
 _LARGEST_ANSWER: Final = 8 << 20
 _ENCODE: Final = "encode"
 _TRANSFER_TIMEOUT: Final = 120.0
@@ -109,7 +111,10 @@ class Peer:
 
 
 def _ask(url: str, headers: Mapping[str, str], body: Any = None, timeout: float = 0) -> tuple[int, bytes, str]:
-    """The status, the body, and the date that it was sent at. Raises OSError where no HTTP answer comes."""
+    """The status, the body, and the date that it was sent at.
+
+    Raises OSError where no HTTP answer comes, and of these TimeoutError where somebody is there and silent.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
@@ -120,7 +125,7 @@ def _ask(url: str, headers: Mapping[str, str], body: Any = None, timeout: float 
         with refusal:
             return refusal.code, refusal.read(_LARGEST_ANSWER), refusal.headers.get("Date", "")
     except urllib.error.URLError as error:
-        raise OSError(str(error.reason)) from None
+        raise OSError(str(error.reason)) from None  # no connection came about
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"it does not speak HTTP ({error!r})") from None
 
@@ -138,7 +143,11 @@ def reach(url: str, api_key: str | None) -> tuple[Peer | None, Finding]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     peer = Peer(address, url, headers)
     try:
-        status, body, date = _ask(f"{peer.url}/server_info", headers)
+        status, body, date = _ask(f"{peer.url}/server_info", headers, timeout=_PATIENCE)
+    except TimeoutError:
+        said = f"{address} takes connections and has not answered for {_PATIENCE:.0f} s"
+        todo = "see its log: its scheduler is busy for that long (large pictures on a CPU), stopped, or not there yet"
+        return None, failed("reach", said, todo)
     except OSError as error:
         todo = "start the instance, or mend its address (its --host), its port or the firewall between"
         return None, failed("reach", f"nothing answers at {address}: {error}", todo)
@@ -208,10 +217,13 @@ def _clock_error(date: str) -> float | None:
 def check_health(peer: Peer) -> Finding:
     if not peer.url:
         return skipped("health", "only its registry was named; name its --port to have this looked at")
-    status, _, _ = _ask(f"{peer.url}/health", peer.headers)
+    todo = "look for `relay is unhealthy` in its log, or wait for its start"
+    try:
+        status, _, _ = _ask(f"{peer.url}/health", peer.headers, timeout=_PATIENCE)
+    except OSError as error:
+        return failed("health", f"/health has not answered in {_PATIENCE:.0f} s ({error})", todo)
     if status == HTTPStatus.OK:
         return ok("health", "it says that it is well")
-    todo = "look for `relay is unhealthy` in its log, or wait for its start"
     return failed("health", f"/health answers {status}", todo)
 
 

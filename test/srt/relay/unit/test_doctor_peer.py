@@ -189,10 +189,10 @@ def test_something_else_is_there() -> None:
 
 
 def test_somebody_is_there_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_peer, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(doctor_peer, "_PATIENCE", 0.05)
     with closing(socket.create_server((HOST, 0))) as silent:
         findings = only(found(f"http://{HOST}:{silent.getsockname()[1]}"))
-    is_wrong(findings["reach"], Outcome.FAILED, "timed out", "firewall")
+    is_wrong(findings["reach"], Outcome.FAILED, "takes connections and has not answered", "see its log")
 
 
 @pytest.mark.parametrize("info", ["[" * 5000, "[]", '{"disaggregation_mode": "encode", "internal_states": 7}', "{"])

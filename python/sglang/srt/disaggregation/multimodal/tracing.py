@@ -245,7 +245,7 @@ def join_trace(manager: Any, obj: Any, request: Any) -> None:
 
 
 def _trace_of(room: int) -> str:
-    digest = hashlib.blake2b(room.to_bytes(8), digest_size=24, person=b"relay trace").hexdigest()
+    digest = hashlib.blake2b(str(room).encode(), digest_size=24, person=b"relay trace").hexdigest()
     return f"00-{digest[:32]}-{digest[32:]}-01"
 
 
