@@ -120,10 +120,13 @@ class Mirror:
             with _mapped():
                 places = [f"{self._base}/{owner}/{name}" for name in names]
                 self._fs.get(places, [str(path) for path in partial.values()])
+            for name in sorted(names, key=_manifests_last):
+                partial[name].rename(folder / name)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / names[0])) from None
-        for name in sorted(names, key=_manifests_last):
-            partial[name].rename(folder / name)
+        finally:
+            for path in partial.values():  # a download that broke off, which may have filled the disk
+                path.unlink(missing_ok=True)
 
     def _append(self, owner: str, path: Path, begins: dict[int, int]) -> None:
         """The pieces that `path` lacks. This machine's own results may be ahead of what is kept of them."""

@@ -13,7 +13,7 @@ from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.disk_store import DiskStore
 from support.patience import wait_until
 
-LEASE = 0.4
+LEASE = 1.5
 
 
 class Service:

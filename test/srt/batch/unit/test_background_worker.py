@@ -22,9 +22,10 @@ from embedding_relay.batch.workbook.analysis import Choices
 
 class Place:
     def __init__(self, path: Path) -> None:
-        # Nothing listens there: a run waits for its endpoint.
+        # Nothing listens there: a run waits for its endpoint. Workers end in order here and release their leases, so
+        # none has to run out, and none runs out while the machine stands still for a moment.
         self.settings = Settings(
-            endpoint="http://127.0.0.1:9", cache_dir=path, lease_seconds=0.4, scan_seconds=0.05, max_runs=1
+            endpoint="http://127.0.0.1:9", cache_dir=path, lease_seconds=10, scan_seconds=0.05, max_runs=1
         )
         self.store = DiskStore.open(str(path / "store"))
         self.sessions = Sessions(self.store, self.settings.sessions_dir, 1000)
@@ -62,7 +63,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr("embedding_relay.batch.background.places.LONGEST_STEP", 0.1)
     place = Place(tmp_path)
     yield place
     place.store.close()
@@ -136,7 +138,7 @@ def test_a_worker_that_ends_in_order_has_not_died(place: Place) -> None:
 
 def waits(place: Place, session_id: str, attempt: int) -> bool:
     execution = place.get(session_id).execution
-    return execution.attempt == attempt and "cannot reach the endpoint" in execution.message
+    return execution.attempt >= attempt and "cannot reach the endpoint" in execution.message
 
 
 def test_what_may_kill_again_is_done_alone(place: Place) -> None:

@@ -144,7 +144,9 @@ def test_a_long_picture_in_chunks(both: Both) -> None:
     question = Question("long", (picture(26, 28, 1), "what is this"))
     earlier = len(chunks(both.pair))
     same_chat(*both.ask(lambda place: question.ask(place.url)))
-    assert chunks(both.pair)[earlier:].count(CHUNK) == 2
+    # A health check of the router is a token that may take part in one of them, or be one of its own.
+    passes = [size for size in chunks(both.pair)[earlier:] if size > 1]
+    assert (len(passes), max(passes)) == (3, CHUNK)
 
 
 def chunks(pair: Pair) -> list[int]:
