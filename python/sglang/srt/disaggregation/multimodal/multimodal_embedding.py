@@ -178,11 +178,18 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         began_at = time.monotonic()
         for request in requests:
             self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
+        rows = None
         try:
             rows = self.tower.encode(batch)
+            for request, embeddings in zip(requests, rows, strict=True):
+                self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
+            send_embedding_chunk(requests, rows)
+            self.manager.observer.encoded(self.tower.totals)
+            for req in batch:
+                req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
-            if len(requests) > 1 and self.tower.device == "cpu":  # small ones: only what fails alone fails
+            if rows is None and len(requests) > 1 and self.tower.device == "cpu":  # only what fails alone fails
                 for request in requests:
                     self._encode_together([request])
                 return
@@ -190,13 +197,6 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
                 request.sender.refuse(
                     Failure(INTERNAL, "the vision tower failed: the log of the encode instance says why")
                 )
-            return
-        for request, embeddings in zip(requests, rows, strict=True):
-            self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
-        send_embedding_chunk(requests, rows)
-        self.manager.observer.encoded(self.tower.totals)
-        for req in batch:
-            req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
 
     def _end(self, number: int, failure: Failure | None) -> None:
         for queue in (self.bootstrap_queue.queue, self.tower_queue, self.inflight):
