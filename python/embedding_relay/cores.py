@@ -21,34 +21,40 @@ def usable_cores(affinity: int | None = None, root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """In cores, of every group that this process is in; a group without a quota, or that cannot be read, has none."""
-    for base, group in _groups(root):
-        # The limits of the groups above count as well.
-        for part in (group, *group.parents):
-            if (quota := _quota(base / part.relative_to("/"))) is not None:
-                yield quota
+    for directory in control_groups(root, "cpu"):
+        if (quota := _quota(directory)) is not None:
+            yield quota
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Where the controller of CPU time is mounted, and the path of this process's group below it.
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The directories of every group that this process is in for this controller, those of the groups above as well,
+    whose limits count too.
 
-    In a container the path may be one of the host, which does not exist here: then the mount itself is the group.
+    In a container the path of a group may be one of the host, which does not exist here: then the mount is the group.
     """
+    for mount, group in _groups(root, controller):
+        for part in (group, *group.parents):
+            yield mount / part.relative_to("/")
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, PurePosixPath]]:
+    """Where the controller is mounted, and the path of this process's group below it."""
     mounts = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not path.startswith("/"):
             continue
         if number == "0" and not controllers:
             yield mounts, PurePosixPath(path)
-        elif "cpu" in controllers.split(","):
-            yield mounts / "cpu", PurePosixPath(path)  # a link to it where it is mounted with other controllers
+        elif controller in controllers.split(","):
+            yield mounts / controller, PurePosixPath(path)  # a link to it where it is mounted with other controllers
 
 
 def _quota(directory: Path) -> float | None:
-    quota, _, period = _text(directory / "cpu.max").partition(" ")  # version 2
+    quota, _, period = text_of(directory / "cpu.max").partition(" ")  # version 2
     if not quota:
-        quota, period = _text(directory / "cpu.cfs_quota_us"), _text(directory / "cpu.cfs_period_us")
+        quota, period = text_of(directory / "cpu.cfs_quota_us"), text_of(directory / "cpu.cfs_period_us")
     try:
         cores = int(quota) / int(period)
     except (ValueError, ZeroDivisionError):  # "max", or no such files
@@ -56,7 +62,8 @@ def _quota(directory: Path) -> float | None:
     return cores if cores > 0 else None  # version 1 writes -1 for none
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Empty for a file that is not there."""
     try:
         return path.read_text()
     except OSError:
