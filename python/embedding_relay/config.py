@@ -22,6 +22,8 @@ BLOCK_SIZE: Final = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE"
 DEFAULT_ALLOCATE: Final = "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
 MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
 MAX_IN_FLIGHT: Final = "SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB"
+ADMISSION: Final = "SGLANG_EMBEDDING_ADMISSION_MIB"
+ADMISSION_TIMEOUT: Final = "SGLANG_EMBEDDING_ADMISSION_TIMEOUT"
 SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
 FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
@@ -62,6 +64,10 @@ class RelayConfig:
     """Requests whose rows are awaited, or awaited by others; one more is answered 503 at once."""
     max_in_flight_mib: int = 4096
     """Rows that the encode side has made and not yet written to their readers; beyond it the tower waits."""
+    admission_mib: int | None = None
+    """What requests may take of this instance's host memory together; None is a part of what is free, 0 no limit."""
+    admission_timeout: float = 60.0
+    """How long a request waits at most for memory that others have."""
     bootstrap_timeout: float = 300.0
     first_word_timeout: float = 30.0
     """How long the encode side waits to hear that the language side has the other half of a request."""
@@ -94,6 +100,8 @@ class RelayConfig:
             default_allocate_tokens=reader.count_or_auto(DEFAULT_ALLOCATE, cls.default_allocate_tokens),
             max_waiting_requests=reader.count(MAX_WAITING, cls.max_waiting_requests),
             max_in_flight_mib=reader.count(MAX_IN_FLIGHT, cls.max_in_flight_mib),
+            admission_mib=reader.count_or_auto(ADMISSION, cls.admission_mib, least=0),
+            admission_timeout=reader.seconds(ADMISSION_TIMEOUT, cls.admission_timeout),
             bootstrap_timeout=reader.count(BOOTSTRAP_TIMEOUT, int(cls.bootstrap_timeout)),
             first_word_timeout=reader.seconds(FIRST_WORD_TIMEOUT, cls.first_word_timeout),
             waiting_timeout=reader.count(WAITING_TIMEOUT, int(cls.waiting_timeout)),
@@ -165,16 +173,17 @@ class _Reader:
     def count_or_zero(self, name: str, default: int) -> int:
         return 0 if self._text(name) == "0" else self.count(name, default)
 
-    def count_or_auto(self, name: str, default: int | None) -> int | None:
+    def count_or_auto(self, name: str, default: int | None, least: int = 1) -> int | None:
         text = self._text(name)
         if text.lower() == "auto":
             return None
         if not text:
             return default
         try:
-            return self.count(name, 0)
+            return self.count(name, 0) if least else self.count_or_zero(name, 0)
         except SettingError:
-            raise SettingError(f"{name} must be a positive integer or `auto`, not {_shown(text)}") from None
+            number = "a positive integer" if least else "a positive integer, 0"
+            raise SettingError(f"{name} must be {number} or `auto`, not {_shown(text)}") from None
 
     def seconds(self, name: str, default: float) -> float:
         text = self._text(name)

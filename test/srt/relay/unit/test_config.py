@@ -81,6 +81,8 @@ def test_every_setting_is_read() -> None:
             config.HEARTBEAT_MAX_FAILURES: "3",
             config.MOONCAKE_PROTOCOL: "RDMA",
             config.DATA_PLANE: "Shared_Memory",
+            config.ADMISSION: "2048",
+            config.ADMISSION_TIMEOUT: "12.5",
         }
     )
     assert read == RelayConfig(
@@ -94,6 +96,8 @@ def test_every_setting_is_read() -> None:
         heartbeat_max_failures=3,
         transport="rdma",
         data_plane="shared_memory",
+        admission_mib=2048,
+        admission_timeout=12.5,
     )
     timing = read.timing
     assert (timing.bootstrap, timing.first_word, timing.waiting, timing.silence) == (30, 2.5, 60, 2.0)
@@ -102,6 +106,19 @@ def test_every_setting_is_read() -> None:
 @pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])
 def test_the_first_allocation_may_be_learned(text: str) -> None:
     assert RelayConfig.from_environment({config.DEFAULT_ALLOCATE: text}).default_allocate_tokens is None
+
+
+@pytest.mark.parametrize(("text", "limit"), [("", None), ("Auto", None), ("0", 0), ("512", 512)])
+def test_the_memory_of_requests_is_a_part_of_the_machines_a_number_or_not_limited(text: str, limit: int | None) -> None:
+    assert RelayConfig.from_environment({config.ADMISSION: text}).admission_mib == limit
+
+
+@pytest.mark.parametrize("text", ["-1", "half", "1.5"])
+def test_a_bad_limit_of_memory_is_one_line(text: str) -> None:
+    with pytest.raises(
+        SettingError, match=f"^{config.ADMISSION} must be a positive integer, 0 or `auto`, not '{text}'$"
+    ):
+        RelayConfig.from_environment({config.ADMISSION: text})
 
 
 @pytest.mark.parametrize("name", COUNTS)
