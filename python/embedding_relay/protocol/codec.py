@@ -1,7 +1,11 @@
 """Frames <-> messages, and the only place that tells messages apart by their frames.
 
-To the encode side:   register 6, queued 5, init 7, resume 8 frames; abort 5 or 6; ping 5.
-To the language side: status 2 or 3, progress 3, acknowledged abort 2, pong 3 frames.
+To the encode side:   register 6, queued 5, init 7, resume 8 frames; have 6, abort 5 or 6; ping 5.
+To the language side: status 2, 3 or, with items that are held there, 4 frames; progress 3, manifest 3, acknowledged
+abort 2, pong 3 frames.
+
+A word in a fixed place tells those of equal length apart: the first frame of register, ping and pong; the fifth of
+queued, have and abort; the second of progress, manifest and acknowledged abort. Keys and items are JSON in one frame.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
@@ -18,11 +22,16 @@ from embedding_relay.protocol.messages import (
     HOST,
     MAX_BLOCKS,
     MAX_COLUMNS,
+    MAX_ITEMS,
     MAX_ROOM,
+    MAX_ROWS,
     Abort,
     AbortAck,
     Address,
     Handshake,
+    Have,
+    Item,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -32,14 +41,18 @@ from embedding_relay.protocol.messages import (
     ToEncode,
     ToLanguage,
     TransferEmbeddingInfo,
+    flaw_of_items,
 )
 from embedding_relay.protocol.status import Status
 
-MAX_ROWS: Final = 1 << 40
+T = TypeVar("T")
+
 MAX_RANKS: Final = 1024
 MAX_TEXT: Final = 256
 MAX_REASON: Final = 4096
 MAX_HANDSHAKE: Final = 4096
+# Every run there can be, with row numbers of seven digits, and every key. A list that is longer is not sent.
+MAX_ITEM_BYTES: Final = 1 << 20
 
 MAX_FRAMES: Final = 8
 # The longest frame is the list of indices: seven digits and a comma for every block there can be.
@@ -50,6 +63,8 @@ _QUEUED: Final = b"QUEUED"
 _ABORT: Final = b"ABORT"
 _ABORTED: Final = b"ABORTED"
 _PROGRESS: Final = b"PROGRESS"
+_MANIFEST: Final = b"MANIFEST"
+_HAVE: Final = b"HAVE"
 _PING: Final = b"PING"
 _PONG: Final = b"PONG"
 
@@ -58,6 +73,10 @@ _INDICES: Final = re.compile(rb"(?:0|[1-9][0-9]{0,6})(?:,(?:0|[1-9][0-9]{0,6}))*
 _HOST: Final = re.compile(HOST.encode())
 _WORD: Final = re.compile(rb"[!-~]{1,%d}" % MAX_TEXT)
 _REASON: Final = re.compile(r"([45][0-9]{2}) (.*)", re.DOTALL)
+
+_Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_KEYS: Final = msgspec.json.Decoder(Annotated[tuple[_Key, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)])
+_ITEMS: Final = msgspec.json.Decoder(Annotated[tuple[Item, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)])
 
 
 # ---- messages -> frames
@@ -80,8 +99,13 @@ def encode(message: ToEncode | ToLanguage) -> list[bytes]:
     if isinstance(message, Abort):
         reason = [] if message.failure is None else [_encode_failure(message.failure)]
         return [_integer(message.room), *_sender(message.address, message.session_id), _ABORT, *reason]
+    if isinstance(message, Have):
+        keys = msgspec.json.encode(message.keys)
+        return [_integer(message.room), *_sender(message.address, message.session_id), _HAVE, keys]
     if isinstance(message, Ping):
         return [_PING, *_sender(message.address, message.session_id), message.instance.encode()]
+    if isinstance(message, Manifest):
+        return [_integer(message.room), _MANIFEST, msgspec.json.encode(message.items)]
     if isinstance(message, AbortAck):
         return [_integer(message.room), _ABORTED]
     return [_PONG, message.instance.encode(), message.asked.encode()]
@@ -105,6 +129,8 @@ def _encode_report(report: StatusReport) -> list[bytes]:
         frames.append(_encode_failure(report.failure))
     elif report.rows is not None:
         frames.append(_integer(report.rows))
+        if report.held:
+            frames.append(msgspec.json.encode(report.held))
     return frames
 
 
@@ -134,6 +160,9 @@ def decode_to_encode(frames: Sequence[bytes]) -> ToEncode:
         return _decode_ping(frames)
     if len(frames) == 5 and frames[4] == _QUEUED:
         return Queued(_decode_integer(frames[0], 0, MAX_ROOM), *_decode_sender(frames))
+    if len(frames) == 6 and frames[4] == _HAVE:
+        keys = _decode_json(frames[5], _KEYS)
+        return Have(_decode_integer(frames[0], 0, MAX_ROOM), *_decode_sender(frames), keys)
     if len(frames) in (5, 6) and frames[4] == _ABORT:
         address, session_id = _decode_sender(frames)
         failure = _decode_failure(frames[5]) if len(frames) == 6 else None
@@ -149,9 +178,11 @@ def decode_to_language(frames: Sequence[bytes]) -> ToLanguage:
         return Pong(_decode_word(frames[1]), _decode_word(frames[2]))
     if len(frames) == 3 and frames[1] == _PROGRESS:
         return Progress(_decode_integer(frames[0], 0, MAX_ROOM), _decode_integer(frames[2], 1, MAX_ROWS))
+    if len(frames) == 3 and frames[1] == _MANIFEST:
+        return Manifest(_decode_integer(frames[0], 0, MAX_ROOM), _decode_items(frames[2]))
     if len(frames) == 2 and frames[1] == _ABORTED:
         return AbortAck(_decode_integer(frames[0], 0, MAX_ROOM))
-    if len(frames) in (2, 3):
+    if len(frames) in (2, 3, 4):
         return _decode_report(frames)
     raise UndecodableFrames(f"{len(frames)} frames are no message to a language side")
 
@@ -205,11 +236,35 @@ def _decode_report(frames: Sequence[bytes]) -> StatusReport:
     status = Status(_decode_integer(frames[1], 0, max(status.value for status in Status)))
     if len(frames) == 2:
         return StatusReport(room, status)
-    if status is Status.FAILED:
+    if status is Status.FAILED and len(frames) == 3:
         return StatusReport(room, status, failure=_decode_failure(frames[2]))
     if status in (Status.TRANSFERRING, Status.SUCCESS):
-        return StatusReport(room, status, rows=_decode_integer(frames[2], 1, MAX_ROWS))
-    raise UndecodableFrames(f"a third frame after status {status.name}")
+        held = _decode_held(frames[3]) if len(frames) == 4 else ()
+        return StatusReport(room, status, rows=_decode_integer(frames[2], 1, MAX_ROWS), held=held)
+    raise UndecodableFrames(f"{len(frames)} frames with status {status.name}")
+
+
+def _decode_held(frame: bytes) -> tuple[Item, ...]:
+    held = _decode_items(frame)
+    if not all(item.key for item in held):
+        raise UndecodableFrames("an item without a key that is said to be held")
+    return held
+
+
+def _decode_items(frame: bytes) -> tuple[Item, ...]:
+    items = _decode_json(frame, _ITEMS)
+    if flaw := flaw_of_items(items):
+        raise UndecodableFrames(f"items that cannot be read: {flaw}")
+    return items
+
+
+def _decode_json(frame: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    if len(frame) > MAX_ITEM_BYTES:
+        raise UndecodableFrames(f"keys or items of {len(frame)} bytes are too long")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UndecodableFrames(f"keys or items that cannot be read: {error}") from None
 
 
 def _decode_sender(frames: Sequence[bytes]) -> tuple[Address, str]:

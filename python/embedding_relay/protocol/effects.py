@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from embedding_relay.protocol.errors import Failure
-from embedding_relay.protocol.messages import Address, ToEncode, ToLanguage
+from embedding_relay.protocol.messages import Address, Item, Run, ToEncode, ToLanguage
 from embedding_relay.protocol.status import Status
 
 # ---- both sides
@@ -50,7 +50,10 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class ChunkDestination(msgspec.Struct, frozen=True):
-    """Rows `[start_row, stop_row)` go into `blocks` of this session, row `first_row` of the room at offset 0."""
+    """Rows `[start_row, stop_row)` go into `blocks` of this session, row `first_row` of the room at offset 0.
+
+    `left_out`: rows of them that it has, in order. Like rows of text they have no media columns to be written.
+    """
 
     session_id: str
     blocks: tuple[int, ...]
@@ -58,6 +61,7 @@ class ChunkDestination(msgspec.Struct, frozen=True):
     start_row: int
     stop_row: int
     with_aux: bool
+    left_out: tuple[Run, ...] = ()
 
 
 class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
@@ -67,6 +71,17 @@ class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
     transfer_id: int
     window: Window
     destinations: tuple[ChunkDestination, ...]
+
+
+class HeldByAll(msgspec.Struct, frozen=True):
+    """Every language rank of the room has promised to have the rows of these items of it, by their index. Nobody needs
+    to make them: those that are not made by then can be given to `EncodeSide.submit` or `more_rows` as absent.
+
+    All of them, whenever there are more.
+    """
+
+    room: int
+    items: tuple[int, ...]
 
 
 class DropRows(msgspec.Struct, frozen=True):
@@ -82,7 +97,7 @@ class ProveGone(msgspec.Struct, frozen=True):
     address: Address
 
 
-EncodeEffect = Send | StatusChanged | Note | TransferEmbeddingChunk | DropRows | ProveGone
+EncodeEffect = Send | StatusChanged | Note | TransferEmbeddingChunk | HeldByAll | DropRows | ProveGone
 
 # ---- language side
 
@@ -101,11 +116,23 @@ class ClearAux(msgspec.Struct, frozen=True):
     block: int
 
 
+class LookUp(msgspec.Struct, frozen=True):
+    """The room's prompt has these items. Keep the rows of those whose keys are known here until the room is over, and
+    answer with `LanguageSide.holds`, if it is any.
+    """
+
+    room: int
+    items: tuple[Item, ...]
+
+
 class CopyOut(msgspec.Struct, frozen=True):
     """Rows landed: copy up to `capacity` of them, from row `first_row` on, out of `blocks`; answer with `copied`.
 
     When `first_row` is 0 the true length is in the aux row of `blocks[0]`, and the room's tensor is made from it. A
     length that is not in `1..max_rows` came from no correct peer: allocate nothing, and answer with 0 rows.
+
+    `held`: items with rows among these, whose embeddings are not in the blocks but kept here. Take them from there, as
+    far as they are among these rows and within the true length; rows of another number than the item has are a flaw.
     """
 
     room: int
@@ -113,6 +140,7 @@ class CopyOut(msgspec.Struct, frozen=True):
     first_row: int
     capacity: int
     max_rows: int
+    held: tuple[Item, ...] = ()
 
 
 class CopyAhead(msgspec.Struct, frozen=True):
@@ -137,4 +165,4 @@ class Deliver(msgspec.Struct, frozen=True):
     rounds: int
 
 
-LanguageEffect = Send | StatusChanged | Note | Resolve | ClearAux | CopyAhead | CopyOut | Deliver
+LanguageEffect = Send | StatusChanged | Note | Resolve | ClearAux | LookUp | CopyAhead | CopyOut | Deliver

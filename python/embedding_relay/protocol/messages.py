@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Final
 
 import msgspec
@@ -14,6 +15,10 @@ PROTOCOL_VERSION = 1
 MAX_ROOM: Final = (1 << 63) - 1
 MAX_BLOCKS: Final = 1 << 20
 MAX_COLUMNS: Final = 32
+MAX_ROWS: Final = 1 << 40
+# Of one request. One that has more takes no part in what is kept at the language side: its rows are all sent.
+MAX_ITEMS: Final = 4096
+MAX_RUNS: Final = 1 << 15
 
 # ZMQ takes a text apart when it connects: with `;` in it, a stranger would choose where our connections come from.
 HOST: Final = r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,255}|:[0-9A-Fa-f:.]{1,45}"
@@ -27,6 +32,11 @@ _Blocks = Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
 _MemoryName = Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{32})?\Z")]
 _Facts = Annotated[tuple[tuple[Word, Word], ...], msgspec.Meta(max_length=64)]
 _Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=MAX_COLUMNS)]
+_ItemKey = Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{32})?\Z")]
+_Row = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROWS)]
+
+Run = tuple[int, int]
+"""Rows `[start, stop)`."""
 
 
 def flaw_of_room(room: int) -> Failure | None:
@@ -70,6 +80,44 @@ class Handshake(msgspec.Struct, frozen=True, omit_defaults=True):
     """A language rank of another version does not know `Progress`."""
     takes_offer_ahead: bool = False
     """An encode rank of another version ignores an offer as long as it has one."""
+    takes_manifest: bool = False
+    """A language rank that keeps no rows, or is of another version, has no use for `Manifest`."""
+    takes_have: bool = False
+    """An encode rank of another version does not know `Have`, and sends all rows."""
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A picture, video or sound of a prompt: which rows are its own, in order, and the key under which they are kept.
+
+    Items of equal keys have the same rows. An empty key: these rows cannot be kept, and are always sent.
+    """
+
+    key: _ItemKey
+    runs: Annotated[tuple[tuple[_Row, _Row], ...], msgspec.Meta(min_length=1, max_length=MAX_RUNS)]
+
+    @property
+    def rows(self) -> int:
+        return sum(stop - start for start, stop in self.runs)
+
+    def overlaps(self, start: int, stop: int) -> bool:
+        return any(first < stop and start < last for first, last in self.runs)
+
+
+def flaw_of_items(items: Iterable[Item]) -> str:
+    """Why these cannot be the items of one prompt; empty if they can. Items need not be in the order of their rows."""
+    runs: list[Run] = []
+    for item in items:
+        if any(last > first for (_, last), (first, _) in zip(item.runs, item.runs[1:], strict=False)):
+            return f"runs {item.runs[:4]} are not in order"
+        runs += item.runs
+    if len(runs) > MAX_RUNS:
+        return f"{len(runs)} runs are more than {MAX_RUNS}"
+    end = 0
+    for start, stop in sorted(runs):
+        if start >= stop or start < end:
+            return f"rows {start} to {stop} are none, or another item's too"
+        end = stop
+    return ""
 
 
 class Register(msgspec.Struct, frozen=True):
@@ -131,6 +179,18 @@ class Abort(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
+class Have(msgspec.Struct, frozen=True):
+    """Language rank -> encode rank: I have the rows of items with these keys, and keep them until this room is over.
+
+    A promise: it may be repeated and added to, and is never taken back. It may come before the init, and too late.
+    """
+
+    room: int
+    address: Address
+    session_id: str
+    keys: tuple[str, ...]
+
+
 class Ping(msgspec.Struct, frozen=True):
     """Language rank -> encode rank, while rooms are under way: are you there? It also keeps the session alive.
 
@@ -143,12 +203,27 @@ class Ping(msgspec.Struct, frozen=True):
 
 
 class StatusReport(msgspec.Struct, frozen=True):
-    """Encode rank -> language rank. `rows` (sent so far) tells a repeated `Transferring` from the next one."""
+    """Encode rank -> language rank. `rows` (sent so far) tells a repeated `Transferring` from the next one.
+
+    `held`: the items of which no rows were written, now or before, because this language rank has promised them. They
+    count in `rows` like all others.
+    """
 
     room: int
     status: Status
     rows: int | None = None
     failure: Failure | None = None
+    held: tuple[Item, ...] = ()
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Encode rank -> language rank: these are the items of the room's prompt. The answer, if any, is `Have`.
+
+    Nobody waits for it, so it may be lost. Only for who `takes_manifest`.
+    """
+
+    room: int
+    items: tuple[Item, ...]
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -174,5 +249,5 @@ class Pong(msgspec.Struct, frozen=True):
     asked: str
 
 
-ToEncode = Register | Queued | TransferEmbeddingInfo | Abort | Ping
-ToLanguage = StatusReport | Progress | AbortAck | Pong
+ToEncode = Register | Queued | TransferEmbeddingInfo | Have | Abort | Ping
+ToLanguage = StatusReport | Progress | Manifest | AbortAck | Pong

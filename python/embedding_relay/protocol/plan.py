@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
@@ -9,11 +10,9 @@ import msgspec
 
 from embedding_relay.protocol.effects import ChunkDestination, Window
 from embedding_relay.protocol.errors import LocalError
+from embedding_relay.protocol.messages import Run
 
 T = TypeVar("T")
-
-Run = tuple[int, int]
-"""Rows `[start, stop)`."""
 
 BATCH_LIMIT: Final = 512
 
@@ -99,7 +98,7 @@ def plan_chunk(
         Extent(destination.blocks, destination.first_row),
         destination.start_row,
         destination.stop_row,
-        media_runs,
+        without(media_runs, destination.left_out),
         destination.with_aux,
     )
 
@@ -114,18 +113,19 @@ def plan_media(
     stop: int,
 ) -> list[Range]:
     """The ranges that bring media rows of `[start, stop)` over from where they are, and not from blocks: their sources
-    are addresses.
+    are addresses. As in `plan_chunk`, what the destination has is left out.
     """
     extent = Extent(destination.blocks, destination.first_row)
     ranges: list[Range] = []
     for segment in segments:
-        row, end = max(start, segment.first_row), min(stop, segment.first_row + segment.rows)
-        while row < end:
-            place, left = _place(block_size, extent, row)
-            rows = min(end - row, left)
-            source = segment.pointer + (row - segment.first_row) * bytes_per_row
-            ranges.append(Range(column, source, place * bytes_per_row, rows * bytes_per_row))
-            row += rows
+        here = max(start, segment.first_row), min(stop, segment.first_row + segment.rows)
+        for row, end in without([here], destination.left_out):
+            while row < end:
+                place, left = _place(block_size, extent, row)
+                rows = min(end - row, left)
+                source = segment.pointer + (row - segment.first_row) * bytes_per_row
+                ranges.append(Range(column, source, place * bytes_per_row, rows * bytes_per_row))
+                row += rows
     return _joined(ranges)
 
 
@@ -144,6 +144,20 @@ def batches(ranges: Sequence[T], limit: int = BATCH_LIMIT) -> Iterator[Sequence[
     """The engine takes only so many entries in one call."""
     for start in range(0, len(ranges), limit):
         yield ranges[start : start + limit]
+
+
+def without(runs: Iterable[Run], left_out: Sequence[Run]) -> Iterator[Run]:
+    """The runs without the rows of those that are left out, which are in order and disjoint."""
+    for start, stop in runs:
+        first = bisect.bisect_left(left_out, start, key=lambda run: run[1])
+        for gap_start, gap_stop in left_out[first:]:
+            if gap_start >= stop:
+                break
+            if start < gap_start:
+                yield start, gap_start
+            start = max(start, gap_stop)
+        if start < stop:
+            yield start, stop
 
 
 def _clipped(runs: Iterable[Run], start: int, stop: int) -> list[Run]:

@@ -11,7 +11,8 @@ from typing import Final
 from embedding_relay.memory.plane import Region
 from embedding_relay.protocol.effects import StatusChanged
 from embedding_relay.protocol.errors import Failure, IllegalMove
-from embedding_relay.protocol.plan import Column, Run
+from embedding_relay.protocol.messages import Run
+from embedding_relay.protocol.plan import Column
 from embedding_relay.protocol.status import Status, is_final, move
 
 COLUMNS: Final = (

@@ -23,8 +23,7 @@ from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import UndecodableFrames
 from embedding_relay.protocol.language.room import SMALLEST_HALF
 from embedding_relay.protocol.language.side import LanguageSide
-from embedding_relay.protocol.messages import PROTOCOL_VERSION, Address, Handshake
-from embedding_relay.protocol.plan import Run
+from embedding_relay.protocol.messages import PROTOCOL_VERSION, Address, Handshake, Run
 from embedding_relay.protocol.timing import Timing
 from embedding_relay.testing.nodes import EncodeNode, LanguageNode
 from embedding_relay.testing.plane import Clock, MemoryFabric
