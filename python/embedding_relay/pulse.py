@@ -21,6 +21,8 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import SettingError
 
 _LARGEST: Final = 4096
+MOST_ROOMS: Final = 128
+"""That one question may be about: with their commas they take 2560 bytes."""
 _STOP: Final = b"stop"
 # How long one request waits for news of a scheduler that was in trouble.
 _LONGEST_WAIT: Final = 1.0
@@ -32,6 +34,8 @@ class Condition(msgspec.Struct, frozen=True):
     busy_for: float
     """Seconds since the scheduler's loop last came round."""
     unhealthy_reason: str | None = None
+    offered: tuple[int, ...] = ()
+    """Of the rooms that were asked about: those that the other half has offered blocks for."""
 
 
 def socket_name(host: str, port: int, dp_rank: int = 0) -> str:
@@ -45,6 +49,8 @@ class Pulse:
     """In the scheduler's process: answers who asks. `unhealthy_reason` is called in the answering thread."""
 
     def __init__(self, name: str, unhealthy_reason: Callable[[], str | None]) -> None:
+        self.is_offered: Callable[[int], bool] = lambda room: False
+        """Whether the other half of a room has offered blocks for it; called in the answering thread too."""
         self._name = name
         self._unhealthy_reason = unhealthy_reason
         self._came_round_at = time.monotonic()
@@ -77,9 +83,16 @@ class Pulse:
                 question, asker = bound.recvfrom(_LARGEST)
                 if question == _STOP:
                     return
-                condition = Condition(time.monotonic() - self._came_round_at, self._unhealthy_reason())
+                offered = tuple(filter(self.is_offered, _rooms_in(question)))
+                condition = Condition(time.monotonic() - self._came_round_at, self._unhealthy_reason(), offered)
                 with contextlib.suppress(OSError):  # the asker has gone, or does not read
                     bound.sendto(msgspec.json.encode(condition), socket.MSG_DONTWAIT, asker)
+
+
+def _rooms_in(question: bytes) -> list[int]:
+    with contextlib.suppress(msgspec.DecodeError):
+        return msgspec.json.decode(question, type=list[int])
+    return []  # the question about its health alone
 
 
 class SchedulerWatch:
@@ -106,6 +119,8 @@ class SchedulerWatch:
         self._longest_busy = config.waiting_timeout
         self._on_trouble = on_trouble
         self._on_unhealthy = on_unhealthy
+        self.on_offered: Callable[[tuple[int, ...]], None] | None = None
+        """What is done about rooms of `ask_offered`."""
         self._is_connected = False
         self._has_ended = False
         self._answered = asyncio.Event()
@@ -165,10 +180,14 @@ class SchedulerWatch:
         self._asked_at = None
         self._task = None
 
-    def _ask(self) -> None:
+    def ask_offered(self, rooms: list[int]) -> None:
+        """Which of them the other half has offered blocks for; `MOST_ROOMS` at a time."""
+        self._ask(msgspec.json.encode(rooms[:MOST_ROOMS]))
+
+    def _ask(self, question: bytes = b"?") -> None:
         self._connect()
         with contextlib.suppress(OSError):  # nobody is there, or its queue is full: no answer is one too
-            self._socket.send(b"?")
+            self._socket.send(question)
 
     def _connect(self) -> None:
         """The first time binds us to its answers alone; from then on this notices whether it is still there."""
@@ -192,6 +211,8 @@ class SchedulerWatch:
         with contextlib.suppress(OSError):  # nothing more is there, or nobody
             while True:
                 latest = msgspec.json.decode(self._socket.recv(_LARGEST), type=Condition)
+                if latest.offered and self.on_offered is not None:
+                    self.on_offered(latest.offered)
         return latest
 
     def _trouble_in(self, condition: Condition) -> str | None:

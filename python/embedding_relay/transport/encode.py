@@ -181,6 +181,10 @@ class EncodeManager(MooncakeEmbeddingManager):
     def refuse(self, room: int, failure: Failure) -> None:
         self._loop.post(lambda now: self._run(self._core.refuse(room, failure, now), now))
 
+    def is_offered(self, room: int) -> bool:
+        """Every language rank of the room has offered blocks for it, or it is over. It only reads what may change."""
+        return self._core.is_settled(room)
+
     def _report_quiet(self, session_id: str) -> None:
         """No failed write to the session can land any more."""
         self._loop.post(lambda now: self._run(self._core.session_quiet(session_id, now), now))

@@ -67,7 +67,12 @@ def _encode_role(scheduler: Any) -> EncodeRole:
     """Tensor-parallel ranks make the same rows: the first sends them to all language ranks."""
     is_first = get_parallel().world_group.rank_in_group == 0
     manager = open_encode_manager(scheduler) if is_first else NoTransfer(RelayConfig.from_environment())
-    return EncodeRole(scheduler, manager, VisionTower.of(scheduler))
+    role = EncodeRole(scheduler, manager, VisionTower.of(scheduler))
+    if isinstance(manager, EncodeManager):
+        role.pulse.is_offered = (
+            manager.is_offered
+        )  # the HTTP process asks which of the requests it keeps are waited for
+    return role
 
 
 def _language_role(scheduler: Any) -> LanguageRole:
