@@ -22,6 +22,7 @@ from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region, private_memory
 from embedding_relay.memory.reuse import ReusedMemory
 from embedding_relay.protocol.errors import LocalError
+from embedding_relay.protocol.messages import Run
 from embedding_relay.protocol.plan import Segment
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,27 @@ _AS_INTEGERS: Final = {
 _PAGE: Final = 4096
 
 
+class HeldRows(NamedTuple):
+    """Rows `[start, stop)` of a request that did not travel: they are here already, from an earlier one."""
+
+    start: int
+    stop: int
+    read: Callable[[int, NDArray[Any]], None]
+    """Puts rows, from a row of the request on, into an array that has the bytes of a row in each line."""
+
+
+# Where the embedding of a row comes from. From 0 on: the held rows with this number.
+_BLOCKS: Final = -1
+_NOWHERE: Final = -2
+
+
 class _Piece(NamedTuple):
     """`rows` rows: from row `at` of the buffer on, and from row `row` of the request on."""
 
     at: int
     row: int
     rows: int
-    is_media: bool
+    source: int
 
 
 @dataclasses.dataclass
@@ -57,10 +72,16 @@ class SourceRows:
     mrope: torch.Tensor
     items: torch.Tensor
     segments: Sequence[tuple[int, torch.Tensor]]
-    """(first row, rows of embedding and deepstack values), in order; together they are the media rows."""
+    """(first row, rows of embedding and deepstack values), in order; with those that are absent they are the media rows
+    before `made`.
+    """
     mrope_delta: int = 0
     has_mrope: bool = False
     media_items: int = 0
+    absent: tuple[tuple[int, tuple[Run, ...]], ...] = ()
+    """Items that every language rank has already, by their number, and their rows: nobody has made them."""
+    made: int | None = None
+    """Rows before which everything is made that ever will be; None if there is nothing left to be made."""
     ready: Synchronizes | None = None
     """What must have happened before the segments may be read, if they are still being made on a device.
 
@@ -76,11 +97,13 @@ class SourceRows:
         shapes = (self.fill_ids.shape, self.mrope.shape, self.items.shape)
         if self.total < 1 or shapes != ((self.total,), (self.total, 3), (self.total, columns.ITEM_VALUES)):
             raise LocalError(f"{shapes} are not the shapes of {self.total} rows")
-        media = torch.zeros(self.total, dtype=torch.bool)
-        for start, stop in self.media_runs:
-            media[start:stop] = True
-        if not torch.equal(media, self.items[:, 0] >= 0):
-            raise LocalError("the rows with an item index are not the rows of the segments")
+        absent = [run for _, runs in self.absent for run in runs]
+        media = torch.zeros(self.total, dtype=torch.int32)
+        for start, stop in (*self.media_runs, *absent):
+            media[start:stop] += 1
+        made = self.total if self.made is None else self.made
+        if not torch.equal(media[:made], (self.items[:made, 0] >= 0).to(torch.int32)):
+            raise LocalError("the rows with an item index are not the rows of the segments and of absent items")
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +115,7 @@ class SourceRows:
 
     @functools.cached_property
     def media_runs(self) -> tuple[tuple[int, int], ...]:
-        """`[start, stop)` of the media rows, neighbours merged."""
+        """`[start, stop)` of the media rows that are made, neighbours merged."""
         runs: list[tuple[int, int]] = []
         for start, rows in self.segments:
             stop = start + rows.shape[0]
@@ -318,11 +341,18 @@ class EmbeddingBuffers:
         return page_locked(target, self.layout) if self._is_pinned else target
 
     def copy_out(
-        self, target: ReceivedRows, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0
+        self,
+        target: ReceivedRows,
+        blocks: Sequence[int],
+        first_row: int,
+        rows: int,
+        begin_row: int = 0,
+        held: Sequence[HeldRows] = (),
     ) -> int:
         """Copy rows in `blocks` to their place in the target; return how many bytes had to travel for them.
 
-        Row `first_row` is at offset 0 of the first block. What is before `begin_row` has been copied already.
+        Row `first_row` is at offset 0 of the first block. What is before `begin_row` has been copied already. Of `held`
+        rows embedding and deepstack values are not in the blocks: they are read from there.
         """
         begin, stop = max(first_row, begin_row), first_row + rows
         if begin >= stop:
@@ -332,23 +362,26 @@ class EmbeddingBuffers:
         target.items.numpy()[there] = items
         target.mrope.numpy()[there] = self._get(columns.MROPE, *where)
         target.fill_ids.numpy()[there, None] = self._get(columns.FILL_IDS, *where)
-        is_media = items[:, 0] >= 0
-        pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), is_media))
+        sources = _sources(items, begin, held)
+        pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), sources))
         length = (stop - begin) * self._row_bytes
-        self._threads.run(functools.partial(self._copy_embeddings, target), pieces, length)
-        return self._bytes(stop - begin, int(is_media.sum()), with_aux=begin_row <= first_row == 0)
+        self._threads.run(functools.partial(self._copy_embeddings, target, held), pieces, length)
+        media_rows = int(np.count_nonzero(sources == _BLOCKS))
+        return self._bytes(stop - begin, media_rows, with_aux=begin_row <= first_row == 0)
 
-    def _copy_embeddings(self, target: ReceivedRows, pieces: Sequence[_Piece]) -> None:
+    def _copy_embeddings(self, target: ReceivedRows, held: Sequence[HeldRows], pieces: Sequence[_Piece]) -> None:
         """Neighbours in the target, looked at while they are still in this processor's cache."""
         values, looked_at = _as_integers(target.embeddings), pieces[0].row
         last = pieces[-1].row + pieces[-1].rows
-        for at, row, count, is_media in pieces:
+        for at, row, count, source in pieces:
             stop = row + count
-            if is_media:
+            if source == _BLOCKS:
                 self._read_media(values[row:stop], at)
-            else:
+            elif source == _NOWHERE:
                 # It did not travel: what lies in its place belongs to some earlier request.
                 values[row:stop] = 0
+            else:
+                held[source].read(row, values[row:stop].view(np.uint8))
             if stop - looked_at >= self._piece_rows or stop == last:
                 _look_at(target, values, looked_at, stop)
                 looked_at = stop
@@ -362,16 +395,16 @@ class EmbeddingBuffers:
         """Of embeddings and deepstack values."""
         return int(self.layout.width * self._dtype.itemsize)
 
-    def _pieces(self, spans: Iterable[tuple[int, int, int]], flags: NDArray[np.bool_]) -> Iterator[_Piece]:
-        """Spans cut where the flag changes, and long ones."""
-        runs = _runs(flags)
-        left, flag = 0, False
+    def _pieces(self, spans: Iterable[tuple[int, int, int]], sources: NDArray[np.int32]) -> Iterator[_Piece]:
+        """Spans cut where the source changes, and long ones."""
+        runs = _runs(sources)
+        left, source = 0, _NOWHERE
         for at, row, count in spans:
             while count:
                 if not left:
-                    left, flag = next(runs)
+                    left, source = next(runs)
                 length = min(count, left, self._piece_rows)
-                yield _Piece(at, row, length, flag)
+                yield _Piece(at, row, length, source)
                 at, row, count, left = at + length, row + length, count - length, left - length
 
     def _bytes(self, rows: int, media_rows: int, with_aux: bool) -> int:
@@ -433,8 +466,17 @@ def _are_small(numbers: NDArray[Any], dtype: torch.dtype) -> bool:
     return bool(numbers.max() <= bits and numbers.view(unsigned).max() <= sign + bits)
 
 
-def _runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, bool]]:
-    """(length, value) of each run of equal flags."""
-    borders = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
+def _sources(items: NDArray[np.int32], begin: int, held: Sequence[HeldRows]) -> NDArray[np.int32]:
+    """Where each row's embedding comes from. A row that is no item's has none, whoever says that he has it."""
+    sources = np.full(len(items), _BLOCKS, dtype=np.int32)
+    for number, rows in enumerate(held):
+        sources[max(0, rows.start - begin) : max(0, rows.stop - begin)] = number
+    sources[items[:, 0] < 0] = _NOWHERE
+    return sources
+
+
+def _runs(values: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """(length, value) of each run of equal values."""
+    borders = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
     for start, stop in itertools.pairwise(borders):
-        yield stop - start, bool(flags[start])
+        yield stop - start, int(values[start])

@@ -41,7 +41,7 @@ def slowly_made_rows(device: torch.device) -> tuple[SourceRows, torch.Tensor]:
     item = SimpleNamespace(offsets=[(0, ROWS - 1)], hash=1, modality=SimpleNamespace(value=1))
     inputs = SimpleNamespace(mm_items=[item], mrope_positions=None, mrope_position_delta=None)
     req = SimpleNamespace(origin_input_ids_unpadded=[5] * ROWS, multimodal_inputs=inputs)
-    return media.source_rows(req, [rows]), made
+    return media.source_rows(req, {0: rows}), made
 
 
 def in_another_thread(work: Callable[[], None]) -> None:

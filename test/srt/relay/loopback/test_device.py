@@ -95,11 +95,11 @@ def test_the_rows_of_a_request_carry_an_event_of_the_stream_on_which_they_were_m
         origin_input_ids_unpadded = (1, 2, 3, 3, 3, 3, 9)
         multimodal_inputs = Inputs
 
-    source = media.source_rows(Req, [torch.empty(4, 8, device="meta")])
+    source = media.source_rows(Req, {0: torch.empty(4, 8, device="meta")})
     assert isinstance(source.ready, Event)
     assert recorded == [("meta", "the stream of meta")]
     assert source.device.type == "meta"
-    assert media.source_rows(Req, [torch.empty(4, 8)]).ready is None
+    assert media.source_rows(Req, {0: torch.empty(4, 8)}).ready is None
 
 
 def test_nothing_is_queued_on_the_host() -> None:

@@ -78,7 +78,7 @@ def test_the_hash_of_an_item_survives_the_way(content: int) -> None:
     item.set_hash(content)
     inputs = SimpleNamespace(mm_items=[item], mrope_positions=None, mrope_position_delta=None)
     req = SimpleNamespace(multimodal_inputs=inputs, origin_input_ids_unpadded=[5, 6])
-    sent = media.source_rows(req, [torch.ones(1, WIDTH)])
+    sent = media.source_rows(req, {0: torch.ones(1, WIDTH)})
     came = ReceivedRows(2, sent.fill_ids, sent.mrope, sent.items, torch.ones(2, WIDTH), media_items=1)
     _, output = media.request_inputs(came, LIMITS)
     (found,) = output.mm_items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -12,22 +13,36 @@ from numpy.typing import NDArray
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
 from embedding_relay.memory.checks import NO_ITEM, ModelLimits
 from embedding_relay.memory.device import device_of, everything_queued_on
+from embedding_relay.protocol.messages import Item, Run
+from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
 
 _HASH_HALF: Final = 32
 _HASH_MASK: Final = (1 << _HASH_HALF) - 1
 
 
-def source_rows(req: Any, embeddings: list[torch.Tensor]) -> SourceRows:
-    """Everything the language side needs of a request; `embeddings` has one tensor per multimodal item.
+def manifest_items(req: Any, keys: ItemKeys) -> tuple[Item, ...]:
+    """What the language side is told of the items of a request, in their order."""
+    items = [(keys.key(item, req), _runs_of(item)) for item in req.multimodal_inputs.mm_items]
+    return tuple(Item(key, runs) for key, runs in items) if all(runs for _, runs in items) else ()
 
+
+def source_rows(req: Any, embeddings: Mapping[int, torch.Tensor], absent: Collection[int] = ()) -> SourceRows:
+    """Everything the language side needs of a request; `embeddings` has the rows of an item by its number.
+
+    Those of `absent` are at every language rank already. What is neither here nor there is not made yet.
     Called on the stream on which the tower ran: what it has queued there is what the rows are ready after.
     """
     media = req.multimodal_inputs
     total = len(req.origin_input_ids_unpadded)
     segments: list[tuple[int, torch.Tensor]] = []
-    for item, rows in zip(media.mm_items, embeddings, strict=True):
-        lengths = [end - start + 1 for start, end in item.offsets]
-        segments += zip((start for start, _ in item.offsets), torch.split(rows, lengths), strict=True)
+    missing = []
+    for number, item in enumerate(media.mm_items):
+        if number in embeddings:
+            runs = _runs_of(item)
+            pieces = torch.split(embeddings[number], [stop - start for start, stop in runs])
+            segments += zip((start for start, _ in runs), pieces, strict=True)
+        elif number not in absent:
+            missing.append(min(start for start, _ in item.offsets))
     segments.sort(key=lambda segment: segment[0])
     mrope = media.mrope_positions
     delta = media.mrope_position_delta
@@ -40,8 +55,14 @@ def source_rows(req: Any, embeddings: list[torch.Tensor]) -> SourceRows:
         items=_item_table(total, media.mm_items),
         segments=segments,
         media_items=len(media.mm_items),
-        ready=everything_queued_on(device_of(embeddings)),
+        absent=tuple((number, _runs_of(media.mm_items[number])) for number in sorted(absent)),
+        made=min(missing, default=None),
+        ready=everything_queued_on(device_of(embeddings.values())),
     )
+
+
+def _runs_of(item: Any) -> tuple[Run, ...]:
+    return tuple((start, end + 1) for start, end in item.offsets)
 
 
 def _item_table(total: int, items: list[Any]) -> torch.Tensor:
