@@ -21,6 +21,7 @@ from embedding_relay.protocol import codec
 from embedding_relay.protocol.effects import (
     DropRows,
     EncodeEffect,
+    HeldByAll,
     Note,
     ProveGone,
     Send,
@@ -29,7 +30,7 @@ from embedding_relay.protocol.effects import (
 )
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.errors import Failure
-from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import Address, Item, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import Announcer
 from embedding_relay.registry.entry import EncodeRank
@@ -49,6 +50,12 @@ class MooncakeEmbeddingSender(RoomEnd):
         super().__init__(room)
         self._manager = manager
         self._is_ours = True
+        self.items: tuple[Item, ...] = ()
+        # Written by the control thread.
+        self.held: tuple[int, ...] = ()
+        """Items, by their number, whose rows every language rank of the room has: they need not be made. More may come,
+        and none is taken back.
+        """
         # For the log line; written by the control thread.
         self.expected_at = 0.0
         self.submitted_at: float | None = None
@@ -56,14 +63,19 @@ class MooncakeEmbeddingSender(RoomEnd):
         self.offers = self.asked_from = 0
         """How many were noted, and the row that the last of them begins with."""
 
-    def init(self) -> None:
-        """This instance's half of the request has arrived."""
+    def init(self, items: tuple[Item, ...] = ()) -> None:
+        """This instance's half of the request has arrived. `items`: all that are in its prompt; none of one whose rows
+        are always sent.
+        """
+        self.items = items
         self._is_ours = self._manager.follow(self)
         if self._is_ours:
             self._manager.expect(self)
 
     def send_embedding(self, source: SourceRows) -> None:
-        """The rows are there (or will be, when `source.ready` says so). Sending them twice is sending them once."""
+        """The rows are there (or will be, when `source.ready` says so), or those before `source.made` are. Sending them
+        twice is sending them once.
+        """
         if self._is_ours:
             self._manager.send_embedding(self.room, source)
 
@@ -130,7 +142,8 @@ class EncodeManager(MooncakeEmbeddingManager):
     ) -> None:
         super().__init__(opened, observer)
         self.instance = instance
-        handshake, config = msgspec.structs.replace(self.layout.handshake(), takes_offer_ahead=True), self.config
+        config = self.config
+        handshake = msgspec.structs.replace(self.layout.handshake(), takes_offer_ahead=True, takes_have=True)
         self._core: EncodeSide = EncodeSide(
             handshake=handshake,
             instance=self.instance,
@@ -218,13 +231,14 @@ class EncodeManager(MooncakeEmbeddingManager):
         if (offer := self._early_offers.pop(sender.room, None)) is not None:
             sender.offers = 1
             self.recorder.note(sender.room, recorder.ASKED, offer[0], rows=offer[1])
-        self._run(self._core.expect(sender.room, now), now)
+        self._run(self._core.expect(sender.room, now, sender.items), now)
 
     def _submit(self, room: int, source: SourceRows, now: float) -> None:
         self._sources.setdefault(room, source)
         if (sender := self._senders.get(room)) is not None and sender.submitted_at is None:
             sender.submitted_at, sender.rows = now, source.total
-        self._run(self._core.submit(room, source.total, now), now)
+        absent = tuple(number for number, _ in source.absent)
+        self._run(self._core.submit(room, source.total, now, absent, source.made), now)
 
     def _note_offer(self, info: TransferEmbeddingInfo, now: float) -> None:
         """Of several language ranks the first to ask counts; and nobody fills the record of a room by asking again."""
@@ -264,6 +278,9 @@ class EncodeManager(MooncakeEmbeddingManager):
                     self._changed(effect, now)
                 case TransferEmbeddingChunk():
                     self.add_transfer_request(effect, now)
+                case HeldByAll():
+                    if (sender := self._senders.get(effect.room)) is not None:
+                        sender.held = effect.items
                 case DropRows():
                     self._sources.pop(effect.room, None)
                 case ProveGone():
