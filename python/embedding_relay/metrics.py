@@ -153,6 +153,7 @@ EVENTS_ABOUT: Final = {
     Event.INIT_REPEATED: "a first offer came again before its rows were written, as it does while the tower is slow",
     Event.RESUME_IGNORED: "a resume came again before its rows were written, or did not continue where its room is",
     Event.REPORT_REPEATED: "an offer came again whose rows were written: its report was lost, and was sent again",
+    Event.PROMISE_IGNORED: "kept rows were promised for a room that is over, or by a rank that is not part of it",
     Event.OFFER_FOR_ENDED_ROOM: "blocks were offered to a room that is over",
     Event.OFFER_TURNED_AWAY: "blocks were offered by a rank that is not registered, or not part of the room",
 }

@@ -25,6 +25,7 @@ class Event(enum.Enum):
     OFFER_FOR_ENDED_ROOM = "offer_for_ended_room"
     OFFER_TURNED_AWAY = "offer_turned_away"
     REPORT_REPEATED = "report_repeated"
+    PROMISE_IGNORED = "promise_ignored"
     # ---- the language side
     MESSAGE_FOR_UNKNOWN_ROOM = "message_for_unknown_room"
     STATUS_STALE = "status_stale"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
@@ -11,16 +11,29 @@ from embedding_relay.protocol.effects import (
     ChunkDestination,
     DropRows,
     EncodeEffect,
+    HeldByAll,
     Send,
     StatusChanged,
     TransferEmbeddingChunk,
     Window,
 )
+from embedding_relay.protocol.encode.items import Decisions, PromptItems
 from embedding_relay.protocol.encode.sessions import Session, Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
+from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.errors import BAD_GATEWAY, INTERNAL, UNAVAILABLE, Failure, LocalError
-from embedding_relay.protocol.messages import AbortAck, Address, Progress, Queued, StatusReport, TransferEmbeddingInfo
-from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
+from embedding_relay.protocol.messages import (
+    AbortAck,
+    Address,
+    Have,
+    Item,
+    Manifest,
+    Progress,
+    Queued,
+    StatusReport,
+    TransferEmbeddingInfo,
+)
+from embedding_relay.protocol.status import Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
 
 
@@ -68,6 +81,7 @@ class Destination:
     """What comes when the offer is used up: an offer of rows that begin where those of the first end."""
     last_offer: Hashable = None
     """The identity of the offer that it has, or that was used up last."""
+    decided: Decisions = dataclasses.field(default_factory=dict)
 
     @property
     def has_offer(self) -> bool:
@@ -103,15 +117,17 @@ class Destination:
         """The row at which this chunk ends for it."""
         return self.sent + self.tokens_to_send(total)
 
-    def part_of_step(self, staged_stop: int, total: int) -> ChunkDestination:
+    def part_of_step(self, staged_stop: int, total: int, items: PromptItems) -> ChunkDestination:
         """What it gets of a step whose staged rows end at `staged_stop`."""
+        stop = min(staged_stop, self.goal(total))
         return ChunkDestination(
             session_id=self.session_id,
             blocks=self.blocks,
             first_row=self.sent,
             start_row=self.written,
-            stop_row=min(staged_stop, self.goal(total)),
+            stop_row=stop,
             with_aux=self.written == 0,
+            left_out=items.leave_out(self.session_id, self.decided, self.written, stop),
         )
 
     def use_up_offer(self, total: int) -> None:
@@ -126,9 +142,6 @@ class Destination:
     @property
     def offered_blocks(self) -> tuple[int, ...]:
         return self.blocks + (self.ahead.dst_embedding_indices if self.ahead else ())
-
-    def report(self, room: int) -> StatusReport:
-        return StatusReport(room, Status.SUCCESS if self.finished else Status.TRANSFERRING, rows=self.sent)
 
 
 class EncodeRoom:
@@ -147,6 +160,9 @@ class EncodeRoom:
         """Sessions that have announced it and offered nothing yet."""
         self.required: int | None = None
         self.total: int | None = None
+        self.ready = 0
+        """Rows before which everything is made, or needed by nobody."""
+        self.items = PromptItems()
         self.destinations: dict[str, Destination] = {}
         self.blocks: tuple[int, ...] = ()
         """Of our own pool, from the first write until the end of the room."""
@@ -180,22 +196,41 @@ class EncodeRoom:
 
     # ---- from this instance
 
-    def expect(self, now: float) -> None:
+    def expect(self, now: float, items: Sequence[Item] = ()) -> list[EncodeEffect]:
         """The request of this room is here; a language instance that is alive has the other half, and says so soon."""
-        if not self.expected and not self.asked:
+        if self.expected:
+            return []
+        if not self.asked:
             self._shared.alarms.set(self.room, now + self._shared.timing.unasked)
         self.expected = True
         self._shared.unexpected.discard(self.room)
+        self.items.expect(items)
+        told = [effect for destination in self.destinations.values() for effect in self._tell_items(destination)]
+        return [*told, *self._say_held_by_all()]
 
-    def submit(self, total: int, now: float) -> list[EncodeEffect]:
-        """Its rows exist."""
+    def submit(self, total: int, absent: Iterable[int], ready: int | None, now: float) -> list[EncodeEffect]:
+        """How many rows it has is known, and those before `ready` exist; all of them if it is None."""
         if self.total is not None:
             self._shared.counts.events[Event.SUBMIT_REPEATED] += 1
             return []
-        self.expect(now)
+        effects = self.expect(now)
+        if self.items.end > total:
+            raise LocalError(f"room {self.room} has {total} rows, and items up to row {self.items.end}")
         self.total = total
-        if self.status is Status.WAITING_FOR_INPUT:
+        return [*effects, *self._take_rows(absent, total if ready is None else ready, now)]
+
+    def more_rows(self, ready: int, absent: Iterable[int], now: float) -> list[EncodeEffect]:
+        """Everything before `ready` is made by now."""
+        self._known_total()
+        return [] if self.is_over else self._take_rows(absent, ready, now)
+
+    def _take_rows(self, absent: Iterable[int], ready: int, now: float) -> list[EncodeEffect]:
+        if not self.ready <= ready <= self._known_total():
+            raise LocalError(f"room {self.room}: rows before {ready} of {self.total} are made, after {self.ready}")
+        self.items.check_absent(absent)
+        if self._waits_for_rows:
             self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
+        self.ready = ready
         return self.advance(now)
 
     # ---- from the language side
@@ -236,8 +271,10 @@ class EncodeRoom:
         shared = self._shared
         self._note_asked()
         self.required = info.required_dst_info_num
-        new = Destination(info.session_id, info.address)
-        destination = self.destinations.setdefault(info.session_id, new)
+        effects: list[EncodeEffect] = []
+        if (destination := self.destinations.get(info.session_id)) is None:
+            destination = self.destinations[info.session_id] = Destination(info.session_id, info.address)
+            effects += [*self._tell_items(destination), *self._say_held_by_all()]
         is_ahead = destination.has_offer
         destination.offer(info)
         if not self.expected:
@@ -245,16 +282,40 @@ class EncodeRoom:
         self._bind(session, now)
         self.queued.pop(info.session_id, None)
         if self.is_complete:
-            self._unbind_queued()  # it is for nobody else, and need not care who else falls silent
+            self._unbind_others()  # it is for nobody else, and need not care who else falls silent
         if info.is_resume and not is_ahead:
             shared.alarms.set(self.room, now + shared.timing.waiting)
-        return self.advance(now)
+        return [*effects, *self.advance(now)]
 
-    def _unbind_queued(self) -> None:
-        for session_id in self.queued:
+    def _unbind_others(self) -> None:
+        """Sessions that are queued, or have promised something, and have no part in the room."""
+        for session_id in self.items.sessions.union(self.queued).difference(self.destinations):
             if session := self._shared.sessions.get(session_id):
                 session.leave(self.room)
         self.queued.clear()
+        self.items.keep_only(self.destinations)
+
+    def take_have(self, message: Have, session: Session, now: float) -> list[EncodeEffect]:
+        """It counts for all items of which no row has been planned for this session."""
+        blocks = self.items.promise(message.session_id, message.keys)
+        if not self.expected:
+            self._shared.unexpected.add(self.room, blocks)
+        if not self.is_complete:
+            self._bind(session, now)  # it does not hold for another process that has the session
+        return self._say_held_by_all()
+
+    def _tell_items(self, destination: Destination) -> list[EncodeEffect]:
+        session = self._shared.sessions.get(destination.session_id)
+        if not self.items.all or session is None or not session.register.handshake.takes_manifest:
+            return []
+        return [Send(destination.address, Manifest(self.room, self.items.all))]
+
+    def _say_held_by_all(self) -> list[EncodeEffect]:
+        """In time for the vision tower, or not: nothing waits for it."""
+        if not self.is_complete or self.is_over or self.ready == self.total:
+            return []
+        held = self.items.newly_held_by_all({name: known.decided for name, known in self.destinations.items()})
+        return [HeldByAll(self.room, held)] if held else []
 
     def take_abort(self, session_id: str, address: Address, failure: Failure, now: float) -> list[EncodeEffect]:
         if self.is_complete and session_id not in self.destinations:
@@ -290,7 +351,7 @@ class EncodeRoom:
         return None
 
     @property
-    def can_start_chunk(self) -> bool:
+    def _has_offers(self) -> bool:
         """All of them wait for each other, so that the window of source rows passes over the prompt once."""
         return (
             self.status in (Status.WAITING_FOR_INPUT, Status.TRANSFERRING)
@@ -298,6 +359,22 @@ class EncodeRoom:
             and self.under_way is None
             and all(destination.has_offer for destination in self.unfinished)
         )
+
+    @property
+    def can_start_chunk(self) -> bool:
+        """Or can go on with one."""
+        return self._has_offers and any(known.written < self._reach(known) for known in self.unfinished)
+
+    @property
+    def _waits_for_rows(self) -> bool:
+        """There are offers for more rows than are made."""
+        if not self._has_offers or self.can_start_chunk:
+            return False
+        return any(known.written < known.goal(self._known_total()) for known in self.unfinished)
+
+    def _reach(self, destination: Destination) -> int:
+        """The row up to which it can get rows now."""
+        return min(destination.goal(self._known_total()), self.ready)
 
     def begin(self) -> list[EncodeEffect]:
         """Leave the queue: with blocks for all rows if they are free, else for a window that will move along."""
@@ -308,22 +385,24 @@ class EncodeRoom:
         return self.begin_step()
 
     def begin_step(self) -> list[EncodeEffect]:
-        """The next write of the chunk; nothing when every destination has the rows that it offered space for."""
+        """The next write of the chunk; nothing when every destination has what is made of the rows that it offered
+        space for.
+        """
         total = self._known_total()
-        behind = [d for d in self.unfinished if d.written < d.goal(total)]
+        behind = [d for d in self.unfinished if d.written < self._reach(d)]
         if not behind:
             return []
         stage = not any(self._is_staged(d.written) for d in behind)
         if stage:
             first = min(d.written for d in behind)
-            self._staged = (first, min(total, first + len(self.blocks) * self._shared.block_size))
+            self._staged = (first, min(self.ready, first + len(self.blocks) * self._shared.block_size))
         first, stop = self._staged
         self._last_transfer_id += 1
         self.under_way = TransferEmbeddingChunk(
             room=self.room,
             transfer_id=self._last_transfer_id,
             window=Window(first_row=first, rows=stop - first, blocks=self.blocks, stage=stage),
-            destinations=tuple(d.part_of_step(stop, total) for d in behind if self._is_staged(d.written)),
+            destinations=tuple(d.part_of_step(stop, total, self.items) for d in behind if self._is_staged(d.written)),
         )
         return [self.under_way]
 
@@ -346,16 +425,26 @@ class EncodeRoom:
         if errors:
             problems = "; ".join(f"the write to {session_id} failed: {text}" for session_id, text in errors.items())
             return self.fail(Failure(BAD_GATEWAY, problems), now)
+        effects: list[EncodeEffect] = []
         for part in step.destinations:
-            self.destinations[part.session_id].written = part.stop_row
+            destination = self.destinations[part.session_id]
+            destination.written = part.stop_row
+            if destination.written < destination.goal(self._known_total()):
+                effects += self._tell_progress(part.session_id, part.stop_row)
         self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
-        return self.begin_step() or self._report_chunk(now)
+        effects += self.begin_step()
+        if self.under_way is None and not self._waits_for_rows:
+            effects += self._report_chunk(now)
+        return effects
 
     def progressed(self, transfer_id: int, session_id: str, rows: int) -> list[EncodeEffect]:
         """Part of the step is over there: the language rank may begin to copy."""
-        session = self._shared.sessions.get(session_id)
         if self.is_over or self.under_way is None or self.under_way.transfer_id != transfer_id:
             return []
+        return self._tell_progress(session_id, rows)
+
+    def _tell_progress(self, session_id: str, rows: int) -> list[EncodeEffect]:
+        session = self._shared.sessions.get(session_id)
         if session is None or not session.register.handshake.takes_progress:
             return []
         return [Send(self.destinations[session_id].address, Progress(self.room, rows))]
@@ -372,7 +461,7 @@ class EncodeRoom:
         for destination in self.unfinished:
             blocks = destination.offered_blocks
             destination.use_up_offer(self._known_total())
-            effects.append(Send(destination.address, destination.report(self.room)))
+            effects.append(Send(destination.address, self.report(destination)))
             if session := self._shared.sessions.get(destination.session_id):
                 session.end_offer(self.room, set(blocks).difference(destination.blocks))
                 if destination.finished:
@@ -383,10 +472,15 @@ class EncodeRoom:
         if self.status is not before:
             effects.append(StatusChanged(self.room, self.status))
         if self.is_over:
-            answered = frozenset(destination.last_offer for destination in self.destinations.values())
+            answered = {known.last_offer: self.items.held(known.decided) for known in self.destinations.values()}
             self._shared.ended.succeed(self.room, now, self._known_total(), answered)
             return effects + self._close()
         return effects + self.advance(now)
+
+    def report(self, destination: Destination) -> StatusReport:
+        """What the offer that it has used up last is answered with, each time that it comes."""
+        status = Status.SUCCESS if destination.finished else Status.TRANSFERRING
+        return StatusReport(self.room, status, rows=destination.sent, held=self.items.held(destination.decided))
 
     # ---- the end
 
@@ -416,7 +510,7 @@ class EncodeRoom:
             if session := shared.sessions.get(destination.session_id):
                 session.end_offer(self.room, destination.offered_blocks)
                 session.leave(self.room)
-        self._unbind_queued()
+        self._unbind_others()
         shared.pool.give_back(self.blocks, self.room)
         effects: list[EncodeEffect] = [DropRows(self.room)] if self.total is not None else []
         for session_id, address in self.unacknowledged.items():
@@ -447,6 +541,11 @@ class EncodeRoom:
             return Failure(INTERNAL, f"the encoder had no rows for room {room} within {waiting}")
         if self.under_way is not None:
             return Failure(BAD_GATEWAY, f"a write of room {room} did not end within {waiting}")
+        if self._waits_for_rows:
+            text = (
+                f"the encoder made no more rows of room {room} within {waiting}: {self.ready} of {self.total} are there"
+            )
+            return Failure(INTERNAL, text)
         if self.can_start_chunk:
             return Failure(UNAVAILABLE, f"no source blocks for room {room} within {waiting}")
         text = f"the language side offered no blocks for more rows of room {room} within {waiting}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
@@ -11,6 +11,7 @@ from embedding_relay.protocol.encode.admission import Admission
 from embedding_relay.protocol.encode.room import EncodeRoom, Shared
 from embedding_relay.protocol.encode.sessions import Session, Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
+from embedding_relay.protocol.ended import EndedRooms, Ending
 from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     CLIENT_GONE,
@@ -25,6 +26,8 @@ from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
     Handshake,
+    Have,
+    Item,
     Ping,
     Pong,
     Queued,
@@ -35,7 +38,7 @@ from embedding_relay.protocol.messages import (
     flaw_of_room,
     rank_of_room,
 )
-from embedding_relay.protocol.status import EndedRooms, Ending, Status
+from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Alarms, Timing
 
 
@@ -77,24 +80,36 @@ class EncodeSide:
 
     # ---- from this instance
 
-    def expect(self, room: int, now: float) -> list[EncodeEffect]:
-        """Our half of the request arrived. Repeated for a room that is over, it says how the room ended."""
+    def expect(self, room: int, now: float, items: Sequence[Item] = ()) -> list[EncodeEffect]:
+        """Our half of the request arrived, and these are the items of its prompt. Repeated for a room that is over, it
+        says how the room ended.
+        """
         if flaw := flaw_of_room(room):
             self._shared.counts.failures[flaw.code] += 1
             return [StatusChanged(room, Status.FAILED, flaw)]
         if ending := self._shared.ended.get(room):
             return [StatusChanged(room, ending.status, ending.failure)]
         known = self._room(room, now)
-        known.expect(now)
-        return [*known.advance(now), *self._serve_queue()]
+        return [*known.expect(now, items), *known.advance(now), *self._serve_queue()]
 
-    def submit(self, room: int, total_rows: int, now: float) -> list[EncodeEffect]:
-        """The tower has run: the rows exist, and the transport can stage them until it is told to drop them."""
+    def submit(
+        self, room: int, total_rows: int, now: float, absent: Iterable[int] = (), ready: int | None = None
+    ) -> list[EncodeEffect]:
+        """The tower has run: the rows exist, and the transport can stage them until it is told to drop them.
+
+        `ready`: only those before this row do, so far. `absent`: items of which no row is ever made. `HeldByAll` has
+        said that they need not be.
+        """
         if total_rows < 1:
             raise LocalError(f"room {room} with {total_rows} rows")
         if flaw_of_room(room) or (self._rooms.get(room) is None and self._shared.ended.get(room)):
             return [DropRows(room)]
-        return [*self._room(room, now).submit(total_rows, now), *self._serve_queue()]
+        return [*self._room(room, now).submit(total_rows, absent, ready, now), *self._serve_queue()]
+
+    def more_rows(self, room: int, ready: int, now: float, absent: Iterable[int] = ()) -> list[EncodeEffect]:
+        """Every row before `ready` exists now, but for those of the items that are absent."""
+        known = self._rooms.get(room)
+        return [*known.more_rows(ready, absent, now), *self._serve_queue()] if known else [DropRows(room)]
 
     def refuse(self, room: int, failure: Failure, now: float) -> list[EncodeEffect]:
         """Our half failed or was dropped: the language side is told now, or when it asks."""
@@ -145,6 +160,8 @@ class EncodeSide:
             return [Send(message.address, Pong(self._instance, message.instance), to_stranger=is_stranger)]
         if isinstance(message, Abort):
             return self._abort(message, now)
+        if isinstance(message, Have):
+            return self._take_have(message, session, now)
         if (whose := rank_of_room(message.room, self._ranks)) != self._rank:
             text = f"room {message.room} is at rank {whose} of this encode instance, and rank {self._rank} was asked"
             return self._turn_away(message, BAD_GATEWAY, text)
@@ -158,6 +175,16 @@ class EncodeSide:
         if isinstance(message, Queued):
             return self._take_queued(message, session, now)
         return self._take_offer(message, session, now)
+
+    def _take_have(self, message: Have, session: Session | None, now: float) -> list[EncodeEffect]:
+        """No answer, whatever becomes of it: who promises has offered blocks too, or will."""
+        known = self._rooms.get(message.room)
+        is_elsewhere = rank_of_room(message.room, self._ranks) != self._rank
+        is_for_others = known is not None and known.is_complete and message.session_id not in known.destinations
+        if session is None or session.refusal or is_elsewhere or is_for_others or self._shared.ended.get(message.room):
+            self._count(Event.PROMISE_IGNORED)
+            return []
+        return [*self._room(message.room, now).take_have(message, session, now), *self._end_too_many_unexpected(now)]
 
     def _take_queued(self, message: Queued, session: Session, now: float) -> list[EncodeEffect]:
         """The first message about a room whose init will be late."""
@@ -178,9 +205,9 @@ class EncodeSide:
         destination = known.destinations.get(info.session_id) if known else None
         if info.is_resume and destination is None:
             return self._turn_away(info, BAD_GATEWAY, f"room {info.room} is not under way at this encode instance")
-        if destination is not None and destination.has_answered(info):
+        if known is not None and destination is not None and destination.has_answered(info):
             self._count(Event.REPORT_REPEATED)
-            return [Send(destination.address, destination.report(info.room))]
+            return [Send(destination.address, known.report(destination))]
         if known is not None and not known.waits_for(info):
             self._count(Event.RESUME_IGNORED if info.is_resume else Event.INIT_REPEATED)
             return []
@@ -207,7 +234,8 @@ class EncodeSide:
     def _answer_for_ended(self, message: TransferEmbeddingInfo | Queued, ending: Ending) -> list[EncodeEffect]:
         if isinstance(message, TransferEmbeddingInfo) and message.identity in ending.answered:
             self._count(Event.REPORT_REPEATED)
-            report = StatusReport(message.room, ending.status, rows=ending.rows)
+            held = ending.answered[message.identity]
+            report = StatusReport(message.room, ending.status, rows=ending.rows, held=held)
             return [Send(message.address, report, to_stranger=True)]
         self._count(Event.OFFER_FOR_ENDED_ROOM)
         if ending.failure is not None:

@@ -34,6 +34,7 @@ class Peer:
     address: Address | None = None
     instance: str = ""
     takes_offer_ahead: bool = False
+    takes_have: bool = False
     registered_with: tuple[Address, str] | None = None
     looking: bool = False
     """A lookup is under way; all requests share it."""
@@ -117,9 +118,8 @@ class Peers:
         peer.looking = True
         return [Resolve(peer.name)]
 
-    def resolved(self, peer: Peer, address: Address, instance: str, takes_offer_ahead: bool, now: float) -> None:
+    def resolved(self, peer: Peer, address: Address, instance: str, now: float) -> None:
         peer.looking = False
-        peer.takes_offer_ahead = takes_offer_ahead
         if (peer.address, peer.instance) != (address, instance):
             peer.announced.clear()
         if peer.instance != instance:

@@ -15,10 +15,12 @@ from embedding_relay.protocol.effects import (
     CopyOut,
     Deliver,
     LanguageEffect,
+    LookUp,
     Note,
     Send,
     StatusChanged,
 )
+from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.errors import (
     BAD_GATEWAY,
     BAD_REQUEST,
@@ -32,15 +34,19 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.language.peers import Peer, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
 from embedding_relay.protocol.messages import (
+    MAX_ITEMS,
     Abort,
     Address,
+    Have,
+    Item,
+    Manifest,
     Progress,
     Queued,
     Register,
     StatusReport,
     TransferEmbeddingInfo,
 )
-from embedding_relay.protocol.status import EndedRooms, Status, is_final, move
+from embedding_relay.protocol.status import Status, is_final, move
 from embedding_relay.protocol.timing import Alarms, Timing
 
 # In bytes. What a half hides (a round trip, and copying its end) must be more than what one more chunk costs.
@@ -105,10 +111,17 @@ class Offer(NamedTuple):
 class LanguageRoom:
     """From the queue through offers and copies to its end, and then to the proof that nothing more can land."""
 
-    def __init__(self, room: int, peer: Peer, wanted_rows: int, shared: Shared, now: float) -> None:
+    def __init__(
+        self, room: int, peer: Peer, wanted_rows: int, kept: Iterable[str], shared: Shared, now: float
+    ) -> None:
         self.room = room
         self.peer = peer
         self.wanted_rows = wanted_rows
+        self.kept = tuple(kept)
+        """Keys of items that may turn out to be in the prompt, and whose rows are kept here until the room is over."""
+        self.promised: dict[str, None] = {}
+        """Keys that the peer has been told of, in the order in which it was; it may leave out the rows of these."""
+        self.has_manifest = False
         self.status = Status.BOOTSTRAPPING
         self.address: Address | None = None
         """Where its messages go, once it has left the queue."""
@@ -162,7 +175,7 @@ class LanguageRoom:
     def move(self, wanted: Status) -> None:
         self.status = move(self.status, wanted)
 
-    def _send(self, message: Register | TransferEmbeddingInfo | Abort) -> Send:
+    def _send(self, message: Register | TransferEmbeddingInfo | Have | Abort) -> Send:
         if self.address is None:
             raise LocalError(f"room {self.room} has no peer yet")
         return Send(self.address, message)
@@ -212,6 +225,7 @@ class LanguageRoom:
         return [
             *self.peer.registration(shared.register),
             ClearAux(blocks[0]),
+            *self._promise(self.kept),
             *self._say(self.offers),
             StatusChanged(self.room, self.status),
         ]
@@ -279,6 +293,43 @@ class LanguageRoom:
                 row = offers[-1].end
         return tuple(offers)
 
+    # ---- items whose rows are kept here
+
+    def take_manifest(self, manifest: Manifest) -> list[LanguageEffect]:
+        if self.is_queued or self.has_manifest:
+            self._shared.counts.events[Event.STATUS_STALE] += 1
+            return []
+        self.has_manifest = True
+        return [LookUp(self.room, manifest.items)]
+
+    def holds(self, keys: Iterable[str]) -> list[LanguageEffect]:
+        """The rows of these are kept here until the room is over."""
+        return [] if self.is_queued or self.is_over else self._promise(keys)
+
+    def _promise(self, keys: Iterable[str]) -> list[LanguageEffect]:
+        """The first ones, if there are more than a prompt can have items; nothing if that is no news."""
+        if not self.peer.takes_have:
+            return []
+        news = [key for key in dict.fromkeys(keys) if key not in self.promised][: MAX_ITEMS - len(self.promised)]
+        self.promised.update(dict.fromkeys(news))
+        return self._say_promised() if news else []
+
+    def _say_promised(self) -> list[LanguageEffect]:
+        if not self.promised:
+            return []
+        register = self._shared.register
+        return [self._send(Have(self.room, register.address, register.session_id, tuple(self.promised)))]
+
+    def _flaw_of_held(self, held: Iterable[Item], rows: int) -> Failure | None:
+        for item in held:
+            if item.key not in self.promised:
+                problem = f"an item is said to be kept here that was not promised: {item.key}"
+                return Failure(BAD_GATEWAY, f"room {self.room}: {problem}")
+            if item.runs[-1][1] > rows:
+                problem = f"an item is said to end at row {item.runs[-1][1]}, and there are at most {rows} rows"
+                return Failure(BAD_GATEWAY, f"room {self.room}: {problem}")
+        return None
+
     # ---- what the encode side reports
 
     def take_report(self, report: StatusReport, now: float) -> list[LanguageEffect]:
@@ -287,7 +338,8 @@ class LanguageRoom:
         if self._is_stale(report):
             self._shared.counts.events[Event.STATUS_STALE] += 1
             return []
-        if failure := self._contradicts_the_offers(report):
+        rows = self.total or self._shared.max_rows
+        if failure := self._contradicts_the_offers(report) or self._flaw_of_held(report.held, rows):
             return self.fail(failure, now)
         effects: list[LanguageEffect] = []
         if report.status is Status.TRANSFERRING:
@@ -295,19 +347,25 @@ class LanguageRoom:
                 effects.append(StatusChanged(self.room, report.status))
             self.move(report.status)
         if self.copying is None:
-            effects.append(self._copy_out())
+            effects.append(self._copy_out(report))
         self.copying = report
         self._wait_for_copy(now)
         return effects
 
-    def _copy_out(self) -> CopyOut:
+    def _copy_out(self, report: StatusReport) -> CopyOut:
         self.rounds += 1
         offer = self.offers[0]
-        return CopyOut(self.room, offer.blocks, offer.first_row, offer.allocated, self._shared.max_rows)
+        held = tuple(item for item in report.held if item.overlaps(offer.first_row, offer.end))
+        return CopyOut(self.room, offer.blocks, offer.first_row, offer.allocated, self._shared.max_rows, held)
 
     def take_progress(self, progress: Progress) -> list[LanguageEffect]:
-        """Only a hint: what does not fit the offer that is out is ignored, and the report says what counts."""
+        """Only a hint: what does not fit the offer that is out is ignored, and the report says what counts.
+
+        Only the report says which rows were left out, so that none are copied ahead of it once something is promised.
+        """
         rows = progress.rows
+        if self.promised:
+            return []
         if self.is_queued or self.copying or not max(self.received, self.ahead) < rows < self.offers[0].end:
             self._shared.counts.events[Event.STATUS_STALE] += 1
             return []
@@ -356,7 +414,7 @@ class LanguageRoom:
         """The encode side has forgotten this session. With the same blocks it does not matter which init it takes."""
         register = self._shared.register
         if not self.is_queued:
-            return [self._send(register), *self._say(self.offers)]
+            return [self._send(register), *self._say_promised(), *self._say(self.offers)]
         if self.peer.address is None:
             return []  # it is announced again when the peer is found again
         return [Send(self.peer.address, register), Send(self.peer.address, self._queued_message())]
@@ -376,7 +434,7 @@ class LanguageRoom:
             return self._deliver(now)
         effects = self._resume(now)
         if report.rows is not None and report.rows > self.received:
-            effects.append(self._copy_out())
+            effects.append(self._copy_out(report))
             self.copying = report
             self._wait_for_copy(now)
         return effects
@@ -406,6 +464,8 @@ class LanguageRoom:
             return Failure(BAD_REQUEST, f"room {room} has {total} rows, more than the {most} that fit")
         if total < 1 or self.total not in (None, total):
             return Failure(BAD_GATEWAY, f"room {room} has {total} rows, and {self.total} were announced before")
+        if failure := self._flaw_of_held(report.held, total):
+            return failure
         if problem := self._problem_with_count(report, rows, total):
             return Failure(BAD_GATEWAY, f"room {room} does not add up: {problem}")
         return None
@@ -550,7 +610,7 @@ class LanguageRoom:
             self.introductions += 1
         again = self._say(self.offers) or [Send(address, self._queued_message())]
         self._shared.counts.events[Event.OFFER_REPEATED] += len(again)
-        return again
+        return again if self.is_queued else [*self._say_promised(), *again]
 
     def _repeat_abort(self, now: float) -> list[LanguageEffect]:
         if now >= self._deadline:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from embedding_relay.protocol.blocks import BlockPool
 from embedding_relay.protocol.counts import Counts, Event
 from embedding_relay.protocol.effects import LanguageEffect, Note, Send, StatusChanged
+from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
 from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
@@ -12,6 +15,7 @@ from embedding_relay.protocol.language.room import SMALLEST_HALF, LanguageRoom, 
 from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -19,7 +23,7 @@ from embedding_relay.protocol.messages import (
     ToLanguage,
     flaw_of_room,
 )
-from embedding_relay.protocol.status import EndedRooms, Status
+from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Alarms, Timing
 
 
@@ -58,8 +62,13 @@ class LanguageSide:
 
     # ---- from this instance
 
-    def request(self, room: int, peer: str, now: float, *, hint_rows: int | None = None) -> list[LanguageEffect]:
-        """Get the rows of a room from the encode instance whose registry is at `peer`."""
+    def request(
+        self, room: int, peer: str, now: float, *, hint_rows: int | None = None, held: Iterable[str] = ()
+    ) -> list[LanguageEffect]:
+        """Get the rows of a room from the encode instance whose registry is at `peer`.
+
+        `held`: keys of items that it may have, whose rows are here and are kept until the room is over.
+        """
         shared, known = self._shared, self._rooms.get(room)
         if flaw := flaw_of_room(room):
             shared.counts.failures[flaw.code] += 1
@@ -72,10 +81,15 @@ class LanguageSide:
             return [StatusChanged(room, Status.FAILED, Failure(CONFLICT, f"room {room} was used before"))]
         wanted = hint_rows or shared.reservation.rows(len(self._rooms) + 1)
         source = self._peers.for_new_room(peer, now)
-        LanguageRoom(room, source, max(1, min(wanted, shared.max_rows)), shared, now)
+        LanguageRoom(room, source, max(1, min(wanted, shared.max_rows)), held, shared, now)
         if source.address is None:
             return self._peers.look_up(source)
         return [*self._serve_queue(now), *self._announce(source, now)]
+
+    def holds(self, room: int, keys: Iterable[str], now: float) -> list[LanguageEffect]:
+        """The answer to `LookUp`: the rows of these items are here, and are kept until the room is over."""
+        known = self._rooms.get(room)
+        return known.holds(keys) if known else []
 
     def cancel(self, room: int, now: float, failure: Failure | None = None) -> list[LanguageEffect]:
         known = self._rooms.get(room)
@@ -151,13 +165,21 @@ class LanguageSide:
     # ---- about peers
 
     def peer_resolved(
-        self, peer: str, address: Address, instance: str, now: float, *, takes_offer_ahead: bool = False
+        self,
+        peer: str,
+        address: Address,
+        instance: str,
+        now: float,
+        *,
+        takes_offer_ahead: bool = False,
+        takes_have: bool = False,
     ) -> list[LanguageEffect]:
-        """`takes_offer_ahead`: so says its handshake."""
+        """What it takes is what its handshake says."""
         source = self._peers.get(peer)
         if source is None:
             return []
-        self._peers.resolved(source, address, instance, takes_offer_ahead, now)
+        source.takes_offer_ahead, source.takes_have = takes_offer_ahead, takes_have
+        self._peers.resolved(source, address, instance, now)
         effects: list[LanguageEffect] = []
         for number in sorted(source.untold):
             effects += self._rooms[number].tell(address, now)
@@ -222,6 +244,8 @@ class LanguageSide:
             effects = []
         elif isinstance(message, Progress):
             effects = room.take_progress(message)
+        elif isinstance(message, Manifest):
+            effects = room.take_manifest(message)
         else:
             effects = room.take_report(message, now)
         return [*effects, *self._serve_queue(now)]

@@ -8,8 +8,9 @@ from embedding_relay.protocol.effects import EncodeEffect, Send, TransferEmbeddi
 from embedding_relay.protocol.encode.room import Destination, EncodeRoom, Shared
 from embedding_relay.protocol.encode.sessions import Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
+from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.messages import Address, StatusReport, TransferEmbeddingInfo
-from embedding_relay.protocol.status import EndedRooms, Status
+from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Alarms, Timing
 from support.effort import effort, unhurried
 from support.protocol import handshake, only

@@ -25,6 +25,7 @@ from embedding_relay.protocol.encode.room import Shared as EncodeShared
 from embedding_relay.protocol.encode.sessions import Session, Sessions
 from embedding_relay.protocol.encode.side import EncodeSide
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
+from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, Peers
 from embedding_relay.protocol.language.reserve import PeerShare
@@ -40,7 +41,7 @@ from embedding_relay.protocol.messages import (
     StatusReport,
     TransferEmbeddingInfo,
 )
-from embedding_relay.protocol.status import EndedRooms, Status
+from embedding_relay.protocol.status import Status
 from embedding_relay.testing.watch import Violation
 from embedding_relay.testing.world import World
 from support.effort import unhurried

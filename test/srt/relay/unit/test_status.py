@@ -2,6 +2,7 @@
 
 import pytest
 
+from embedding_relay.protocol.ended import EndedRooms, Ending
 from embedding_relay.protocol.errors import Failure, IllegalMove, not_registered
 from embedding_relay.protocol.messages import (
     Abort,
@@ -14,7 +15,7 @@ from embedding_relay.protocol.messages import (
     ToLanguage,
     TransferEmbeddingInfo,
 )
-from embedding_relay.protocol.status import LEGAL_MOVES, EndedRooms, Ending, Status, is_final, move
+from embedding_relay.protocol.status import LEGAL_MOVES, Status, is_final, move
 from embedding_relay.protocol.timing import Timing
 from embedding_relay.testing.nodes import EncodeNode, LanguageNode
 from embedding_relay.testing.world import World
