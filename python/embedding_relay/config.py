@@ -22,6 +22,7 @@ BLOCK_SIZE: Final = "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE"
 DEFAULT_ALLOCATE: Final = "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE"
 MAX_WAITING: Final = "SGLANG_EMBEDDING_MAX_WAITING_REQUESTS"
 MAX_IN_FLIGHT: Final = "SGLANG_EMBEDDING_MAX_IN_FLIGHT_MIB"
+ROW_CACHE: Final = "SGLANG_EMBEDDING_ROW_CACHE_BYTES"
 ADMISSION: Final = "SGLANG_EMBEDDING_ADMISSION_MIB"
 ADMISSION_TIMEOUT: Final = "SGLANG_EMBEDDING_ADMISSION_TIMEOUT"
 SECRET_FILE: Final = "SGLANG_EMBEDDING_SECRET_FILE"
@@ -29,6 +30,8 @@ FIRST_WORD_TIMEOUT: Final = "SGLANG_EMBEDDING_FIRST_WORD_TIMEOUT"
 ALLOWED_MEDIA_DIR: Final = "SGLANG_EMBEDDING_ALLOWED_MEDIA_DIR"
 PRIVATE_MEDIA_URLS: Final = "SGLANG_EMBEDDING_ALLOW_PRIVATE_MEDIA_URLS"
 DATA_PLANE: Final = "SGLANG_EMBEDDING_DATA_PLANE"
+PROGRESSIVE: Final = "SGLANG_EMBEDDING_PROGRESSIVE"
+PREFIX_PREFILL: Final = "SGLANG_EMBEDDING_PREFIX_PREFILL"
 UNTESTED_SGLANG: Final = "SGLANG_EMBEDDING_ALLOW_UNTESTED_SGLANG"
 TRACE_EVENTS: Final = "SGLANG_EMBEDDING_TRACE_EVENTS"
 
@@ -52,6 +55,7 @@ DATA_PLANES: Final = (AUTO, MOONCAKE, SHARED_MEMORY)
 _PREFIX: Final = "SGLANG_EMBEDDING_"
 # Block indices and row counts travel as int32.
 _LARGEST: Final = 2**31 - 1
+_MOST_BYTES: Final = 2**48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,8 @@ class RelayConfig:
     """Requests whose rows are awaited, or awaited by others; one more is answered 503 at once."""
     max_in_flight_mib: int = 4096
     """Rows that the encode side has made and not yet written to their readers; beyond it the tower waits."""
+    row_cache_bytes: int | None = None
+    """Of rows that a language rank keeps for pictures that come again; None is a part of what is free, 0 keeps none."""
     admission_mib: int | None = None
     """What requests may take of this instance's host memory together; None is a part of what is free, 0 no limit."""
     admission_timeout: float = 60.0
@@ -74,6 +80,10 @@ class RelayConfig:
     waiting_timeout: float = 300.0
     heartbeat_interval: float = 5.0
     heartbeat_max_failures: int = 2
+    progressive: bool = False
+    """The encode side sends a request's rows as they are made, item by item."""
+    prefix_prefill: bool = False
+    """The language side begins to compute with the rows of a prompt that are here, while others are on their way."""
     write_timeout: float = WRITE_TIMEOUT
     """For how long nothing of a write may be confirmed; set by Mooncake's own variable."""
     transport: str | None = None
@@ -100,6 +110,7 @@ class RelayConfig:
             default_allocate_tokens=reader.count_or_auto(DEFAULT_ALLOCATE, cls.default_allocate_tokens),
             max_waiting_requests=reader.count(MAX_WAITING, cls.max_waiting_requests),
             max_in_flight_mib=reader.count(MAX_IN_FLIGHT, cls.max_in_flight_mib),
+            row_cache_bytes=reader.bytes_or_auto(ROW_CACHE, cls.row_cache_bytes),
             admission_mib=reader.count_or_auto(ADMISSION, cls.admission_mib, least=0),
             admission_timeout=reader.seconds(ADMISSION_TIMEOUT, cls.admission_timeout),
             bootstrap_timeout=reader.count(BOOTSTRAP_TIMEOUT, int(cls.bootstrap_timeout)),
@@ -111,7 +122,9 @@ class RelayConfig:
             transport=reader.transport(),
             data_plane=reader.data_plane(),
             allowed_media_dir=reader.directory(ALLOWED_MEDIA_DIR),
-            private_media_urls=reader.flag(PRIVATE_MEDIA_URLS),
+            private_media_urls=reader.flag(PRIVATE_MEDIA_URLS, cls.private_media_urls),
+            progressive=reader.flag(PROGRESSIVE, cls.progressive),
+            prefix_prefill=reader.flag(PREFIX_PREFILL, cls.prefix_prefill),
             keys=reader.keys(),
             allowed_hosts=reader.allowed_hosts(),
             trace_events=reader.count_or_zero(TRACE_EVENTS, cls.trace_events),
@@ -185,6 +198,16 @@ class _Reader:
             number = "a positive integer" if least else "a positive integer, 0"
             raise SettingError(f"{name} must be {number} or `auto`, not {_shown(text)}") from None
 
+    def bytes_or_auto(self, name: str, default: int | None) -> int | None:
+        text = self._text(name)
+        if text.lower() == "auto":
+            return None
+        if not text:
+            return default
+        if not (text.isascii() and text.isdigit()) or len(text) > 15 or int(text) > _MOST_BYTES:
+            raise SettingError(f"{name} must be a number of bytes, 0 for none or `auto`, not {_shown(text)}")
+        return int(text)
+
     def seconds(self, name: str, default: float) -> float:
         text = self._text(name)
         if not text:
@@ -211,11 +234,11 @@ class _Reader:
             raise SettingError(f"{DATA_PLANE} must be one of {', '.join(DATA_PLANES)}, not {_shown(text)}")
         return text or AUTO
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, default: bool) -> bool:
         text = self._text(name).lower()
         if text not in ("", "0", "1", "false", "true"):
             raise SettingError(f"{name} must be 1 or 0, not {_shown(text)}")
-        return text in ("1", "true")
+        return text in ("1", "true") if text else default
 
     def directory(self, name: str) -> Path | None:
         text = self._text(name)

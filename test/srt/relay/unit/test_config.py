@@ -103,6 +103,20 @@ def test_every_setting_is_read() -> None:
     assert (timing.bootstrap, timing.first_word, timing.waiting, timing.silence) == (30, 2.5, 60, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", None), ("auto", None), (" AUTO ", None), ("0", 0), ("4294967296", 2**32), (str(2**48), 2**48)],
+)
+def test_the_row_cache_takes_any_number_of_bytes(text: str, size: int | None) -> None:
+    assert RelayConfig.from_environment({config.ROW_CACHE: text}).row_cache_bytes == size
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "4G", "much", str(2**48 + 1), "9" * 400, "٤"])
+def test_what_is_no_number_of_bytes_is_refused_by_name(text: str) -> None:
+    with pytest.raises(SettingError, match=f"^{config.ROW_CACHE} must be a number of bytes, 0 for none or `auto`, not"):
+        RelayConfig.from_environment({config.ROW_CACHE: text})
+
+
 @pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])
 def test_the_first_allocation_may_be_learned(text: str) -> None:
     assert RelayConfig.from_environment({config.DEFAULT_ALLOCATE: text}).default_allocate_tokens is None
