@@ -79,6 +79,11 @@ class MooncakeEmbeddingSender(RoomEnd):
         if self._is_ours:
             self._manager.send_embedding(self.room, source)
 
+    def more_rows(self, source: SourceRows) -> None:
+        """More rows are there than were sent: `source` has all so far, those that were sent among them."""
+        if self._is_ours:
+            self._manager.more_rows(self.room, source)
+
     def refuse(self, failure: Failure) -> None:
         """No rows will come: the language side hears it at once, or as soon as it asks."""
         if self._is_ours:
@@ -107,6 +112,8 @@ class NoTransfer:
     def expect(self, sender: MooncakeEmbeddingSender) -> None: ...
 
     def send_embedding(self, room: int, source: SourceRows) -> None: ...
+
+    def more_rows(self, room: int, source: SourceRows) -> None: ...
 
     def refuse(self, room: int, failure: Failure) -> None: ...
 
@@ -191,6 +198,10 @@ class EncodeManager(MooncakeEmbeddingManager):
         source.check(self.layout)
         self._loop.post(functools.partial(self._submit, room, source))
 
+    def more_rows(self, room: int, source: SourceRows) -> None:
+        source.check(self.layout)
+        self._loop.post(functools.partial(self._more_rows, room, source))
+
     def refuse(self, room: int, failure: Failure) -> None:
         self._loop.post(lambda now: self._run(self._core.refuse(room, failure, now), now))
 
@@ -239,6 +250,15 @@ class EncodeManager(MooncakeEmbeddingManager):
             sender.submitted_at, sender.rows = now, source.total
         absent = tuple(number for number, _ in source.absent)
         self._run(self._core.submit(room, source.total, now, absent, source.made), now)
+
+    def _more_rows(self, room: int, source: SourceRows, now: float) -> None:
+        """A step that is under way reads the source that it began with."""
+        if room not in self._sources:
+            return  # it is over
+        self._sources[room] = source
+        absent = tuple(number for number, _ in source.absent)
+        ready = source.total if source.made is None else source.made
+        self._run(self._core.more_rows(room, ready, now, absent), now)
 
     def _note_offer(self, info: TransferEmbeddingInfo, now: float) -> None:
         """Of several language ranks the first to ask counts; and nobody fills the record of a room by asking again."""

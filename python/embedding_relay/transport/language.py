@@ -303,6 +303,8 @@ class LanguageManager(MooncakeEmbeddingManager):
         """Rows `[first, stop)` but for those that were copied before."""
         copied = self._buffers.copy_out(target, blocks, first, stop - first, receiver.copied)
         receiver.copied = max(receiver.copied, stop)
+        if self.config.prefix_prefill and stop < target.total:
+            self._board.touch(receiver.room)
         if target.flaw is None:
             receiver.bytes += copied
             self._bytes += copied

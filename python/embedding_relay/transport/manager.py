@@ -109,6 +109,14 @@ class StatusBoard:
             self._changed[room] = None
         self.wakeup.set()
 
+    def touch(self, room: int) -> None:
+        """Something else of a room has changed that the scheduler looks at."""
+        with self._lock:
+            if room not in self._ends:
+                return
+            self._changed[room] = None
+        self.wakeup.set()
+
     def status(self, room: int) -> Status | None:
         end = self._ends.get(room)
         return end.poll() if end else None
