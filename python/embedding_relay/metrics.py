@@ -31,6 +31,8 @@ class Metric(NamedTuple):
     modes: tuple[str, ...] = BOTH
     label: str = ""
     buckets: tuple[float, ...] = ()
+    in_http: bool = False
+    """Of an HTTP process; all others are a scheduler's."""
 
 
 def _gauge(name: str, source: str, about: str, *modes: str) -> Metric:
@@ -60,7 +62,46 @@ EVENTS: Final = _counter(
     "events_total", "events by name", "What a healthy pair rarely meets, by name: see below.", label="event"
 )
 
+CLASS: Final = "class"
+ADMISSION: Final = (
+    Metric(
+        "gauge",
+        "admission_bytes",
+        "taken",
+        "What the requests that were let in cost of the host's memory: `small` and `large` ones with media (encode),"
+        " and the `body` of each.",
+        label=CLASS,
+        in_http=True,
+    ),
+    Metric(
+        "gauge",
+        "admission_waiting",
+        "waiting",
+        "Requests that wait for memory that others have.",
+        label=CLASS,
+        in_http=True,
+    ),
+    Metric(
+        "counter",
+        "admission_refused_total",
+        "refused",
+        "Requests that were refused because of what they cost: 503, or 413 if they could never be let in.",
+        label=CLASS,
+        in_http=True,
+    ),
+    Metric(
+        "histogram",
+        "admission_wait_seconds",
+        "waited",
+        "How long those that were let in have waited for it.",
+        label=CLASS,
+        buckets=_SECONDS,
+        in_http=True,
+    ),
+)
+
 METRICS: Final = (
+    *ADMISSION,
     _gauge("pool_blocks", "blocks", "Blocks of the pool."),
     _gauge("free_blocks", "blocks_free", "Blocks that nobody has."),
     _gauge("leased_blocks", "blocks_leased", "Blocks that rooms have."),
@@ -172,7 +213,7 @@ class RelayMetrics:
         self._seen: dict[str | Event | int, float] = {}
         where = registry or prometheus.REGISTRY
         for metric in METRICS:
-            if mode not in metric.modes:
+            if mode not in metric.modes or metric.in_http:
                 continue
             names = [*self._labels, *([metric.label] if metric.label else [])]
             about = (PREFIX + metric.name, metric.about, names)
@@ -222,6 +263,41 @@ class RelayMetrics:
 
     def _ended(self, code: int) -> Any:
         return self._counters[REQUESTS.source].labels(**self._labels, status_code=code)
+
+
+class AdmissionMetrics:
+    """Of one HTTP process: `taken` and `waiting` are those of all HTTP processes of the instance together."""
+
+    def __init__(self, mode: str, labels: Mapping[str, Any], registry: CollectorRegistry | None = None) -> None:
+        import prometheus_client as prometheus
+
+        self._labels = {**labels, "mode": mode}
+        self._by_source: dict[str, Any] = {}
+        where, names = registry or prometheus.REGISTRY, [*self._labels, CLASS]
+        for metric in ADMISSION:
+            about = (PREFIX + metric.name, metric.about, names)
+            match metric.kind:
+                case "gauge":
+                    made: Any = prometheus.Gauge(*about, registry=where, multiprocess_mode="livesum")
+                case "counter":
+                    made = prometheus.Counter(*about, registry=where)
+                case _:
+                    made = prometheus.Histogram(*about, registry=where, buckets=metric.buckets)
+            self._by_source[metric.source] = made
+
+    def let_in(self, name: str, waited: float) -> None:
+        """`name`: the class of the request."""
+        self._of("waited", name).observe(waited)
+
+    def refused(self, name: str) -> None:
+        self._of("refused", name).inc()
+
+    def stands(self, name: str, taken: int, waiting: int) -> None:
+        self._of("taken", name).set(taken)
+        self._of("waiting", name).set(waiting)
+
+    def _of(self, source: str, name: str) -> Any:
+        return self._by_source[source].labels(**self._labels, **{CLASS: name})
 
 
 # ---- the page about them

@@ -115,6 +115,23 @@ def test_the_log_line_and_the_metrics_have_one_source() -> None:
     assert str(summary) == "rows=1058 rounds=9 bytes=558208 wait_ms=3.9 transfer_ms=5716.0"
 
 
+def test_what_requests_cost_is_told_by_their_class_and_by_the_http_process_only() -> None:
+    registry = CollectorRegistry()
+    admission = metrics.AdmissionMetrics("encode", {"model_name": "m"}, registry)
+    admission.stands("large", 5000, 2)
+    admission.stands("small", 10, 0)
+    admission.let_in("large", 0.2)
+    admission.refused("large")
+
+    def value(name: str, size: str) -> float | None:
+        return registry.get_sample_value(metrics.PREFIX + name, {"model_name": "m", "mode": "encode", "class": size})
+
+    found = [value(f"admission_{name}", "large") for name in ("bytes", "waiting", "refused_total", "wait_seconds_sum")]
+    assert found == [5000, 2, 1, 0.2]
+    assert (value("admission_bytes", "small"), value("admission_refused_total", "small")) == (10, None)
+    assert Served("encode").value("admission_bytes", **{"class": "large"}) is None
+
+
 # ---- complete
 
 

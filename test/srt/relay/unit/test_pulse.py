@@ -9,11 +9,12 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import SettingError
-from embedding_relay.pulse import Pulse, SchedulerWatch, socket_name
+from embedding_relay.pulse import MOST_ROOMS, Condition, Pulse, SchedulerWatch, socket_name
 
 QUICK = RelayConfig(heartbeat_interval=0.1, heartbeat_max_failures=2, waiting_timeout=1)
 SILENCE = QUICK.timing.silence
@@ -195,3 +196,32 @@ def test_nothing_is_left() -> None:
     scheduler.pulse.close()
     scheduler.pulse.close()
     assert (set(threading.enumerate()), len(os.listdir("/proc/self/fd"))) == before
+
+
+# ---- rooms that the other half waits for
+
+
+def test_the_scheduler_says_for_which_rooms_blocks_are_offered(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        heard: list[int] = []
+        scheduler.pulse.is_offered = lambda room: room % 2 == 1
+        front = Front(scheduler.name)
+        front.watch.on_offered = heard.extend
+        rooms = [2**63 - 1 - number for number in range(2 * MOST_ROOMS)]
+        front.watch.ask_offered(rooms)
+        while not heard:
+            await asyncio.sleep(0.001)
+        assert heard == [room for room in rooms[:MOST_ROOMS] if room % 2 == 1]
+        assert front.troubles == []
+        front.watch.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), LATE))
+
+
+@pytest.mark.parametrize("question", [b"", b"[", b'["a"]', b"{}", b"[1.5]", b"\xff"])
+def test_a_question_that_nobody_understands_is_one_about_its_health(scheduler: Scheduler, question: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asker:
+        asker.settimeout(LATE)
+        asker.bind("")
+        asker.sendto(question, scheduler.name)
+        assert msgspec.json.decode(asker.recv(4096), type=Condition).offered == ()

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from embedding_relay.config import RelayConfig
 from embedding_relay.protocol.errors import BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.pulse import SchedulerWatch, socket_name
-from sglang.srt.disaggregation.multimodal import dp_ranks, modes, tracing
+from sglang.srt.disaggregation.multimodal import admitting, dp_ranks, modes, tracing
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,10 @@ async def _generate_watched(
     with contextlib.ExitStack() as waiting:
         for watch in watches:
             waiting.enter_context(watch.a_request_waits())
-        async with contextlib.aclosing(original(manager, obj, request)) as answers:
+        async with (
+            admitting.admitted(manager, obj, request, _rooms(obj)),
+            contextlib.aclosing(original(manager, obj, request)) as answers,
+        ):
             async for answer in answers:
                 yield answer
 

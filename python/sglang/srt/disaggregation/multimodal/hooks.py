@@ -146,11 +146,12 @@ def restore_prompt_limits(_result: Any, scheduler: Any) -> None:
 # ---- tokenizer manager
 
 
-def offer_trace(_result: Any, manager: Any, *_: Any, **__: Any) -> None:
+def begin_http_process(_result: Any, manager: Any, *_: Any, **__: Any) -> None:
     if modes.current() is not None:
-        from sglang.srt.disaggregation.multimodal import tracing
+        from sglang.srt.disaggregation.multimodal import admitting, tracing
 
         tracing.start(manager)
+        admitting.start(manager)
 
 
 def generate(original: Original, manager: Any, obj: Any, request: Any = None) -> Any:
@@ -396,7 +397,7 @@ HOOKS: Final = (
     ),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", load_one_half, HookType.AROUND),
     Hook("sglang.srt.model_loader.loader._initialize_model", build_one_half, HookType.AROUND),
-    Hook(f"{_TOKENIZER_MANAGER}.__init__", offer_trace, HookType.AFTER),
+    Hook(f"{_TOKENIZER_MANAGER}.__init__", begin_http_process, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}.generate_request", generate, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._mark_state_dispatched", note_dispatched, HookType.AFTER),
     Hook(f"{_TOKENIZER_MANAGER}._handle_abort_req", hear_of_abort, HookType.AROUND),

@@ -36,6 +36,12 @@ def check_rows(inputs: Any, config: Any) -> None:
             item.precomputed_embeddings = given.reshape(tokens, -1).to(config.dtype)
 
 
+def row_bytes(item: Any, config: Any) -> int:
+    """What the rows of this item take that its tower will make."""
+    tokens = sum(end - start + 1 for start, end in item.offsets or ())
+    return int(tokens * _width(config, item) * config.dtype.itemsize)
+
+
 def _width(config: Any, item: Any) -> int:
     """Of a row: with the features of inner layers of the vision tower, if the model takes those."""
     whole = config.hf_config

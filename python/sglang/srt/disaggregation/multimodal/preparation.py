@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from embedding_relay.config import RelayConfig
 from embedding_relay.media_sources import MediaSources
-from sglang.srt.disaggregation.multimodal import faults, forwarding, modes, precomputed, request_notes
+from sglang.srt.disaggregation.multimodal import admitting, faults, forwarding, modes, precomputed, request_notes
 from sglang.srt.disaggregation.multimodal.request_notes import Note
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
@@ -37,6 +37,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
                 setattr(obj, field, await asyncio.to_thread(_sources().accepted, media))
         tokenized = await original(manager, obj)
         precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
+        admitting.note_prepared(tokenized.mm_inputs, manager.model_config)
         return tokenized
     except Exception as error:
         raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
