@@ -12,6 +12,9 @@ from embedding_relay.batch.session.records import Counts, Session
 
 # What stands before the bar. On 80 columns it leaves room for the count, the time and a short bar.
 LONGEST: Final = 14
+# After so long without trouble, trouble is new: in seconds, and as a part of the time after which it gives up.
+QUIET_SECONDS: Final = 5.0
+QUIET_PART: Final = 0.1
 FORMAT: Final = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -29,6 +32,7 @@ class Progress:
         self._told = ""
         self._finished = 0
         self._troubled_since: float | None = None
+        self._quiet_since: float | None = None
         self.given_up = ""  # why, once it has lasted too long
 
     def __enter__(self) -> Progress:
@@ -73,6 +77,12 @@ class Progress:
     def _watch(self, counts: Counts) -> None:
         """How long there has been trouble and no row has come to its end. A moment of hope is no end of it."""
         now, finished = self._clock(), counts.done + counts.failed
+        if not counts.waiting:
+            self._quiet_since = now if self._quiet_since is None else self._quiet_since
+        elif self._quiet_since is not None:
+            if now - self._quiet_since > max(QUIET_SECONDS, QUIET_PART * (self._give_up_after or 0.0)):
+                self._troubled_since = None
+            self._quiet_since = None
         if finished != self._finished:
             self._finished, self._troubled_since = finished, None
         if not counts.waiting:

@@ -84,6 +84,27 @@ def test_it_gives_up_when_told_to(screen: io.StringIO) -> None:
         assert progress.given_up == f"gave up after 60 s: {AWAY.partition(';')[0]}"
 
 
+@pytest.mark.parametrize(("give_up_after", "quiet"), [(20, 5.0), (600, 60.0)])
+def test_trouble_after_a_quiet_time_is_new_trouble(screen: io.StringIO, give_up_after: float, quiet: float) -> None:
+    """Rows may take longer to answer than it waits: then none has ended between two troubles of a moment."""
+    now = 0.0
+    with Progress(TOTAL, give_up_after=give_up_after, clock=lambda: now) as progress:
+        for _ in range(3):
+            progress.show(away())
+            now += 0.5 * give_up_after
+            progress.show(session(Counts(running=4)))
+            now += quiet + 0.1
+            progress.show(session(Counts(running=4)))
+        progress.show(away())
+        now += give_up_after - 0.1
+        progress.show(away())
+        assert not progress.given_up
+        progress.show(session(Counts(running=4)))
+        now += 0.9 * quiet  # less is a moment of hope
+        progress.show(away())
+        assert progress.given_up
+
+
 def test_a_row_that_ended_begins_the_time_anew(screen: io.StringIO) -> None:
     now = 0.0
     with Progress(TOTAL, give_up_after=60, clock=lambda: now) as progress:
