@@ -91,8 +91,9 @@ def _fingerprint(workbook: Path, choices: Choices, asking: Asking, endpoint: str
 def _forget_old_runs(places: Path, keep_seconds: float) -> None:
     """There is no service here that would remove expired sessions."""
     for place in places.glob("*"):
-        if time.time() - place.stat().st_mtime > keep_seconds:
-            shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another command has removed it meanwhile
+            if time.time() - place.stat().st_mtime > keep_seconds:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,20 @@ def test_an_error_of_others_is_one_line_of_ours(
     assert capsys.readouterr().err == f"sglang-relay batch run: {says.format(log=log)}\n"
     assert log.exists() is isinstance(error, KeyError)
     assert not log.exists() or "inside of a library" in log.read_text()
+
+
+def test_old_runs_that_another_command_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both commands have listed the same folders; while this one removes the first, the other removes all of them."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "young").mkdir()
+    real = shutil.rmtree
+
+    def remove_all_that_is_old(_path: Path, ignore_errors: bool) -> None:
+        for name in ("a", "b", "c"):
+            real(tmp_path / name, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_all_that_is_old)
+    terminal._forget_old_runs(tmp_path, 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["young"]
