@@ -60,6 +60,7 @@ class Execution:
         self._taken_at = time.monotonic()
         self._heavy = heavy
         self._one_keeps = threading.Lock()
+        self._kept = 0  # bytes of this attempt's results that are in the object store
         self._attempt = 0
 
     async def run(self) -> None:
@@ -158,7 +159,7 @@ class Execution:
 
     def _keep_results(self) -> None:
         with self._one_keeps:  # two at once would write pieces that begin at the same place
-            self._sessions.save(self._id, f"results.{self._attempt}.jsonl*")
+            self._kept = self._sessions.save_results(self._id, self._attempt, self._kept)
 
     def _counts(self, run: Run) -> Counts:
         if run.limit or run.paused:

@@ -135,6 +135,9 @@ class Folder:
     def _partial(self, attempt: int) -> Path:
         return self.path / f"tasks.{attempt}.part"
 
+    def results(self, attempt: int) -> Path:
+        return self.path / f"results.{attempt}.jsonl"
+
     # ---- the answered workbook
 
     @contextlib.contextmanager
@@ -186,7 +189,7 @@ class ResultWriter:
     """Appends for one attempt. A line is handed to the system in one piece, so a killed process loses none of them."""
 
     def __init__(self, folder: Path, attempt: int) -> None:
-        self._path = folder / f"results.{attempt}.jsonl"
+        self._path = Folder(folder).results(attempt)
         self._file: int | None = None
 
     def __enter__(self) -> ResultWriter:

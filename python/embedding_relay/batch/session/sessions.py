@@ -56,6 +56,13 @@ class Sessions:
         if self.mirror:
             self.mirror.keep(f"sessions/{session_id}", self.folder(session_id).path, patterns, verified)
 
+    def save_results(self, session_id: str, attempt: int, begin: int) -> int:
+        """What this attempt has recorded after its first `begin` bytes. Returns up to where it is saved."""
+        if not self.mirror:
+            return begin
+        path = self.folder(session_id).results(attempt)
+        return self.mirror.keep_results(f"sessions/{session_id}", path, begin)
+
     def remove_files(self, session_id: str) -> None:
         self.folder(session_id).remove()
         if self.mirror:

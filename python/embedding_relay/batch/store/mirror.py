@@ -1,8 +1,9 @@
 """The files of all sessions in an object store, for workers on machines that share no file system (`--files`).
 
-Each machine works on its own copies; what is there counts. Before files are read, those that this machine lacks are
-brought; after they were written, they are kept, and only then is it said that they are saved. No file changes once it
-is there, but for the results of a run, which grow: they are kept in pieces, each named by where it begins.
+Each machine works on its own copies; what is there counts. Before files are read, those that this machine lacks, or has
+in another size, are brought; after they were written, they are kept, and only then is it said that they are saved. No
+file changes once it is there, but for the results of a run, which grow: they are kept in pieces, each named by where it
+begins.
 """
 
 from __future__ import annotations
@@ -81,15 +82,15 @@ class Mirror:
     # ---- from there
 
     def bring(self, owner: str, folder: Path, patterns: Iterable[str]) -> None:
-        """What is there under these names, and not in `folder`."""
+        """What is there under these names, and not in `folder`, or in another size."""
         there = self.sizes(owner, patterns)
         pieces: dict[str, dict[int, int]] = {}
-        missing = list[str]()
+        missing = dict[str, int]()
         for name, size in there.items():
             if piece := PIECE.fullmatch(name):
                 pieces.setdefault(piece[1], {})[int(piece[2])] = size
-            elif not (folder / name).exists():
-                missing.append(name)
+            elif _size_here(folder / name) != size:
+                missing[name] = size
         self._fetch(owner, folder, missing)
         for name, begins in pieces.items():
             self._append(owner, folder / name, begins)
@@ -99,17 +100,36 @@ class Mirror:
         if not any("*" in pattern for pattern in patterns):
             return {name: size for name in patterns if (size := self._size(f"{prefix}{name}")) is not None}
         with _mapped():
-            found = self._fs.find(prefix, detail=True)
-        names = {path.lstrip("/").removeprefix(prefix.lstrip("/")): info["size"] for path, info in found.items()}
+            found = self._listed(prefix, [pattern.partition("/")[0] for pattern in patterns])
+        names = {path.lstrip("/").removeprefix(prefix.lstrip("/")): size for path, size in found.items()}
         return {name: size for name, size in names.items() if _is_one_of(name, patterns)}
+
+    def _listed(self, prefix: str, names: list[str]) -> dict[str, int]:
+        """What is there under these names. Folders of other names are not read: there can be thousands of pictures."""
+        found: dict[str, int] = {}
+        try:
+            entries = self._fs.ls(prefix.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return found
+        for entry in entries:
+            path = entry["name"].rstrip("/")
+            if not _is_one_of(path.rpartition("/")[2], names):
+                continue
+            if entry["type"] == "directory":
+                below = self._fs.find(path, detail=True)
+                found |= {one: int(info["size"]) for one, info in below.items()}
+            else:
+                found[path] = int(entry["size"])
+        return found
 
     def _size(self, path: str) -> int | None:
         with contextlib.suppress(FileNotFoundError), _mapped():
             return int(self._fs.info(path)["size"])
         return None
 
-    def _fetch(self, owner: str, folder: Path, names: list[str]) -> None:
+    def _fetch(self, owner: str, folder: Path, sizes: dict[str, int]) -> None:
         """Each beside its place first, so that a file that is there is a whole one."""
+        names = list(sizes)
         if not names:
             return
         mark = secrets.token_hex(4)
@@ -120,6 +140,9 @@ class Mirror:
             with _mapped():
                 places = [f"{self._base}/{owner}/{name}" for name in names]
                 self._fs.get(places, [str(path) for path in partial.values()])
+            for name, size in sizes.items():
+                if _size_here(partial[name]) != size:
+                    raise FilesAway(f"sent only a part of {name}")
             for name in sorted(names, key=_manifests_last):
                 partial[name].rename(folder / name)
         except FileNotFoundError:
@@ -148,13 +171,20 @@ class Mirror:
     # ---- to there
 
     def keep(self, owner: str, folder: Path, patterns: Iterable[str], verified: bool = False) -> None:
-        """What is in `folder` under these names, and not there. With `verified` it is read back from there."""
+        """What is in `folder` under these names, and not there, or in another size: an upload may have broken off.
+
+        With `verified` it is read back from there.
+        """
         patterns = list(patterns)
         there = self.sizes(owner, patterns)
         here = _files_in(folder, patterns)
         for name in filter(RESULTS.fullmatch, here):
-            self._keep_rest(owner, folder / name, there)
-        new = sorted((name for name in here if name not in there and not RESULTS.fullmatch(name)), key=_manifests_last)
+            pieces = [piece for piece in map(PIECE.fullmatch, there) if piece and piece[1] == name]
+            self.keep_results(
+                owner, folder / name, max((int(piece[2]) + there[piece[0]] for piece in pieces), default=0)
+            )
+        whole = [name for name in here if not RESULTS.fullmatch(name)]
+        new = sorted((name for name in whole if there.get(name) != _size_here(folder / name)), key=_manifests_last)
         # A manifest says that all other files are there, so it comes when they are.
         for group in (
             [name for name in new if not _manifests_last(name)],
@@ -168,7 +198,7 @@ class Mirror:
             return
         there = self.sizes(owner, patterns)
         for name in new:
-            if there.get(name) != (folder / name).stat().st_size or (verified and not self._same(owner, folder, name)):
+            if there.get(name) != _size_here(folder / name) or (verified and not self._same(owner, folder, name)):
                 raise NotWhatWasSaved(f"{folder / name} is not what was saved")
 
     def _same(self, owner: str, folder: Path, name: str) -> bool:
@@ -182,18 +212,21 @@ class Mirror:
                     return False
         return True
 
-    def _keep_rest(self, owner: str, path: Path, there: dict[str, int]) -> None:
-        """Whole lines only: what is behind the last one is still being written."""
-        ends = [
-            int(piece[2]) + there[name] for name in there if (piece := PIECE.fullmatch(name)) and piece[1] == path.name
-        ]
-        begin = max(ends, default=0)
+    def keep_results(self, owner: str, path: Path, begin: int) -> int:
+        """What has come after the first `begin` bytes, which are there; returns up to where it is there now.
+
+        Whole lines only: what is behind the last one is still being written. It lists nothing, so that it may be called
+        often.
+        """
+        if not path.exists():
+            return begin  # its session was deleted meanwhile
         with path.open("rb") as file:
             file.seek(begin)
             rest = file.read()
         if whole := rest[: rest.rfind(b"\n") + 1]:
             with _mapped():
                 self._fs.pipe_file(f"{self._base}/{owner}/{path.name}/{begin:015}", whole)
+        return begin + len(whole)
 
     # ---- away with it
 
@@ -217,6 +250,10 @@ class Mirror:
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _size_here(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _manifests_last(name: str) -> bool:

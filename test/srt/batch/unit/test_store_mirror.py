@@ -66,10 +66,102 @@ def test_what_one_machine_keeps_another_brings(mirror: Mirror, here: Path, tmp_p
 def test_only_what_was_asked_for_is_brought_and_what_is_here_stays(mirror: Mirror, here: Path, tmp_path: Path) -> None:
     written(here, source_csv=b"there", answers_1_csv=b"x", answers_2_csv=b"y")
     mirror.keep(ONE, here, EVERYTHING)
-    written(tmp_path / "other", source_csv=b"here already")
+    written(tmp_path / "other", source_csv=b"local")
     mirror.bring(ONE, tmp_path / "other", ["source.*", "answers.2.csv"])
-    assert content_of(tmp_path / "other") == {"source.csv": b"here already", "answers.2.csv": b"y"}
+    assert content_of(tmp_path / "other") == {"source.csv": b"local", "answers.2.csv": b"y"}
     assert mirror.sizes(ONE, ["answers.1.csv", "answers.3.csv"]) == {"answers.1.csv": 1}
+
+
+def test_what_is_here_in_another_size_is_brought_again(mirror: Mirror, here: Path, tmp_path: Path) -> None:
+    """A disk that was full, or somebody else, has left a part of it."""
+    written(here, source_csv=b"the whole file")
+    mirror.keep(ONE, here, EVERYTHING)
+    written(tmp_path, other__source_csv=b"the whole")
+    mirror.bring(ONE, tmp_path / "other", EVERYTHING)
+    assert content_of(tmp_path / "other") == {"source.csv": b"the whole file"}
+
+
+def test_an_upload_that_broke_off_is_made_again(mirror: Mirror, here: Path, there: Path) -> None:
+    """Where the place shows files before they are whole. Without it the rest would never be there."""
+    written(here, answers_1_csv=b"the whole file", answers_2_csv=b"whole")
+    written(there / ONE, answers_1_csv=b"the whole", answers_2_csv=b"whole")
+    mirror.keep(ONE, here, EVERYTHING, verified=True)
+    assert content_of(there / ONE) == {"answers.1.csv": b"the whole file", "answers.2.csv": b"whole"}
+
+
+def test_a_download_that_breaks_off_leaves_nothing(
+    mirror: Mirror, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(here, source_csv=b"a whole file", tasks_1__000000_jsonl=b"b")
+    mirror.keep(ONE, here, EVERYTHING)
+    filesystem: Any = mirror._fs
+
+    def break_off(_there: list[str], here: list[str]) -> None:
+        for path in here:
+            Path(path).write_bytes(b"a")
+        raise OSError(errno.EIO, "remote end closed")
+
+    monkeypatch.setattr(filesystem, "get", break_off)
+    with pytest.raises(FilesAway, match="cannot be reached"):
+        mirror.bring(ONE, tmp_path / "other", EVERYTHING)
+    assert content_of(tmp_path / "other") == {}
+    monkeypatch.undo()
+    mirror.bring(ONE, tmp_path / "other", EVERYTHING)
+    assert content_of(tmp_path / "other") == content_of(here)
+
+
+def test_a_download_that_is_too_short_is_none(
+    mirror: Mirror, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(here, source_csv=b"a whole file")
+    mirror.keep(ONE, here, EVERYTHING)
+    filesystem: Any = mirror._fs
+    monkeypatch.setattr(filesystem, "get", lambda there, here: [Path(path).write_bytes(b"a whole") for path in here])
+    with pytest.raises(FilesAway, match=r"sent only a part of source\.csv"):
+        mirror.bring(ONE, tmp_path / "other", EVERYTHING)
+    assert content_of(tmp_path / "other") == {}
+
+
+def test_only_folders_that_can_hold_it_are_listed(
+    mirror: Mirror, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session may have pictures by the thousand, each thousand of them a page of the listing."""
+    written(here, source_csv=b"a", tasks_1__000000_jsonl=b"b", results_1_jsonl=b"c\n", pictures__1_png=b"d")
+    mirror.keep(ONE, here, EVERYTHING)
+    listed = list[str]()
+    filesystem: Any = mirror._fs
+    real = filesystem.find
+    monkeypatch.setattr(filesystem, "find", lambda path, **how: (listed.append(path), real(path, **how))[1])
+    mirror.bring(ONE, tmp_path / "other", ["source.*", "tasks.*", "results.*.jsonl*"])
+    assert content_of(tmp_path / "other") == {
+        "source.csv": b"a",
+        "tasks.1/000000.jsonl": b"b",
+        "results.1.jsonl": b"c\n",
+    }
+    assert sorted(path.rpartition("/")[2] for path in listed) == ["results.1.jsonl", "tasks.1"]
+
+
+def test_results_that_come_in_are_kept_without_a_listing(
+    mirror: Mirror, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem: Any = mirror._fs
+
+    def listing(*_: object, **__: object) -> None:
+        raise AssertionError("something was listed")
+
+    path, kept = here / "results.1.jsonl", 0
+    with monkeypatch.context() as patched:
+        for name in ("ls", "find", "info"):
+            patched.setattr(filesystem, name, listing)
+        for text, end in ((b"1\n2", 2), (b"1\n2\n", 4), (b"1\n2\n", 4), (b"1\n2\n3\n", 6)):
+            path.write_bytes(text)
+            kept = mirror.keep_results(ONE, path, kept)
+            assert kept == end
+    assert sorted(mirror.sizes(ONE, EVERYTHING)) == [f"results.1.jsonl/{begin:015}" for begin in (0, 2, 4)]
+    mirror.bring(ONE, tmp_path / "other", EVERYTHING)
+    assert content_of(tmp_path / "other") == {"results.1.jsonl": b"1\n2\n3\n"}
+    path.unlink()
+    assert mirror.keep_results(ONE, path, kept) == kept, "its session was deleted meanwhile"
 
 
 def test_what_is_still_being_written_is_not_kept(mirror: Mirror, here: Path) -> None:
@@ -151,7 +243,7 @@ class Broken:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def find(self, path: str, detail: bool) -> dict[str, Any]:
+    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
         raise self._error
 
     def pipe_file(self, path: str, content: bytes) -> None:
