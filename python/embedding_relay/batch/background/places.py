@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 import random
-import time
 from types import TracebackType
 
 from embedding_relay.batch.settings import Settings
-from embedding_relay.batch.store.contract import RENEWALS, Store, StoreAway
+from embedding_relay.batch.store.contract import RENEWALS, Claim, Keeper, Store
 
 LONGEST_STEP = 1.0
 
@@ -47,28 +44,21 @@ class Places:
         share = Share(self, f"run {run}", wanted)
         return share if not wanted or await share.grow() else None
 
-    async def claim(self, holder: str) -> int | None:
+    async def claim(self, holder: str) -> tuple[int, Claim] | None:
         """A free place; which one, is left to chance, so that workers do not all try the same."""
         free = [place for place in range(self.count) if place not in self._taken]
         for place in random.sample(free, len(free)):
+            claim = Claim(self.store, f"place:{place}", holder, self.seconds)
             self._taken.add(place)
             kept = False
             try:
-                kept = await self.renew(place, holder)
+                kept = await claim.take()
             finally:
                 if not kept:
                     self._taken.discard(place)
             if kept:
-                return place
+                return place, claim
         return None
-
-    async def renew(self, place: int, holder: str) -> bool:
-        return await asyncio.to_thread(self.store.claim, f"place:{place}", holder, self.seconds)
-
-    async def release(self, place: int, holder: str) -> None:
-        self._taken.discard(place)
-        with contextlib.suppress(StoreAway):  # it runs out by itself
-            await asyncio.to_thread(self.store.release, f"place:{place}", holder)
 
     def lost(self, place: int) -> None:
         self._taken.discard(place)
@@ -86,13 +76,12 @@ class Share:
         self._granted = 0
         self._places = places
         self._holder = holder
-        self._held: dict[int, float] = {}  # and until when, if they are not renewed
-        self._keeper: asyncio.Task[None] | None = None
+        self._held: dict[int, Claim] = {}
+        self._keeper = Keeper(self._tend, min(LONGEST_STEP, places.seconds / RENEWALS), f"places of {holder}")
 
     @property
     def limit(self) -> int:
-        now = time.monotonic()
-        held = [place for place, until in self._held.items() if until > now]
+        held = [place for place, claim in self._held.items() if claim.is_held()]
         self._granted = self._room(held[: self._places.fair(self.wanted)])
         return self._granted
 
@@ -100,49 +89,41 @@ class Share:
         return sum(map(self._places.size, held))
 
     async def grow(self) -> bool:
-        asked = time.monotonic()
-        place = await self._places.claim(self._holder)
-        if place is not None:
-            self._held[place] = asked + self._places.seconds
-        return place is not None
+        claimed = await self._places.claim(self._holder)
+        if claimed is None:
+            return False
+        place, claim = claimed
+        self._held[place] = claim
+        return True
 
     async def __aenter__(self) -> Share:
-        self._keeper = asyncio.create_task(self._keep(), name=f"places of {self._holder}")
+        self._keeper.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._keeper is not None
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._keeper.stop()
         await self.give_back()
 
     async def give_back(self) -> None:
-        for place in list(self._held):
-            del self._held[place]
-            await self._places.release(place, self._holder)
+        while self._held:
+            await self._give_back_one()
 
-    async def _keep(self) -> None:
-        while True:
-            await asyncio.sleep(min(LONGEST_STEP, self._places.seconds / RENEWALS))
-            with contextlib.suppress(StoreAway):
-                await self._tend()
+    async def _give_back_one(self) -> None:
+        place, claim = self._held.popitem()
+        self._places.lost(place)
+        await claim.give_up()
 
-    async def _tend(self) -> None:
-        now, seconds = time.monotonic(), self._places.seconds
-        for place, until in list(self._held.items()):
-            if until - now > seconds * (1 - 1 / RENEWALS):
-                continue
-            if await self._places.renew(place, self._holder):
-                self._held[place] = now + seconds
-            else:
+    async def _tend(self) -> bool:
+        for place, claim in list(self._held.items()):
+            if claim.is_due() and not await claim.take():
                 del self._held[place]
                 self._places.lost(place)
         fair = self._places.fair(self.wanted)
         # Not before the run knows that it has fewer, and has no more in flight.
         while len(self._held) > fair and max(self._granted, self.in_flight) <= self._room(list(self._held)[:-1]):
-            place, _ = self._held.popitem()
-            await self._places.release(place, self._holder)
+            await self._give_back_one()
         if len(self._held) < fair:
             await self.grow()
+        return True

@@ -18,7 +18,15 @@ from embedding_relay.batch.background.splitting import Split
 from embedding_relay.batch.errors import NotWhatWasSaved, Refusal, StaleJob, UnknownSession, WorkersDied, in_words
 from embedding_relay.batch.openai.files import Files
 from embedding_relay.batch.session.folder import REMOVED, Folder
-from embedding_relay.batch.session.records import MOST_DEATHS, ExecutionStatus, Session, SplitStatus, counted
+from embedding_relay.batch.session.records import (
+    MOST_DEATHS,
+    ExecutionProgress,
+    ExecutionStatus,
+    Session,
+    SplitProgress,
+    SplitStatus,
+    counted,
+)
 from embedding_relay.batch.session.sessions import Sessions
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import Lease, Store, StoreAway
@@ -39,6 +47,13 @@ HEAVY_AT_ONCE: Final = 3
 # When so many workers have died over it, the next one does nothing else meanwhile, so that nothing else is blamed.
 SUSPECT_AFTER: Final = MOST_DEATHS - 1
 SUSPECTED: Final = f"{SUSPECT_AFTER} workers died while they were at it; it waits for one that has nothing else to do"
+# Where every worker always has something to do, it would wait for ever.
+ALONE_WITHIN: Final = 900.0
+NEVER_ALONE: Final = (
+    f"{SUSPECT_AFTER} worker processes died, one after the other, while they were at this {{part}}. It would be tried "
+    "once more by a worker that has nothing else to do, and within {minutes:.0f} minutes there was none: try again "
+    "when the service has less to do; the log of the machine may say why they died"
+)
 
 
 def open_part(session: Session) -> Part | None:
@@ -50,14 +65,19 @@ def open_part(session: Session) -> Part | None:
     return None
 
 
+def name_of(session: Session, part: Part) -> str:
+    """Of its lease, and of the job that has it."""
+    return f"{part}:{session.session_id}"
+
+
 def may_ask(session: Session) -> bool:
     """Whether its run could ask rows, if it had a place for that."""
     execution = session.execution
     return not (execution.wish.paused or execution.wish.cancelled or execution.saving)
 
 
-def unended(session: Session, part: Part) -> int:
-    return session.split.unended if part == "split" else session.execution.unended
+def progress_of(session: Session, part: Part) -> SplitProgress | ExecutionProgress:
+    return session.split if part == "split" else session.execution
 
 
 class Worker:
@@ -79,6 +99,8 @@ class Worker:
         self._places = Places(store, settings)
         self._its_turn = f"waits for its turn: this service carries out {counted(self._places.count, 'run')} at a time"
         self._alone = ""  # what is carried out here without anything beside it, if that is under way
+        # What waits for a worker that has nothing else to do: after how many attempts, and since when.
+        self._suspects: dict[str, tuple[int, float]] = {}
         self._alive: set[tuple[Part, str]] = set()  # attempts that have ended in order, and the store was away
         self._passed_by = False  # whether a split was left to others for want of a free thread
         self._endpoint = Endpoint(
@@ -119,7 +141,7 @@ class Worker:
         found = await asyncio.to_thread(self._open_parts)
         self._places.runs = sum(part == "run" and may_ask(session) for session, part in found)
         for session, part in found:
-            name = f"{part}:{session.session_id}"
+            name = name_of(session, part)
             if name in self._jobs or self._not_before.get(name, 0.0) > time.monotonic():
                 continue
             if self._alone in self._jobs:
@@ -129,16 +151,28 @@ class Worker:
                 continue  # another worker may have a free thread for it
             lease = Lease(self._store, name, self._name, self._settings.lease_seconds)
             if await lease.take():
-                await self._begin(session, part, name, lease)
+                try:
+                    await self._begin(session, part, name, lease)
+                except BaseException:
+                    await lease.give_up()
+                    raise
+        still_open = {name_of(*one) for one in found}
+        self._suspects = {name: seen for name, seen in self._suspects.items() if name in still_open}
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_SECONDS
             await asyncio.to_thread(self._sweep)
 
     async def _begin(self, session: Session, part: Part, name: str, lease: Lease) -> None:
         share, why_not = None, ""
-        if unended(session, part) >= SUSPECT_AFTER:
+        if progress_of(session, part).unended >= SUSPECT_AFTER:
             self._alone = name
             why_not = SUSPECTED if self._jobs else ""
+            if why_not and self._waits_too_long(name, progress_of(session, part).attempt, time.monotonic()):
+                died = WorkersDied(NEVER_ALONE.format(part=part, minutes=ALONE_WITHIN / 60))
+                with contextlib.suppress(StaleJob, UnknownSession):
+                    await asyncio.to_thread(self._fail, part, session.session_id, died)
+                await lease.give_up()
+                return
         if part == "run" and not why_not:
             share = await self._places.share(session.session_id, self._settings.concurrency if may_ask(session) else 0)
             why_not = "" if share else self._its_turn
@@ -149,6 +183,14 @@ class Worker:
         job = asyncio.create_task(self._do(part, session.session_id, lease, share), name=name)
         self._jobs[name] = job
         job.add_done_callback(self._forget)
+
+    def _waits_too_long(self, name: str, attempts: int, now: float) -> bool:
+        """By the clock of this process; a worker that has tried it meanwhile has counted one more attempt."""
+        before, since = self._suspects.get(name, (attempts, now))
+        if before != attempts:
+            since = now
+        self._suspects[name] = attempts, since
+        return now - since > ALONE_WITHIN
 
     def _forget(self, job: asyncio.Task[None]) -> None:
         del self._jobs[job.get_name()]
@@ -208,9 +250,6 @@ class Worker:
                 raise
             lease.check()
             await asyncio.to_thread(self._fail, part, session_id, error)
-            # Not before: a session that was deleted under our hands has not failed, and is no news.
-            known = isinstance(error, WorkersDied)
-            logger.error("batch: session %s: the %s failed: %s", session_id, part, error, exc_info=not known)
 
     def _may_go_on(self, error: Exception) -> bool:
         """Whether it may be otherwise the next time, or when another worker does it."""
@@ -224,7 +263,7 @@ class Worker:
         def note(session: Session) -> None:
             if open_part(session) != part:
                 raise StaleJob
-            progress = session.split if part == "split" else session.execution
+            progress = progress_of(session, part)
             progress.unended = max(0, progress.unended - 1)
 
         self._alive.add((part, session_id))
@@ -264,6 +303,9 @@ class Worker:
                 session.fail_execution(sentence)
 
         self._sessions.change(session_id, fail)
+        # Not before: a session that was deleted under our hands has not failed, and is no news.
+        trace = None if isinstance(error, WorkersDied) else error
+        logger.error("batch: session %s: the %s failed: %s", session_id, part, error, exc_info=trace)
 
     def _sentence(self, session_id: str, error: Exception) -> str:
         match error:
@@ -279,13 +321,12 @@ class Worker:
 
     def _say(self, part: Part, session_id: str, sentence: str, seen: Session | None = None) -> None:
         """Tell those who wait for it why it does not go on, unless that is what it said when it was `seen`."""
-        if seen is not None and (seen.split if part == "split" else seen.execution).message == sentence:
+        if seen is not None and progress_of(seen, part).message == sentence:
             return
 
         def say(session: Session) -> None:
             if open_part(session) == part:
-                progress = session.split if part == "split" else session.execution
-                progress.message = sentence
+                progress_of(session, part).message = sentence
 
         with contextlib.suppress(UnknownSession, StoreAway):
             self._sessions.change(session_id, say)

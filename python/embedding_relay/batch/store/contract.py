@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final, Protocol
 
@@ -103,11 +104,8 @@ class Store(Protocol):
 RENEWALS: Final = 4
 
 
-class Lease:
-    """A claim on one part of one session, renewed while the work goes on.
-
-    `async with` it; once the lease is lost, the body is cancelled and `StaleJob` raised in its place.
-    """
+class Claim:
+    """One holder's claim of one name: made, renewed and given up in threads, while the event loop goes on."""
 
     def __init__(self, store: Store, name: str, holder: str, seconds: float) -> None:
         self._store = store
@@ -115,54 +113,115 @@ class Lease:
         self._holder = holder
         self._seconds = seconds
         self._until = 0.0
-        self._lost = False
-        self._keeper: asyncio.Task[None] | None = None
+
+    def is_held(self) -> bool:
+        """At this moment, by our own clock."""
+        return time.monotonic() < self._until
+
+    def is_due(self) -> bool:
+        """Whether it is time to renew it."""
+        return self._until - time.monotonic() <= self._seconds * (1 - 1 / RENEWALS)
 
     async def take(self) -> bool:
+        """Make or renew it. Whoever is cancelled meanwhile does not have it afterwards.
+
+        The thread that asks the store cannot be stopped. What it still gets is given up, because nobody would renew it,
+        and nobody else could have it before it has run out.
+        """
         asked = time.monotonic()
-        got = await asyncio.to_thread(self._store.claim, self._name, self._holder, self._seconds)
+        asking = asyncio.get_running_loop().run_in_executor(
+            None, self._store.claim, self._name, self._holder, self._seconds
+        )
+        try:
+            got = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            await asyncio.wait({asking})
+            if asking.exception() is None and asking.result():
+                await self.give_up()
+            raise
         # Counted from before the question, so that we never believe in it longer than the store does.
         self._until = asked + self._seconds if got else 0.0
         return got
 
     async def give_up(self) -> None:
-        """Without having used it."""
         self._until = 0.0
-        await asyncio.to_thread(self._store.release, self._name, self._holder)
+        with contextlib.suppress(StoreAway):  # then it runs out by itself
+            await asyncio.to_thread(self._store.release, self._name, self._holder)
+
+
+class Keeper:
+    """Renews claims beside the work that they are for: calls `tend` every so often, until that says that all is over.
+
+    Once it is stopped, nothing is renewed any more, and the claims can be given up.
+    """
+
+    def __init__(self, tend: Callable[[], Awaitable[bool]], every: float, name: str) -> None:
+        self._tend = tend
+        self._every = every
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name=self._name)
+
+    async def stop(self) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        going = True
+        while going:
+            await asyncio.sleep(self._every)
+            with contextlib.suppress(StoreAway):  # it may be back before anything has run out
+                going = await self._tend()
+
+
+class Lease:
+    """A claim on one part of one session, renewed while the work goes on.
+
+    `async with` it; once the lease is lost, the body is cancelled and `StaleJob` raised in its place.
+    """
+
+    def __init__(self, store: Store, name: str, holder: str, seconds: float) -> None:
+        self._claim = Claim(store, name, holder, seconds)
+        self._keeper = Keeper(self._renew, seconds / RENEWALS, f"lease of {name}")
+        self._body: asyncio.Task[object] | None = None
+        self._lost = False
+
+    async def take(self) -> bool:
+        return await self._claim.take()
+
+    async def give_up(self) -> None:
+        """Without having used it."""
+        await self._claim.give_up()
 
     def check(self) -> None:
         """Raise unless the lease is ours at this moment: before everything that another holder must not do twice."""
-        if time.monotonic() >= self._until:
+        if not self._claim.is_held():
             raise StaleJob
 
     async def __aenter__(self) -> Lease:
-        body = asyncio.current_task()
-        assert body is not None
-        self._keeper = asyncio.create_task(self._keep(body), name=f"lease of {self._name}")
+        self._body = asyncio.current_task()
+        self._keeper.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._keeper is not None
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._keeper.stop()
         if self._lost:
             if isinstance(error, asyncio.CancelledError) and (body := asyncio.current_task()):
                 body.uncancel()
             raise StaleJob from error
-        self._until = 0.0  # a thread that still works for us stops at its next check
-        await asyncio.to_thread(self._store.release, self._name, self._holder)
+        await self._claim.give_up()  # a thread that still works for us stops at its next check
 
-    async def _keep(self, body: asyncio.Task[object]) -> None:
-        while True:
-            await asyncio.sleep(self._seconds / RENEWALS)
-            try:
-                kept = await self.take()
-            except Exception:
-                # The store is away. It may be back before the lease has run out; nobody can take it meanwhile.
-                kept = time.monotonic() < self._until
-            if not kept:
-                self._lost = True
-                body.cancel()
-                return
+    async def _renew(self) -> bool:
+        with contextlib.suppress(Exception):  # until it has run out, nobody can take it from us
+            await self._claim.take()
+        if self._claim.is_held():
+            return True
+        assert self._body is not None
+        self._lost = True
+        self._body.cancel()
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,5 +141,34 @@ def test_places_are_renewed_meanwhile(service: Service) -> None:
                 assert await two.share("two", 10) is None
                 await asyncio.sleep(0.02)
             assert share.limit == 40
+
+    asyncio.run(work())
+
+
+def test_a_run_that_is_cancelled_while_it_asks_for_a_place_keeps_none(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that asks the store gets the place all the same, after nobody wants it any more."""
+    asked, answer = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        one, two = service.worker(max_runs=1), service.worker(max_runs=1)
+        real = one.store.claim
+
+        def slowly(name: str, holder: str, seconds: float) -> bool:
+            asked.set()
+            assert answer.wait(20)
+            return real(name, holder, seconds)
+
+        monkeypatch.setattr(one.store, "claim", slowly)
+        asking = asyncio.create_task(one.share("one", 10))
+        await asyncio.to_thread(asked.wait, 20)
+        asking.cancel()
+        asyncio.get_running_loop().call_soon(answer.set)
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert await two.share("two", 10) is not None, "and not when it has run out"
+        assert await one.share("three", 10) is None
+        assert one._taken == set()
 
     asyncio.run(work())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from embedding_relay.batch.background.worker import Worker
+from embedding_relay.batch.background.worker import ALONE_WITHIN, Worker
 from embedding_relay.batch.errors import NotWhatWasSaved
 from embedding_relay.batch.service import Service
 from embedding_relay.batch.session.records import MOST_DEATHS, Asking, ExecutionStatus, Session, Stage
@@ -156,6 +157,63 @@ def test_what_may_kill_again_is_done_alone(place: Place) -> None:
         )
     )
     assert place.get(innocent).stage is Stage.COMPLETED
+
+
+def test_what_may_kill_again_does_not_wait_for_ever(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here no worker ever has nothing else to do."""
+    monkeypatch.setattr("embedding_relay.batch.background.worker.ALONE_WITHIN", 0.3)
+    innocent, suspect = split(place), place.upload()
+    place.service.start(innocent, Asking(model="m"))
+    place.service.split(suspect, None)
+    place.died_over(suspect, "split", MOST_DEATHS - 1)
+    asyncio.run(
+        place.work_until(
+            lambda: waits(place, innocent, 1),
+            lambda: place.get(suspect).stage is Stage.FAILED,
+        )
+    )
+    assert place.store.claim(f"split:{suspect}", "another worker", 1), "its lease is given up"
+    error = place.get(suspect).split.error
+    assert error.startswith("2 worker processes died, one after the other, while they were at this split. ")
+    assert "a worker that has nothing else to do, and within 0 minutes there was none" in error
+    assert place.get(suspect).split.attempt == MOST_DEATHS - 1
+    assert place.get(innocent).execution.attempt == 1
+
+
+def test_another_death_begins_the_time_to_wait_anew(place: Place) -> None:
+    waits = Worker(place.settings, place.store, place.sessions)._waits_too_long
+    assert not waits("run:a", 2, now=1000)
+    assert not waits("run:a", 2, now=1000 + ALONE_WITHIN)
+    assert not waits("run:b", 2, now=1001 + ALONE_WITHIN), "each by itself"
+    assert not waits("run:a", 3, now=1001 + ALONE_WITHIN), "another worker has tried it, and died"
+    assert waits("run:a", 3, now=1002 + 2 * ALONE_WITHIN)
+
+
+def test_a_worker_that_is_stopped_before_it_begins_leaves_no_lease(place: Place) -> None:
+    """It has taken the lease, and asks for a place."""
+    session_id = split(place)
+    place.service.start(session_id, Asking(model="m"))
+    asked, answer = threading.Event(), threading.Event()
+    real = place.store.claim
+
+    def slowly(name: str, holder: str, seconds: float) -> bool:
+        if name.startswith("place:"):
+            asked.set()
+            assert answer.wait(20)
+        return real(name, holder, seconds)
+
+    async def stop() -> None:
+        worker = Worker(place.settings, place.store, place.sessions)
+        place.store.claim = slowly  # type: ignore[method-assign]
+        working = asyncio.create_task(worker.run())
+        await asyncio.to_thread(asked.wait, 20)
+        working.cancel()
+        asyncio.get_running_loop().call_soon(answer.set)
+        await asyncio.gather(working, return_exceptions=True)
+
+    asyncio.run(stop())
+    for name in (f"run:{session_id}", "place:0"):
+        assert real(name, "another worker", 1), f"{name} is still claimed"
 
 
 def test_one_run_at_a_time_and_the_first_comes_first(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import cast
 
 import pytest
@@ -11,6 +12,7 @@ from embedding_relay.batch.errors import StaleJob
 from embedding_relay.batch.store.contract import (
     MOST_WATCHED,
     UNKNOWN_SECONDS,
+    Claim,
     Lease,
     Store,
     StoreAway,
@@ -39,6 +41,27 @@ class Claims:
 
     def release(self, name: str, holder: str) -> None:
         self.released.append((name, holder))
+
+
+class SlowClaims(Claims):
+    """The claims after the first few take until `answer` is set; and what was held when is known."""
+
+    def __init__(self, at_once: int, *answers: bool | Exception) -> None:
+        super().__init__(*answers)
+        self.at_once = at_once
+        self.asked, self.answer = threading.Event(), threading.Event()
+        self.held = False
+
+    def claim(self, name: str, holder: str, seconds: float) -> bool:
+        if self.claims >= self.at_once:
+            self.asked.set()
+            assert self.answer.wait(20)
+        self.held = super().claim(name, holder, seconds)
+        return self.held
+
+    def release(self, name: str, holder: str) -> None:
+        super().release(name, holder)
+        self.held = False
 
 
 def lease_of(claims: Claims) -> Lease:
@@ -152,6 +175,73 @@ def test_who_is_cancelled_meanwhile_is_cancelled() -> None:
 
     asyncio.run(work())
     assert claims.released == [("split:one", "worker")]
+
+
+@pytest.mark.parametrize("at_once", [0, 1], ids=["made", "renewed"])
+def test_a_claim_that_is_cancelled_while_the_store_is_asked_is_given_up(at_once: int) -> None:
+    """Its thread goes on, and gets it after nobody wants it any more."""
+    claims = SlowClaims(at_once, True)
+
+    async def work() -> None:
+        claim = Claim(cast("Store", claims), "place:0", "run one", 60)
+        for _ in range(at_once):
+            assert await claim.take()
+        taking = asyncio.create_task(claim.take())
+        await asyncio.to_thread(claims.asked.wait, 20)
+        taking.cancel()
+        asyncio.get_running_loop().call_soon(claims.answer.set)
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        assert not claim.is_held()
+
+    asyncio.run(work())
+    assert claims.claims == at_once + 1
+    assert (claims.held, claims.released) == (False, [("place:0", "run one")])
+
+
+@pytest.mark.parametrize("answer", [False, StoreAway("away")])
+def test_what_a_cancelled_claim_did_not_get_is_not_given_up(answer: bool | Exception) -> None:
+    claims = SlowClaims(0, answer)
+
+    async def work() -> None:
+        taking = asyncio.create_task(Claim(cast("Store", claims), "place:0", "run one", 60).take())
+        await asyncio.to_thread(claims.asked.wait, 20)
+        taking.cancel()
+        asyncio.get_running_loop().call_soon(claims.answer.set)
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+
+    asyncio.run(work())
+    assert claims.released == []
+
+
+def test_work_that_ends_while_its_lease_is_renewed_leaves_none() -> None:
+    claims = SlowClaims(1, True)
+
+    async def work() -> None:
+        lease = lease_of(claims)
+        assert await lease.take()
+        async with lease:
+            await asyncio.to_thread(claims.asked.wait, 20)
+            asyncio.get_running_loop().call_later(0.05, claims.answer.set)  # when the body has ended
+
+    asyncio.run(work())
+    assert claims.claims == 2
+    assert not claims.held
+
+
+def test_a_store_that_is_away_when_a_lease_is_given_up_lets_it_run_out() -> None:
+    class Away(Claims):
+        def release(self, name: str, holder: str) -> None:
+            raise StoreAway("away")
+
+    async def work() -> str:
+        lease = lease_of(Away(True))
+        await lease.take()
+        async with lease:
+            return "done"
+
+    assert asyncio.run(work()) == "done"
 
 
 # ---- claims, and when they have run out
