@@ -36,11 +36,14 @@ class Summary:
     bytes: int
     wait_s: float
     transfer_s: float
+    cached: int = 0
+    """Rows that did not travel, because they were kept here."""
 
     def __str__(self) -> str:
         """As in the log."""
         sizes = f"rows={self.rows} rounds={self.rounds} bytes={self.bytes}"
-        return f"{sizes} wait_ms={self.wait_s * 1000:.1f} transfer_ms={self.transfer_s * 1000:.1f}"
+        times = f"wait_ms={self.wait_s * 1000:.1f} transfer_ms={self.transfer_s * 1000:.1f}"
+        return f"{sizes} {times} cached={self.cached}" if self.cached else f"{sizes} {times}"
 
 
 class Observer(Protocol):
@@ -58,6 +61,9 @@ class Observer(Protocol):
     def encoded(self, totals: Mapping[str, float]) -> None:
         """The scheduler's thread of an encode instance, after each batch: what its tower has been asked for so far."""
 
+    def prefilled(self, totals: Mapping[str, float]) -> None:
+        """The scheduler's thread of a language instance: what was prefilled so far before all its rows were here."""
+
 
 class Nobody:
     def counted(self, numbers: Numbers) -> None: ...
@@ -67,6 +73,8 @@ class Nobody:
     def parked(self, tables: Mapping[str, int]) -> None: ...
 
     def encoded(self, totals: Mapping[str, float]) -> None: ...
+
+    def prefilled(self, totals: Mapping[str, float]) -> None: ...
 
 
 NOBODY: Final[Observer] = Nobody()

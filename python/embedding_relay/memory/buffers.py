@@ -21,6 +21,7 @@ from embedding_relay.memory.device import HOST, Synchronizes
 from embedding_relay.memory.layout import Aux, BufferLayout
 from embedding_relay.memory.plane import Region, private_memory
 from embedding_relay.memory.reuse import ReusedMemory
+from embedding_relay.memory.row_cache import HeldRows
 from embedding_relay.protocol.errors import LocalError
 from embedding_relay.protocol.messages import Run
 from embedding_relay.protocol.plan import Segment
@@ -38,15 +39,6 @@ _AS_INTEGERS: Final = {
 }
 
 _PAGE: Final = 4096
-
-
-class HeldRows(NamedTuple):
-    """Rows `[start, stop)` of a request that did not travel: they are here already, from an earlier one."""
-
-    start: int
-    stop: int
-    read: Callable[[int, NDArray[Any]], None]
-    """Puts rows, from a row of the request on, into an array that has the bytes of a row in each line."""
 
 
 # Where the embedding of a row comes from. From 0 on: the held rows with this number.
@@ -149,6 +141,12 @@ class ReceivedRows:
     @property
     def columns(self) -> tuple[torch.Tensor, ...]:
         return self.fill_ids, self.mrope, self.items, self.embeddings
+
+    @property
+    def embedding_bytes(self) -> NDArray[np.uint8]:
+        """The same memory: a line of bytes for each row."""
+        lines: NDArray[np.uint8] = self.embeddings.view(torch.uint8).numpy()
+        return lines
 
 
 # Of `ReceivedRows`, one behind the other: 32-bit numbers per row, and then the embeddings.
@@ -364,7 +362,7 @@ class EmbeddingBuffers:
         target.fill_ids.numpy()[there, None] = self._get(columns.FILL_IDS, *where)
         sources = _sources(items, begin, held)
         pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), sources))
-        length = (stop - begin) * self._row_bytes
+        length = (stop - begin) * self.row_bytes
         self._threads.run(functools.partial(self._copy_embeddings, target, held), pieces, length)
         media_rows = int(np.count_nonzero(sources == _BLOCKS))
         return self._bytes(stop - begin, media_rows, with_aux=begin_row <= first_row == 0)
@@ -388,10 +386,10 @@ class EmbeddingBuffers:
 
     @functools.cached_property
     def _piece_rows(self) -> int:
-        return max(1, PIECE_BYTES // self._row_bytes)
+        return max(1, PIECE_BYTES // self.row_bytes)
 
     @property
-    def _row_bytes(self) -> int:
+    def row_bytes(self) -> int:
         """Of embeddings and deepstack values."""
         return int(self.layout.width * self._dtype.itemsize)
 

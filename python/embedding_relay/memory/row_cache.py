@@ -7,8 +7,8 @@ it, and no pattern of small and large pictures leaves gaps that nothing fits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ _MOST_SOURCES: Final = 16384
 
 _Rows = NDArray[np.uint8]
 """A line of bytes for each row."""
+
+
+class HeldRows(NamedTuple):
+    """Rows `[start, stop)` of a request that did not travel: they are here already, from an earlier one."""
+
+    start: int
+    stop: int
+    read: Callable[[int, NDArray[Any]], None]
+    """Puts rows, from a row of the request on, into an array that has the bytes of a row in each line."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +64,11 @@ class RowCache:
         self._pinned_blocks = 0
         self._sources: dict[str, str] = {}
         self.evictions = 0
+
+    @property
+    def can_keep(self) -> bool:
+        """There is memory for anything at all."""
+        return self._blocks > 0
 
     @property
     def bytes(self) -> int:

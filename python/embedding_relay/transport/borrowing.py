@@ -66,6 +66,9 @@ class BorrowingManager(Manager):
             self._asked = {number: one for number, one in self._asked.items() if one.room != room}
         self.update_status(room, Status.FAILED, failure or Failure(CLIENT_GONE, "the request was aborted"))
 
+    def forget_rows(self) -> None:
+        """The other rank keeps them."""
+
     # ---- the borrower's thread
 
     def _rows_are_here(self, number: int, rows: ReceivedRows) -> None:

@@ -15,10 +15,11 @@ from typing import Protocol
 import msgspec
 
 from embedding_relay import recorder
-from embedding_relay.config import RelayConfig
+from embedding_relay.config import ROW_CACHE, RelayConfig
 from embedding_relay.memory.buffers import ReceivedRows
 from embedding_relay.memory.checks import ModelLimits, SmallColumns
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.row_cache import HeldRows
 from embedding_relay.memory.shared_rows import Lender
 from embedding_relay.observer import NOBODY, Observer, Summary
 from embedding_relay.protocol import codec
@@ -28,6 +29,7 @@ from embedding_relay.protocol.effects import (
     CopyOut,
     Deliver,
     LanguageEffect,
+    LookUp,
     Note,
     Resolve,
     Send,
@@ -40,6 +42,7 @@ from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import PeerLookup
 from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.transport.manager import MooncakeEmbeddingManager, OpenRank, RoomEnd, data_plane, open_rank
+from embedding_relay.transport.repeats import Flaw, Repeats, default_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +56,28 @@ class GetsRows(Protocol):
 
     def cancel(self, room: int, failure: Failure | None) -> None: ...
 
+    def forget_rows(self) -> None: ...
+
 
 class MooncakeEmbeddingReceiver(RoomEnd):
     """The language scheduler's end of one room."""
 
-    def __init__(self, manager: GetsRows, bootstrap_addr: str, room: int, number: int | None = None) -> None:
-        """`number`: by which all ranks of this instance know the room; without one, nobody wants its rows."""
+    def __init__(
+        self,
+        manager: GetsRows,
+        bootstrap_addr: str,
+        room: int,
+        number: int | None = None,
+        sources: Sequence[str] = (),
+    ) -> None:
+        """`number`: by which all ranks of this instance know the room; without one, nobody wants its rows.
+
+        `sources`: what the client calls the pictures of the prompt, in order; equal ones are probably equal pictures.
+        """
         super().__init__(room)
         self.bootstrap_addr = bootstrap_addr
         self.number = number
+        self.sources = sources
         self._manager = manager
         self._is_ours = False
         # Written by the control thread.
@@ -143,13 +159,15 @@ class LanguageManager(MooncakeEmbeddingManager):
         self._lender = Lender(borrowers, self._buffers.total_bytes) if borrowers else None
         if self._lender is not None:
             self._buffers.make_targets_in(self._lender.take)
+        self._repeats = self._make_repeats()
+        handshake = msgspec.structs.replace(
+            self.layout.handshake(),
+            memory=self.plane.memory_name,
+            takes_progress=True,
+            takes_manifest=self._repeats.can_keep,
+        )
         self._core: LanguageSide = LanguageSide(
-            register=Register(
-                self.address,
-                self.plane.session_id,
-                self._buffers.pointers,
-                msgspec.structs.replace(self.layout.handshake(), memory=self.plane.memory_name, takes_progress=True),
-            ),
+            register=Register(self.address, self.plane.session_id, self._buffers.pointers, handshake),
             pool=self.pool,
             default_tokens=self.config.default_allocate_tokens,
             max_rows=max_rows,
@@ -166,6 +184,12 @@ class LanguageManager(MooncakeEmbeddingManager):
         )
         self._receivers: dict[int, MooncakeEmbeddingReceiver] = {}
         self._chunks = self._resumes = self._rows = self._bytes = 0
+
+    def _make_repeats(self) -> Repeats:
+        size = self.config.row_cache_bytes
+        size = default_bytes() if size is None else size
+        logger.info("relay: rows of pictures that come again are kept in up to %d bytes (%s)", size, ROW_CACHE)
+        return Repeats(size, self._buffers.row_bytes)
 
     def start(self) -> None:
         if self._lender is not None:
@@ -185,6 +209,10 @@ class LanguageManager(MooncakeEmbeddingManager):
     def cancel(self, room: int, failure: Failure | None) -> None:
         self._loop.post(lambda now: self._run(self._core.cancel(room, now, failure), now))
 
+    def forget_rows(self) -> None:
+        """Nothing that was received so far is used for another request."""
+        self._loop.post(lambda now: self._repeats.forget())
+
     # ---- control thread: what happens
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
@@ -200,11 +228,21 @@ class LanguageManager(MooncakeEmbeddingManager):
         receiver.requested_at = now
         self._receivers[receiver.room] = receiver
         self.recorder.note(receiver.room, recorder.PARKED, now)
-        self._run(self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows), now)
+        held = self._repeats.begin(receiver.room, receiver.sources)
+        effects = self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows, held=held)
+        self._run(effects, now)
 
     def peer_resolved(self, peer: str, rank: EncodeRank, now: float) -> None:
-        ahead = rank.handshake.takes_offer_ahead
-        self._run(self._core.peer_resolved(peer, rank.address, rank.instance, now, takes_offer_ahead=ahead), now)
+        takes = rank.handshake
+        effects = self._core.peer_resolved(
+            peer,
+            rank.address,
+            rank.instance,
+            now,
+            takes_offer_ahead=takes.takes_offer_ahead,
+            takes_have=takes.takes_have,
+        )
+        self._run(effects, now)
 
     def peer_unreachable(self, peer: str, reason: str, now: float) -> None:
         self._run(self._core.peer_unreachable(peer, reason, now), now)
@@ -228,6 +266,9 @@ class LanguageManager(MooncakeEmbeddingManager):
                     self._lookup.resolve(effect.peer)
                 case ClearAux():
                     self._buffers.clear_aux(effect.block)
+                case LookUp():
+                    found = self._repeats.look_up(effect.room, effect.items)
+                    waiting.extend(self._core.holds(effect.room, found, now))
                 case CopyAhead():
                     self._copy_ahead(effect)
                 case CopyOut():
@@ -270,7 +311,10 @@ class LanguageManager(MooncakeEmbeddingManager):
                     return self._core.copied(effect.room, 0, aux.total, now)
                 receiver.target = self._buffers.make_target(aux)
             rows = min(effect.capacity, receiver.target.total - effect.first_row)
-            self._copy(receiver, receiver.target, effect.blocks, effect.first_row, effect.first_row + rows)
+            held = self._repeats.held_rows(effect.room, effect.held)
+            self._copy(receiver, receiver.target, effect.blocks, effect.first_row, effect.first_row + rows, held)
+        except Flaw as what:
+            return self._core.refuse_rows(effect.room, str(what), now)
         except (RuntimeError, MemoryError) as error:  # no memory is left for a prompt of this length
             return self._core.copy_failed(effect.room, str(error), now)
         if flaw := receiver.target.flaw or self._flaw(receiver.target, effect.first_row + rows):
@@ -298,10 +342,16 @@ class LanguageManager(MooncakeEmbeddingManager):
             return
 
     def _copy(
-        self, receiver: MooncakeEmbeddingReceiver, target: ReceivedRows, blocks: Sequence[int], first: int, stop: int
+        self,
+        receiver: MooncakeEmbeddingReceiver,
+        target: ReceivedRows,
+        blocks: Sequence[int],
+        first: int,
+        stop: int,
+        held: Sequence[HeldRows] = (),
     ) -> None:
         """Rows `[first, stop)` but for those that were copied before."""
-        copied = self._buffers.copy_out(target, blocks, first, stop - first, receiver.copied)
+        copied = self._buffers.copy_out(target, blocks, first, stop - first, receiver.copied, held)
         receiver.copied = max(receiver.copied, stop)
         if self.config.prefix_prefill and stop < target.total:
             self._board.touch(receiver.room)
@@ -326,6 +376,7 @@ class LanguageManager(MooncakeEmbeddingManager):
             bytes=receiver.bytes,
             wait_s=receiver.offered_at - receiver.requested_at,
             transfer_s=now - receiver.offered_at,
+            cached=self._repeats.filled_rows(effect.room),
         )
         logger.info("relay room=%d status=Success %s", effect.room, summary)
         self.observer.succeeded(summary)
@@ -333,15 +384,18 @@ class LanguageManager(MooncakeEmbeddingManager):
 
     def _changed(self, effect: StatusChanged) -> None:
         receiver = self._receivers.pop(effect.room, None) if is_final(effect.status) else None
+        rows = receiver.target if receiver is not None and effect.status is Status.SUCCESS else None
         if effect.status is Status.FAILED:
             # As JSON: a reason may quote anything, and the line must stay one line.
             logger.info("relay room=%d status=Failed reason=%s", effect.room, json.dumps(str(effect.failure)))
             if receiver is not None:
                 self.recorder.note(effect.room, recorder.FAILED, text=str(effect.failure))
                 receiver.target = None  # the scheduler may keep the receiver for a while, and needs only the reason
-        elif effect.status is Status.SUCCESS and receiver is not None and receiver.target is not None:
-            self._share(receiver, receiver.target)
+        elif receiver is not None and rows is not None:
+            self._share(receiver, rows)
         self.update_status(effect.room, effect.status, effect.failure)
+        if is_final(effect.status):
+            self._repeats.end(effect.room, rows)  # behind what the scheduler waits for
 
     def _share(self, receiver: MooncakeEmbeddingReceiver, rows: ReceivedRows) -> None:
         if self._lender is not None:
@@ -357,7 +411,9 @@ class LanguageManager(MooncakeEmbeddingManager):
             "receivers": len(self._receivers),
             "borrowers": lender.borrowers if lender else 0,
             "lent": lender.lent if lender else 0,
+            **self._repeats.sizes(),
         }
 
     def _totals(self) -> dict[str, int]:
-        return {"chunks": self._chunks, "resumes": self._resumes, "rows": self._rows, "bytes": self._bytes}
+        moved = {"chunks": self._chunks, "resumes": self._resumes, "rows": self._rows, "bytes": self._bytes}
+        return moved | self._repeats.totals()

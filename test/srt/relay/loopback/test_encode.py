@@ -120,7 +120,7 @@ def test_rows_that_are_sent_twice_are_those_that_were_sent_first(manager: Any, s
     manager._submit(1, second, 6.0)
     assert manager._sources == {1: first}
     assert (sender.submitted_at, sender.rows) == (5.0, 5)
-    assert manager._core.told == [("submit", 1, 5, 5.0), ("submit", 1, 5, 6.0)]
+    assert manager._core.told == [("submit", 1, 5, 5.0, (), None), ("submit", 1, 5, 6.0, (), None)]
     assert manager._sizes() == {"senders": 1, "sources": 1, "workers": 0}
     manager._run([DropRows(1)], 7.0)
     assert manager._sources == {}

@@ -167,7 +167,7 @@ def test_rows_are_copied_and_counted(manager: Any, receiver: MooncakeEmbeddingRe
     media = sum(stop - start for start, stop in source.media_runs)
     size = 5 * (4 + 12 + 16) + 64 + media * 16
     assert receiver.bytes == size
-    assert manager._totals() == {"chunks": 1, "resumes": 0, "rows": 5, "bytes": size}
+    assert manager._totals().items() >= {"chunks": 1, "resumes": 0, "rows": 5, "bytes": size}.items()
 
 
 def test_no_more_rows_are_copied_than_there_is_room_for(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:

@@ -33,6 +33,7 @@ def kept(cache: RowCache, key: str, room: int = 99) -> Any:
 
 def test_what_is_put_is_found() -> None:
     cache = RowCache(10 * BLOCK, ROW)
+    assert cache.can_keep
     there = rows(11)
     assert cache.put("a", [there[:3], there[3:9], there[9:]])
     assert np.array_equal(kept(cache, "a"), there)
@@ -124,19 +125,20 @@ def test_what_is_cleared_is_found_by_nobody_new() -> None:
 def test_memory_is_taken_as_it_is_needed_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_cache, "_GROWTH_BYTES", 2 * BLOCK)
     taken: list[int] = []
-    empty = np.empty
+    four, eight, empty = rows(4), rows(8), np.empty
     monkeypatch.setattr(np, "empty", lambda shape, dtype: taken.append(shape[0]) or empty(shape, dtype))
     cache = RowCache(5 * BLOCK + 7, ROW)
     assert not taken
-    cache.put("a", [rows(4)])
+    cache.put("a", [four])
     assert taken == [2]
     for number in range(20):
-        assert cache.put(f"{number}", [rows(8, number)])
+        assert cache.put(f"{number}", [eight])
     assert (taken, cache.bytes) == ([2, 2, 1], 4 * BLOCK)
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
     cache = RowCache(BLOCK - 1, ROW)
+    assert not cache.can_keep
     assert not cache.put("a", [rows(1)])
     assert cache.pin(1, ["a"]) == ()
 
