@@ -63,6 +63,7 @@ EVENTS: Final = _counter(
 )
 
 CLASS: Final = "class"
+CLASSES: Final = ("small", "large", "body")
 ADMISSION: Final = (
     Metric(
         "gauge",
@@ -164,6 +165,19 @@ METRICS: Final = (
         "Those of them that the tower was run for; of the others SGLang's cache still had the embeddings.",
         ENCODE,
     ),
+    _counter(
+        "left_out_items_total",
+        "left_out_items",
+        "Those of them that nobody had to make, because every language rank of their request had their rows.",
+        ENCODE,
+    ),
+    _counter(
+        "prefix_prefills_total",
+        "prefixes",
+        "Times that SGLang was given the beginning of a prompt while other rows of it were on their way.",
+        LANGUAGE,
+    ),
+    _counter("prefix_rows_total", "prefix_rows", "Rows that were prefilled then.", LANGUAGE),
     EVENTS,
     _histogram(
         "wait_seconds",
@@ -261,6 +275,8 @@ class RelayMetrics:
         for name, total in totals.items():
             self._raise(self._counters[name], name, total)
 
+    prefilled = encoded
+
     def _ended(self, code: int) -> Any:
         return self._counters[REQUESTS.source].labels(**self._labels, status_code=code)
 
@@ -284,6 +300,8 @@ class AdmissionMetrics:
                 case _:
                     made = prometheus.Histogram(*about, registry=where, buckets=metric.buckets)
             self._by_source[metric.source] = made
+        for name in CLASSES if mode == ENCODE else CLASSES[-1:]:
+            self._of("refused", name)  # from the start, as the events are
 
     def let_in(self, name: str, waited: float) -> None:
         """`name`: the class of the request."""

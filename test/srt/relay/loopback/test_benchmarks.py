@@ -60,3 +60,15 @@ def test_quick_form_of_pool(tmp_path: Path) -> None:
     # An eighth of the memory is less than the longest request needs.
     assert all(point["rounds"] > 1 for point in limited if point["fraction"] == 8)
     assert (tmp_path / "pool.svg").read_text().count("<polyline") == 2
+
+
+def test_quick_form_of_burst(tmp_path: Path) -> None:
+    """With a limit everybody is answered or refused with a word about when to come back, and the memory is enough."""
+    printed, results = run_quickly("burst", tmp_path)
+    limited, unlimited = results["summary"]
+    assert "| limited |" in printed
+    assert limited["answered"] + limited["refused"] == limited["requests"]
+    assert limited["with_retry_after"] == limited["refused"]
+    assert limited["ended"] == ""
+    assert unlimited["ended"] == "its memory was used up"
+    assert limited["peak_mib"] < unlimited["peak_mib"]

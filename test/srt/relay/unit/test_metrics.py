@@ -128,7 +128,7 @@ def test_what_requests_cost_is_told_by_their_class_and_by_the_http_process_only(
 
     found = [value(f"admission_{name}", "large") for name in ("bytes", "waiting", "refused_total", "wait_seconds_sum")]
     assert found == [5000, 2, 1, 0.2]
-    assert (value("admission_bytes", "small"), value("admission_refused_total", "small")) == (10, None)
+    assert (value("admission_bytes", "small"), value("admission_refused_total", "small")) == (10, 0)
     assert Served("encode").value("admission_bytes", **{"class": "large"}) is None
 
 
