@@ -119,18 +119,55 @@ def plot(title: str, x_title: str, y_title: str, lines: Mapping[str, Line]) -> s
     def up(y: float) -> float:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
+    parts = _begun(title, x_title, y_title, top, up)
+    parts += [_text(across(x), HEIGHT - BOTTOM + 18, _short(x)) for x in places]
+    for number, (name, line) in enumerate(lines.items()):
+        parts += _drawn(name, line, number, across, up)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def bars(title: str, x_title: str, y_title: str, groups: Mapping[str, Mapping[str, Figures]]) -> str:
+    """Groups of bars with their spread, as SVG. A name has one color in all groups."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    top = max(figures.high for group in groups.values() for figures in group.values()) * 1.05
+    step = (WIDTH - LEFT - RIGHT) / len(groups)
+    width = step * 0.8 / len(names)
+
+    def up(y: float) -> float:
+        return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
+
+    parts = _begun(title, x_title, y_title, top, up)
+    for place, (label, group) in enumerate(groups.items()):
+        left = LEFT + (place + 0.1) * step
+        parts.append(_text(left + 0.4 * step, HEIGHT - BOTTOM + 18, label))
+        for number, name in enumerate(names):
+            if name in group:
+                parts += _bar(group[name], left + number * width, 0.9 * width, number, up)
+    for number, name in enumerate(names):
+        parts += _legend(name, number)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _bar(figures: Figures, x: float, width: float, number: int, up: Callable[[float], float]) -> Sequence[str]:
+    place = f'x="{x:.1f}" y="{up(figures.median):.1f}" width="{width:.1f}"'
+    height = up(0) - up(figures.median)
+    spread = f"M{x + width / 2:.1f} {up(figures.low):.1f}V{up(figures.high):.1f}"
+    return (
+        f'<rect {place} height="{height:.1f}" fill="{COLORS[number % len(COLORS)]}"/>',
+        f'<path d="{spread}" stroke="black" stroke-width="2" stroke-opacity="0.6"/>',
+    )
+
+
+def _begun(title: str, x_title: str, y_title: str, top: float, up: Callable[[float], float]) -> list[str]:
+    """A plot with its titles and its y axis, and nothing in it."""
+    return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
         ' font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 18, title, "start"),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_title),
         *_axis(top, y_title, up),
-        *(_text(across(x), HEIGHT - BOTTOM + 18, _short(x)) for x in places),
     ]
-    for number, (name, line) in enumerate(lines.items()):
-        parts += _drawn(name, line, number, across, up)
-    return "\n".join([*parts, "</svg>", ""])
 
 
 def _axis(top: float, y_title: str, up: Callable[[float], float]) -> list[str]:
@@ -154,10 +191,15 @@ def _drawn(
         spread = f"M{across(x):.1f} {up(figures.low):.1f}V{up(figures.high):.1f}"
         parts.append(f'<path d="{spread}" stroke="{color}" stroke-width="4" stroke-opacity="0.35"/>')
         parts.append(f'<circle cx="{across(x):.1f}" cy="{up(figures.median):.1f}" r="3" fill="{color}"/>')
-    at = TOP + 14 + 18 * number
-    parts.append(f'<path d="M{WIDTH - RIGHT + 12} {at - 4}h18" stroke="{color}" stroke-width="2"/>')
-    parts.append(_text(WIDTH - RIGHT + 36, at, name, "start"))
-    return parts
+    return [*parts, *_legend(name, number)]
+
+
+def _legend(name: str, number: int) -> Sequence[str]:
+    at, color = TOP + 14 + 18 * number, COLORS[number % len(COLORS)]
+    return (
+        f'<path d="M{WIDTH - RIGHT + 12} {at - 4}h18" stroke="{color}" stroke-width="2"/>',
+        _text(WIDTH - RIGHT + 36, at, name, "start"),
+    )
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

@@ -43,13 +43,14 @@ Times = dict[tuple[str, str], float]
 """When things happened to one request, in ms since it was begun: by place and name, the first time each."""
 
 
-def plugin(folder: Path) -> None:
-    """Make `marks.py` a plugin that SGLang finds in what this process starts."""
-    shutil.copy(Path(__file__).with_name("marks.py"), folder / "relay_benchmark_marks.py")
-    facts = folder / "relay_benchmark_marks-0.dist-info"
+def plugin(folder: Path, name: str = "marks") -> None:
+    """Make a module beside this one a plugin that SGLang finds in what this process starts from now on."""
+    module = f"relay_benchmark_{name}"
+    shutil.copy(Path(__file__).with_name(f"{name}.py"), folder / f"{module}.py")
+    facts = folder / f"{module}-0.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: relay-benchmark-marks\nVersion: 0\n")
-    (facts / "entry_points.txt").write_text("[sglang.srt.plugins]\nmarks = relay_benchmark_marks:install\n")
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: relay-benchmark-{name}\nVersion: 0\n")
+    (facts / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {module}:install\n")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
