@@ -171,6 +171,27 @@ METRICS: Final = (
         "Those of them that nobody had to make, because every language rank of their request had their rows.",
         ENCODE,
     ),
+    _gauge("row_cache_items", "row_cache_items", "Items whose rows are kept for requests to come.", LANGUAGE),
+    _gauge("row_cache_bytes", "row_cache_bytes", "Bytes of memory that these rows take.", LANGUAGE),
+    _counter(
+        "row_cache_hits_total",
+        "row_cache_hits",
+        "Images, videos and audio whose rows did not travel, because they were kept here.",
+        LANGUAGE,
+    ),
+    _counter(
+        "row_cache_misses_total",
+        "row_cache_misses",
+        "Those whose rows could be kept, and had to travel.",
+        LANGUAGE,
+    ),
+    _counter("row_cache_saved_bytes_total", "row_cache_saved", "Bytes that did not travel.", LANGUAGE),
+    _counter(
+        "row_cache_evictions_total",
+        "row_cache_evictions",
+        "Items whose rows made place for those of others.",
+        LANGUAGE,
+    ),
     _counter(
         "prefix_prefills_total",
         "prefixes",

@@ -43,6 +43,7 @@ _KINDS: Final = {
         _Kind("tokenize", recorder.RECEIVED, recorder.PREPARED, is_sglangs=True),
         _Kind("wait for blocks", recorder.PARKED, recorder.OFFERED),
         _Kind("copy", recorder.COPY_BEGAN, recorder.COPIED),
+        _Kind("prefix", recorder.PREFIX_BEGAN, recorder.PREFIX_ENDED),
         _Kind("queue", recorder.HANDED_OVER, recorder.PREFILL_BEGAN, is_sglangs=True),
         _Kind("prefill", recorder.PREFILL_BEGAN, recorder.PREFILL_ENDED, is_sglangs=True),
     ),

@@ -141,9 +141,8 @@ def test_a_slow_reader_keeps_its_own_rows_and_not_the_batch(device: torch.device
 
     modality = enum.Enum("Modality", ["IMAGE"]).IMAGE  # type: ignore[attr-defined]
 
-    def request() -> Any:
-        item = SimpleNamespace(offsets=[(0, ROWS - 1)], modality=modality, precomputed_embeddings=None)
-        return SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=[item]))
+    def request() -> list[Any]:
+        return [SimpleNamespace(offsets=[(0, ROWS - 1)], modality=modality, precomputed_embeddings=None)]
 
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)

@@ -163,7 +163,7 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
         )
         self.memory_saver_adapter = SimpleNamespace(pause=lambda tag: None, resume=lambda tag: None)
         self.tokenizer = self._mm_processor = self.pad_input_ids_func = None
-        self.spec_algorithm = SpeculativeAlgorithm.NONE
+        self.spec_algorithm, self.is_generation = SpeculativeAlgorithm.NONE, True
         self.max_req_len, self.max_req_input_len, self.max_new_tokens_limit = MAX_PROMPT + 4, MAX_PROMPT, None
         self.max_total_num_tokens, self.kv_shard_widening, self.page_size = 1024, 1, 1
         self.sliding_window_size = self.chunked_prefill_size = self.future_map = None
@@ -172,6 +172,7 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
             finish=lambda *_: None,
             supports_swa=lambda: False,
             supports_mamba=lambda: False,
+            supports_prefix_sharing=lambda: True,
         )
         self.req_to_token_pool = Cleared(size=1, device="cpu", reset_aux_cache_allocator=lambda: None)
         self.token_to_kv_pool_allocator = Cleared(max_new_tokens_for_memory=lambda length, wanted, **_: wanted)
@@ -299,6 +300,18 @@ class TransferWithoutThread:
 
     def send_embedding(self, room: int, source: Any) -> None:
         self.asked.append(("send", room, source))
+
+    def more_rows(self, room: int, source: Any) -> None:
+        self.asked.append(("more", room, source))
+
+    def sources(self, room: int) -> list[Any]:
+        """What was handed over of a room, each time everything that was made so far."""
+        return [more for asked, other, more in self.asked if other == room and asked in ("send", "more")]
+
+    def promise(self, room: int, *items: int) -> None:
+        """Every language rank has the rows of these items, by their numbers."""
+        (sender,) = [more for asked, other, more in self.asked if (asked, other) == ("expect", room)]
+        sender.held = tuple(sorted({*sender.held, *items}))
 
     def refuse(self, room: int, failure: Failure) -> None:
         self.asked.append(("refuse", room, failure))

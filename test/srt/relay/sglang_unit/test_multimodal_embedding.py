@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from embedding_relay import recorder
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.protocol.status import Status
 from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message
+from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
@@ -590,6 +592,189 @@ def test_a_flush_forgets_the_rows_of_pictures(
     assert model.calls == 2
 
 
+# ---- rows as they are made
+
+
+@pytest.fixture
+def item_by_item(role: EncodeRole) -> EncodeRole:
+    role.tower.group_tokens = 1
+    return role
+
+
+def rows_of_items(transfer: TransferWithoutThread, room: int) -> list[tuple[int, int | None]]:
+    """Of each time that rows were handed over: of how many items, and the row before which everything is made."""
+    return [(len(source.segments), source.made) for source in transfer.sources(room)]
+
+
+def test_a_request_with_several_pictures_hands_over_each_when_it_is_made(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, item_by_item: EncodeRole, model: Model
+) -> None:
+    scheduler.turn(request("a", 7, pictures=3))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(1, 3)]
+    assert item_by_item.has_work(), "the next turn comes at once"
+    items = item_by_item.turns.queue[0].items
+    assert [item.feature is None for item in items] == [True, False, False]
+    scheduler.turn()
+    scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(1, 3), (2, 5), (3, None)]
+    assert transfer.rooms("send") == [7], "once, and then more"
+    assert model.calls == 3
+    assert not item_by_item.has_work()
+    transfer.stands(7, Status.SUCCESS)
+    scheduler.turn()
+    assert scheduler.answer_to("a") is None
+    assert scheduler.is_fully_idle()
+
+
+def test_without_the_setting_all_rows_are_handed_over_at_once(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    scheduler.turn(request("a", 7, pictures=3))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(3, None)]
+    assert model.calls == 1
+
+
+def test_between_two_groups_of_a_request_others_have_their_turns(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, item_by_item: EncodeRole
+) -> None:
+    scheduler.turn(request("large", 1, pictures=8), request("small", 2, pictures=1, seed=50))
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    transfer.stands(2, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn()
+    assert transfer.rooms("send") == [1, 2]
+    assert len(transfer.sources(1)) < 8
+    transfer.stands(2, Status.SUCCESS)
+    scheduler.turn()
+    assert scheduler.ended() == ["small"]
+
+
+@pytest.mark.parametrize("how", ["aborted", "failed", "tower"])
+def test_a_request_that_ends_in_the_middle_leaves_nothing_behind(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    item_by_item: EncodeRole,
+    model: Model,
+    how: str,
+) -> None:
+    scheduler.turn(request("a", 7, pictures=3))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    items = item_by_item.turns.queue[0].items
+    match how:
+        case "aborted":
+            scheduler.turn(AbortReq(rid="a"))
+        case "failed":
+            transfer.stands(7, Status.FAILED, Failure(UNAVAILABLE, "the reader is gone"))
+            scheduler.turn()
+        case "tower":
+            model.fails = True
+            scheduler.turn()
+            scheduler.turn()
+    made = model.calls
+    scheduler.turn()
+    assert model.calls == made
+    assert all(item.feature is None for item in items)
+    assert scheduler.answer_to("a") is not None
+    assert item_by_item.tables() == {"parked": 0}
+    assert scheduler.is_fully_idle()
+
+
+@holds
+def test_an_operator_holds_the_model_between_two_groups(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    item_by_item: EncodeRole,
+    hold: Any,
+    go_on: Any,
+) -> None:
+    scheduler.turn(request("a", 7, pictures=2))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    scheduler.turn(hold)
+    scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(1, 3)]
+    scheduler.turn(go_on)
+    scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(1, 3), (2, None)]
+
+
+def test_a_request_that_is_begun_goes_on_however_many_rows_are_in_flight(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, item_by_item: EncodeRole
+) -> None:
+    """Its own are among them, and its reader waits for the others."""
+    item_by_item.max_bytes_in_flight = 1
+    scheduler.turn(request("a", 7, pictures=2), request("b", 8, pictures=2, seed=50))
+    for room in (7, 8):
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+    for _ in range(4):
+        scheduler.turn()
+    assert rows_of_items(transfer, 7) == [(1, 3), (2, None)]
+    assert rows_of_items(transfer, 8) == []
+    transfer.stands(7, Status.SUCCESS)
+    scheduler.turn()
+    scheduler.turn()
+    assert rows_of_items(transfer, 8) == [(1, 3), (2, None)]
+
+
+# ---- rows that the language side has
+
+
+def absent(source: Any) -> list[int]:
+    return [number for number, _ in source.absent]
+
+
+def test_what_every_language_rank_has_is_not_made(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    scheduler.turn(request("a", 7, pictures=3))
+    transfer.promise(7, 1)
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    (source,) = transfer.sources(7)
+    assert (absent(source), [start for start, _ in source.segments], source.made) == ([1], [1, 5], None)
+
+
+def test_a_request_of_which_nothing_is_to_be_made_runs_no_tower_and_waits_for_none(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model, role: EncodeRole
+) -> None:
+    role.max_bytes_in_flight = 1
+    scheduler.turn(request("a", 7, pictures=1), request("b", 8, pictures=2))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    transfer.promise(8, 0, 1)
+    transfer.stands(8, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    (source,) = transfer.sources(8)
+    assert (absent(source), list(source.segments)) == ([0, 1], [])
+    assert model.calls == 1
+    assert recorder.TOWER_BEGAN not in [moment.what for moment in role.recorder.moments(8)]
+
+
+def test_a_request_says_what_its_items_are(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
+) -> None:
+    keys = ItemKeys("a model", lambda: b"weights")
+    scheduler.embedding_relay = EncodeRole(scheduler, transfer, VisionTower(model, "cpu", 1), keys)
+    scheduler.turn(request("a", 7, pictures=2))
+    (sender,) = [more for what, _, more in transfer.asked if what == "expect"]
+    assert [item.runs for item in sender.items] == [((1, 3),), ((3, 5),)]
+    assert len({item.key for item in sender.items}) == 2
+    scheduler.turn(NEW_WEIGHTS)
+    scheduler.turn(request("b", 8, pictures=2))
+    other = [more for what, _, more in transfer.asked if what == "expect"][1]
+    assert not {item.key for item in other.items} & {item.key for item in sender.items}, "other weights, other rows"
+    scheduler.turn(FlushCacheReqInput())
+    scheduler.turn(request("c", 9, pictures=2))
+    again = [more for what, _, more in transfer.asked if what == "expect"][2]
+    assert again.items == other.items, "a flush changes no rows"
+
+
 def test_a_picture_that_the_tower_cannot_take_fails_none_of_those_beside_it(
     scheduler: SchedulerWithoutModel,
     transfer: TransferWithoutThread,
@@ -598,15 +783,15 @@ def test_a_picture_that_the_tower_cannot_take_fails_none_of_those_beside_it(
 ) -> None:
     encode, together = role.tower.encode, []
 
-    def fail_for_the_second(reqs: list[Any]) -> Any:
-        together.append([req.bootstrap_room for req in reqs])
+    def fail_for_the_second(groups: list[list[Any]]) -> Any:
+        together.append([item.hash for (item,) in groups])
         if 8 in together[-1]:
             raise ValueError("not with these pixels")
-        return encode(reqs)
+        return encode(groups)
 
     role.tower.batch_tokens = 100
     monkeypatch.setattr(role.tower, "encode", fail_for_the_second)
-    scheduler.turn(*(request(name, room, pictures=1) for name, room in (("a", 7), ("b", 8), ("c", 9))))
+    scheduler.turn(*(request(name, room, pictures=1, seed=room - 1) for name, room in (("a", 7), ("b", 8), ("c", 9))))
     for room in (7, 8, 9):
         transfer.stands(room, Status.WAITING_FOR_INPUT)
     scheduler.turn()

@@ -605,14 +605,15 @@ class Model:
 
 
 class EncodeRanks(Ranks):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, group_tokens: int | None = None) -> None:
         super().__init__(count)
         self.models = [Model() for _ in range(count)]
         self.transfer = TransferWithoutThread()
         self.transfers = [self.transfer]
         for rank, (scheduler, model) in enumerate(zip(self.schedulers, self.models, strict=True)):
             manager = NoTransfer(RelayConfig.from_environment()) if rank else self.transfer
-            scheduler.embedding_relay = EncodeRole(scheduler, manager, VisionTower(model, "cpu", 1))
+            tower = VisionTower(model, "cpu", 1, group_tokens=group_tokens)
+            scheduler.embedding_relay = EncodeRole(scheduler, manager, tower)
 
     def turn(self, *messages: Any) -> None:
         """SGLang remembers rows in its process, and here the ranks share one."""
@@ -691,13 +692,33 @@ def test_the_tower_rests_on_all_ranks_while_an_operator_holds_the_model(encoders
     assert len(encoders.encoded()) == 1
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_ranks_compute_the_same_groups_if_one_of_them_fails(mode: str, failing: int) -> None:
+    ranks = EncodeRanks(2, group_tokens=1)
+    ranks.turn(stand_ins.request("a", 1, pictures=3))
+    ranks.transfer.stands(1, Status.WAITING_FOR_INPUT)
+    ranks.turn()
+    ranks.models[failing].fails = True
+    ranks.turn()
+    ranks.models[failing].fails = False
+    for _ in range(3):
+        ranks.turn()
+    assert len(ranks.encoded()) == (2 if failing == 0 else 3), "who sends them knows that they will not be whole"
+    if failing == 0:
+        assert ranks.same(lambda scheduler: scheduler.ended()) == ["a"]
+    else:
+        assert [source.made for source in ranks.transfer.sources(1)] == [3, 5, None]
+    ranks.close()
+
+
 def run_encode_schedule(seed: int) -> None:
-    """Rooms move on at the first rank, its tower fails, clients leave, an operator pauses, turns are left out.
+    """Rooms move on at the first rank, its tower fails, clients leave, an operator pauses, turns are left out, rows are
+    made item by item, and the language side has some.
 
     An AssertionError if the towers of two ranks were asked for different things, or a request is not answered once.
     """
     dice = random.Random(seed)
-    ranks = EncodeRanks(dice.choice([1, 2, 2, 4]))
+    ranks = EncodeRanks(dice.choice([1, 2, 2, 4]), dice.choice([None, 2]))
     for scheduler in ranks.schedulers:
         scheduler.embedding_relay.max_bytes_in_flight = 16  # the rows of two pictures
     rooms = 0
@@ -706,7 +727,8 @@ def run_encode_schedule(seed: int) -> None:
             messages: list[Any] = []
             for _ in range(dice.choice([0, 0, 1, 2])):
                 rooms += 1
-                messages.append(picture(f"r{rooms}.", rooms))
+                pictures = dice.choice([1, 1, 3])
+                messages.append(stand_ins.request(f"r{rooms}.", rooms, pictures=pictures, seed=rooms))
             if rooms and dice.random() < 0.1:
                 messages.append(AbortReq(rid=f"r{dice.randint(1, rooms)}."))
             if dice.random() < 0.1:
@@ -735,8 +757,10 @@ def advance(transfer: TransferWithoutThread, room: int, dice: random.Random) -> 
     """The language side asks, or has all rows that were sent, or is gone."""
     if dice.random() < 0.1:
         transfer.stands(room, Status.FAILED, LOST)
-    elif room in transfer.rooms("send"):
+    elif (sources := transfer.sources(room)) and sources[-1].made is None:
         transfer.stands(room, Status.SUCCESS)
+    elif transfer._board.status(room) is not None and dice.random() < 0.2:
+        transfer.promise(room, 0)
     elif transfer._board.status(room) is Status.BOOTSTRAPPING:
         transfer.stands(room, Status.WAITING_FOR_INPUT)
 
@@ -749,7 +773,7 @@ def test_encode_ranks_do_the_same_under_any_schedule(mode: str, seed: int) -> No
 def each_rank_runs_the_tower_when_it_can(patch: pytest.MonkeyPatch) -> None:
     def act_on(self: EncodeRole, heard: Any) -> None:
         original(self, [msgspec.structs.replace(one, batch=()) for one in heard])
-        if batch := self._next_batch(self.tower_queue):
+        if batch := self._next_batch():
             self._encode(batch)
 
     original = EncodeRole.act_on

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from sglang.srt.disaggregation.multimodal.tower import VisionTower
+from sglang.srt.disaggregation.multimodal.tower import VisionTower, release_pixels
 from sglang.srt.managers.mm_utils import init_mm_embedding_cache
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
@@ -48,8 +48,9 @@ def item(number: int, *offsets: tuple[int, int], modality: Modality = Modality.I
     return made
 
 
-def request(*items: Any) -> Any:
-    return SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=list(items)))
+def request(*items: Any) -> list[Any]:
+    """What goes through the tower of a request."""
+    return list(items)
 
 
 @pytest.fixture
@@ -139,6 +140,44 @@ def test_a_batch_is_the_longest_beginning_of_the_queue_within_the_budget(
     assert VisionTower(model, "cpu", budget).next_batch(queue) == queue[:together]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "count"),
+    [(None, [9, 9], 2), (4, [4, 1], 1), (4, [3, 1, 1], 2), (4, [9, 1], 1), (4, [1, 1], 2), (4, [3, 9, 1], 2)],
+)
+def test_a_group_of_a_request_is_as_many_items_as_have_the_tokens_that_a_pass_wants(
+    model: Model, tokens: int | None, sizes: list[int], count: int
+) -> None:
+    items = [item(90 + number, (0, size - 1)) for number, size in enumerate(sizes)]
+    assert VisionTower(model, "cpu", 1, group_tokens=tokens).group(items) == count
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 128), ("cuda", 2048)])
+def test_a_request_is_divided_only_if_its_rows_shall_travel_as_they_are_made(device: str, tokens: int) -> None:
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=Outer()))
+    config = SimpleNamespace(hidden_size=8)
+    scheduler = SimpleNamespace(device=device, tp_worker=worker, model_config=config, tp_size=1)
+    assert VisionTower.of(scheduler).group_tokens is None
+    assert VisionTower.of(scheduler, progressive=True).group_tokens == tokens
+
+
+def test_no_more_is_looked_at_than_one_group_beyond_the_batch(model: Model) -> None:
+    looked_at = []
+
+    def groups() -> Any:
+        for number in range(9):
+            looked_at.append(number)
+            yield request(item(95, (0, 1)))
+
+    assert len(VisionTower(model, "cuda", 4).next_batch(groups())) == 2
+    assert looked_at == [0, 1, 2]
+
+
+def test_pixels_of_some_items_are_let_go_and_those_of_others_stay() -> None:
+    items = [item(96, (0, 1)), item(97, (2, 3))]
+    release_pixels(items[:1])
+    assert [one.feature is None for one in items] == [True, False]
+
+
 def test_on_a_cpu_a_pass_is_shared_by_pictures_whose_features_are_a_row_for_each_patch(model: Model) -> None:
     patches, tiles, sound = item(74, (0, 1)), item(75, (0, 1)), item(76, (0, 1), modality=Modality.AUDIO)
     tiles.feature = torch.zeros(1, 3, 4, 4)
@@ -183,7 +222,7 @@ def test_what_was_encoded_is_not_encoded_again_and_counted_as_such(model: Model)
     tower.encode([request(item(81, (0, 1)), item(82, (2, 3)))])
     tower.encode([request(item(82, (4, 5)), item(83, (0, 1)))])
     assert model.batches == [[81, 82], [83]]
-    assert tower.totals == {"media_items": 4, "encoded_items": 3}
+    assert tower.totals == {"media_items": 4, "encoded_items": 3, "left_out_items": 0}
 
 
 class Thinker(torch.nn.Module):

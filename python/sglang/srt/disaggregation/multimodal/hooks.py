@@ -343,6 +343,26 @@ def torch_on(device: str) -> Iterator[None]:
         torch.get_device_module = named
 
 
+def keep_prefixes_to_ourselves(original: Original, streamer: Any, reqs: Any, *args: Any, **kwargs: Any) -> Any:
+    """What answers requests of our own is for no client. SGLang may show one again that has ended already."""
+    if modes.current() != modes.LANGUAGE:
+        return original(streamer, reqs, *args, **kwargs)
+    from sglang.srt.disaggregation.multimodal import prefix
+
+    others = [req for req in reqs if not prefix.answers(req)]
+    if reqs and not others:
+        return None
+    return original(streamer, others, *args, **kwargs)
+
+
+def end_aborted_prefix(_result: Any, scheduler: Any, req: Any) -> None:
+    if _role_of(scheduler) is not None and modes.current() == modes.LANGUAGE:
+        from sglang.srt.disaggregation.multimodal import prefix
+
+        if (aborted := prefix.of(req)) is not None:
+            aborted.end()
+
+
 def abort_ours(_result: Any, scheduler: Any, recv_req: Any) -> None:
     if (role := _role_of(scheduler)) is not None:
         role.hear_abort(recv_req)
@@ -383,6 +403,7 @@ class Hook(NamedTuple):
 
 _SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHT_UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_STREAMER: Final = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _TOKENIZER_MANAGER: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 HOOKS: Final = (
@@ -421,6 +442,8 @@ HOOKS: Final = (
     Hook(f"{_SCHEDULER}.flush_cache", flush_beside_parked, HookType.AROUND),
     Hook(f"{_WEIGHT_UPDATER}.release_memory_occupation", release_memory_beside_parked, HookType.AROUND),
     Hook(f"{_SCHEDULER}.abort_request", abort_ours, HookType.AFTER),
+    Hook(f"{_STREAMER}.stream_output", keep_prefixes_to_ourselves, HookType.AROUND),
+    Hook(f"{_SCHEDULER}._release_aborted_request", end_aborted_prefix, HookType.AFTER),
     Hook(f"{_SCHEDULER}.get_internal_state", describe_ourselves, HookType.AFTER),
     Hook(f"{_SCHEDULER}.release_host_resources", close_role, HookType.AFTER),
 )

@@ -19,6 +19,7 @@ from embedding_relay.transport.ranks import Reporter, Reports
 from embedding_relay.transport.sockets import ip_address
 from sglang.srt.disaggregation.mooncake.conn_multimodal import BorrowingManager, EncodeManager, LanguageManager
 from sglang.srt.disaggregation.multimodal import halves, modes, parts
+from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
 from sglang.srt.disaggregation.multimodal.multimodal_language import AnyLanguageManager, LanguageRole
 from sglang.srt.disaggregation.multimodal.prefill_stage import PrefillRole
@@ -67,11 +68,11 @@ def _encode_role(scheduler: Any) -> EncodeRole:
     """Tensor-parallel ranks make the same rows: the first sends them to all language ranks."""
     is_first = get_parallel().world_group.rank_in_group == 0
     manager = open_encode_manager(scheduler) if is_first else NoTransfer(RelayConfig.from_environment())
-    role = EncodeRole(scheduler, manager, VisionTower.of(scheduler))
+    tower = VisionTower.of(scheduler, progressive=manager.config.progressive)
+    keys = ItemKeys.of(scheduler, manager.layout.model) if isinstance(manager, EncodeManager) else None
+    role = EncodeRole(scheduler, manager, tower, keys)
     if isinstance(manager, EncodeManager):
-        role.pulse.is_offered = (
-            manager.is_offered
-        )  # the HTTP process asks which of the requests it keeps are waited for
+        role.pulse.is_offered = manager.is_offered  # of requests that the HTTP process keeps back (admitting.py)
     return role
 
 

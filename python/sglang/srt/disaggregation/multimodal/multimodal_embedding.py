@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import msgspec
-
 from embedding_relay import recorder
 from embedding_relay.protocol.errors import (
     BAD_REQUEST,
@@ -22,30 +20,24 @@ from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
 from sglang.srt.disaggregation.multimodal import media, modes, tracing
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
-from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted, is_local
+from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
+from sglang.srt.disaggregation.multimodal.roles import Decisions, Part, Role, aborted, is_local
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
+from sglang.srt.disaggregation.multimodal.turns import EncodeRequest, Turns
 
 logger = logging.getLogger(__name__)
-
-
-class EncodeRequest(msgspec.Struct):
-    """A request and its end of the transfer. By its number all ranks of this instance know it."""
-
-    req: Any
-    sender: MooncakeEmbeddingSender
-    number: int
-    bytes: int = 0
-    """Of its rows, once they are made."""
 
 
 class MultimodalEmbeddingBootstrapQueue:
     """Requests whose language side has not offered blocks yet. No tower time is spent on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: ItemKeys | None = None) -> None:
+        """`keys`: by which a language rank knows the items whose rows it has; None where nobody asks."""
+        self.keys = keys
         self.queue: list[EncodeRequest] = []
 
     def add(self, request: EncodeRequest) -> None:
-        request.sender.init()
+        request.sender.init(media.manifest_items(request.req, self.keys) if self.keys is not None else ())
         self.queue.append(request)
 
     def bootstrapped(self) -> list[int]:
@@ -61,11 +53,13 @@ class MultimodalEmbeddingBootstrapQueue:
 class EncodeRole(Role[EncodeManager | NoTransfer]):
     mode = modes.ENCODE
 
-    def __init__(self, scheduler: Any, manager: EncodeManager | NoTransfer, tower: VisionTower) -> None:
+    def __init__(
+        self, scheduler: Any, manager: EncodeManager | NoTransfer, tower: VisionTower, keys: ItemKeys | None = None
+    ) -> None:
         super().__init__(scheduler, manager, is_first=not isinstance(manager, NoTransfer))
         self.tower = tower
-        self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue()
-        self.tower_queue: list[EncodeRequest] = []
+        self.bootstrap_queue = MultimodalEmbeddingBootstrapQueue(keys)
+        self.turns = Turns(tower)
         self.inflight: list[EncodeRequest] = []
         self.before_reachable: list[Any] = []
         self._numbers = itertools.count()
@@ -138,26 +132,23 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
             begun = self.bootstrap_queue.bootstrapped()
             ended = [(one.number, one.sender.failure()) for one in self._parked() if is_final(one.sender.poll())]
         over = {number for number, _ in ended}
-        waiting = [*self.tower_queue, *(one for one in self.bootstrap_queue.queue if one.number in begun)]
-        batch = self._next_batch([one for one in waiting if one.number not in over], over)
-        return Decisions(
-            self.manager.unhealthy_reason, self.manager.reachable(), tuple(begun), tuple(batch), tuple(ended)
-        )
+        batch = self._next_batch([one for one in self.bootstrap_queue.queue if one.number in begun], over)
+        return Decisions(self.manager.unhealthy_reason, self.manager.reachable(), tuple(begun), batch, tuple(ended))
 
-    def _next_batch(self, waiting: list[EncodeRequest], over: Collection[int] = ()) -> list[int]:
+    def _next_batch(self, others: Sequence[EncodeRequest] = (), over: Collection[int] = ()) -> tuple[Part, ...]:
         """The tower rests while slow readers have left too many rows here: they lie in the device's memory."""
-        bytes_in_flight = sum(one.bytes for one in self.inflight if one.number not in over)
-        if not waiting or self.is_held() or bytes_in_flight >= self.max_bytes_in_flight:
-            return []
-        batch = self.tower.next_batch([request.req for request in waiting])
-        return [request.number for request in waiting[: len(batch)]]
+        if self.is_held():
+            return ()
+        has_rows = [one for one in (*self.inflight, *self.turns.queue) if one.number not in over]
+        may_begin = sum(one.bytes for one in has_rows) < self.max_bytes_in_flight
+        return self.turns.next_batch(others, over, may_begin=may_begin)
 
     def _parked(self) -> list[EncodeRequest]:
-        return [*self.bootstrap_queue.queue, *self.tower_queue, *self.inflight]
+        return [*self.bootstrap_queue.queue, *self.turns.queue, *self.inflight]
 
     def act_on(self, heard: Sequence[Decisions]) -> None:
         for decisions in heard:
-            self.tower_queue += self.bootstrap_queue.pop_bootstrapped(decisions.begun)
+            self.turns.add(self.bootstrap_queue.pop_bootstrapped(decisions.begun))
             for number, failure in decisions.ended:
                 self._end(number, failure)
             if decisions.batch and not self.is_held():
@@ -167,39 +158,48 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
             for req in waiting:
                 self._finish(req)
 
-    def _encode(self, numbers: Sequence[int]) -> None:
-        requests = [request for request in self.tower_queue if request.number in numbers]
-        self.tower_queue = [request for request in self.tower_queue if request.number not in numbers]
-        self._encode_together(requests)
-        self.inflight += requests
+    def _encode(self, parts: Sequence[Part]) -> None:
+        work = self.turns.take(parts)
+        if together := [(request, items) for request, items in work if items]:
+            self._encode_together(together)
+        for request, items in work:
+            if not items:  # nobody needs anything of it that is not made yet
+                self._encode_together([(request, items)])
+        self.inflight += self.turns.pop_finished()
 
-    def _encode_together(self, requests: list[EncodeRequest]) -> None:
-        batch = [request.req for request in requests]
+    def _encode_together(self, work: Sequence[tuple[EncodeRequest, tuple[int, ...]]]) -> None:
+        """Of each request these items, by their indexes."""
         began_at = time.monotonic()
-        for request in requests:
-            self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
+        for request, items in work:
+            if items:
+                self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
         rows = None
         try:
-            rows = self.tower.encode(batch)
-            for request, embeddings in zip(requests, rows, strict=True):
-                self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=sum(map(len, embeddings)))
-            send_embedding_chunk(requests, rows)
+            for request, _ in work:
+                request.wait_for_device()
+            rows = self.tower.encode([[request.items[index] for index in items] for request, items in work])
+            for (request, items), embeddings in zip(work, rows, strict=True):
+                if items:
+                    made = sum(map(len, embeddings))
+                    self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=made)
+                request.take(items, embeddings)
+            send_embedding_chunk([request for request, _ in work])
             self.manager.observer.encoded(self.tower.totals)
-            for req in batch:
-                req.multimodal_inputs.release_features()  # pixels, often larger than the rows that they became
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
-            logger.exception("the vision tower failed on rooms %s", [req.bootstrap_room for req in batch])
-            if rows is None and len(requests) > 1 and self.tower.device == "cpu":  # only what fails alone fails
-                for request in requests:
-                    self._encode_together([request])
+            rooms = [request.sender.room for request, _ in work]
+            logger.exception("the vision tower failed on rooms %s", rooms)
+            if rows is None and len(work) > 1 and self.tower.device == "cpu":  # only what fails alone fails
+                for one in work:
+                    self._encode_together([one])
                 return
-            for request in requests:
+            for request, items in work:
+                request.fail(items, asks_for_more=not self.is_first)
                 request.sender.refuse(
                     Failure(INTERNAL, "the vision tower failed: the log of the encode instance says why")
                 )
 
     def _end(self, number: int, failure: Failure | None) -> None:
-        for queue in (self.bootstrap_queue.queue, self.tower_queue, self.inflight):
+        for queue in (self.bootstrap_queue.queue, self.turns.queue, self.inflight):
             for request in [one for one in queue if one.number == number]:
                 queue.remove(request)
                 self._finish(request.req, failure)
@@ -234,15 +234,20 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
     def forget_computed(self) -> None:
         self.tower.forget()
 
+    def weights_changed(self) -> None:
+        super().weights_changed()
+        if self.bootstrap_queue.keys is not None:
+            self.bootstrap_queue.keys.renew()
+
     def tables(self) -> dict[str, int]:
-        queues = (self.bootstrap_queue.queue, self.tower_queue, self.inflight, self.before_reachable)
+        queues = (self.bootstrap_queue.queue, self.turns.queue, self.inflight, self.before_reachable)
         return {"parked": sum(map(len, queues))}
 
     def is_idle(self) -> bool:
         return not self._parked()
 
     def has_work(self) -> bool:
-        return bool(self._next_batch(self.tower_queue))
+        return bool(self._next_batch())
 
 
 def _reason_in(reason: Any) -> Failure:
@@ -252,8 +257,7 @@ def _reason_in(reason: Any) -> Failure:
     return Failure(int(reason.status_code or BAD_REQUEST), reason.message)
 
 
-def send_embedding_chunk(requests: list[EncodeRequest], rows: list[list[Any]]) -> None:
-    """Give every request's rows to its transfer; from here on the transfer workers do the rest."""
-    for request, embeddings in zip(requests, rows, strict=True):
-        request.bytes = sum(one.nbytes for one in embeddings)
-        request.sender.send_embedding(media.source_rows(request.req, embeddings))
+def send_embedding_chunk(requests: Sequence[EncodeRequest]) -> None:
+    """Give what is made of every request to its transfer; from here on the transfer workers do the rest."""
+    for request in requests:
+        request.hand_over()

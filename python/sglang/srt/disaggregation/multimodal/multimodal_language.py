@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,7 @@ from sglang.srt.disaggregation.mooncake.conn_multimodal import (
 )
 from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes, tracing
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of
+from sglang.srt.disaggregation.multimodal.prefix import Prefix, PrefixPrefill, why_not
 from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, encode_half
 from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
 
@@ -53,6 +55,10 @@ class MultimodalLanguageRequest:
         self.uses_left = 1
         self.waiting: list[Any] = []
         self.over_since = 0.0
+        self.prefix: Prefix | None = None
+        """What SGLang was given of the prompt before all its rows were here."""
+        self.prefilled = 0
+        """Rows that were in a prefix."""
 
 
 class MultimodalLanguagePreallocQueue:
@@ -75,7 +81,8 @@ class MultimodalLanguagePreallocQueue:
     def add(self, recv_req: Any, half: EncodeHalf) -> MultimodalLanguageRequest:
         room = half.room
         number = next(self._numbers)
-        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room, number)
+        sources = request_notes.read(recv_req).sources
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room, number, sources)
         request = MultimodalLanguageRequest(receiver, number)
         if self._on_end is not None:
             receiver.on_end = functools.partial(self._on_end, request.number)
@@ -110,12 +117,16 @@ class MultimodalLanguageTransferQueue:
     def extend(self, rooms: dict[int, MultimodalLanguageRequest]) -> None:
         self.queue.update(rooms)
 
-    def pop_transferred(self, *, failed_only: bool = False) -> dict[int, MultimodalLanguageRequest]:
-        """Rooms that have ended on every rank, in the order in which that was decided."""
+    def pop_transferred(
+        self, *, failed_only: bool = False, stays: Callable[[MultimodalLanguageRequest], bool] | None = None
+    ) -> dict[int, MultimodalLanguageRequest]:
+        """Rooms that have ended on every rank, in the order in which that was decided; but for those that stay."""
         moved = {
             room: request
             for room, request in self.queue.items()
-            if request.is_decided and (request.failure is not None or not failed_only)
+            if request.is_decided
+            and (request.failure is not None or not failed_only)
+            and not (stays is not None and stays(request))
         }
         for room in moved:
             del self.queue[room]
@@ -147,6 +158,15 @@ class LanguageRole(Role[AnyLanguageManager]):
         self.reporter = reporter
         self._handing_over: int | None = None
         """The room whose rows SGLang is given at this moment."""
+        self.prefixes = self._prefix_prefill(ranks)
+
+    def _prefix_prefill(self, ranks: int) -> PrefixPrefill | None:
+        if not self.manager.config.prefix_prefill or self.reporter is not None:
+            return None
+        if (reason := why_not(self.scheduler, ranks)) is not None:
+            logger.info("relay: no prompt is begun before all its rows are here: %s", reason)
+            return None
+        return PrefixPrefill(self.scheduler, self.manager.limits, self.recorder, self.manager.observer)
 
     def start(self) -> None:
         if self.reporter is not None:
@@ -234,8 +254,19 @@ class LanguageRole(Role[AnyLanguageManager]):
                 self._end(number, failure)
             self._forget(decisions.forgotten)
         # In the order of the decisions, which is the same on every rank: so SGLang's queues are, too.
-        for room, request in self.transfer_queue.pop_transferred(failed_only=self.is_held()).items():
+        transferred = self.transfer_queue.pop_transferred(failed_only=self.is_held(), stays=self._waits_for_prefix)
+        for room, request in transferred.items():
             self._hand_over(room, request)
+        if self.prefixes is not None and not self.is_held():
+            self.prefixes.advance(self.transfer_queue.queue.values())
+
+    def _waits_for_prefix(self, request: MultimodalLanguageRequest) -> bool:
+        if self.prefixes is None:
+            return False
+        if request.failure is None and request.waiting:
+            return self.prefixes.holds_up(request)
+        self.prefixes.give_up(request)
+        return False
 
     def _end(self, number: int, failure: Failure | None) -> None:
         for queue in (self.prealloc_queue.queue, self.transfer_queue.queue):
@@ -277,6 +308,8 @@ class LanguageRole(Role[AnyLanguageManager]):
             self._handing_over = None
 
     def note_created(self, req: Any) -> None:
+        if self.prefixes is not None and self.prefixes.note_created(req):
+            return
         if (room := self._handing_over) is not None:
             tracing.note_handed_over(self.recorder, room, req)
             tracing.emit_spans(self.recorder, self.mode, room, req)
@@ -322,12 +355,27 @@ class LanguageRole(Role[AnyLanguageManager]):
             peer = name_of_rank(Address(refusal.host, self._port(refusal.port)), refusal.encode_rank)
             self.prealloc_queue.decline(peer, refusal.room, refusal.failure)
 
+    def forget_computed(self) -> None:
+        """Rows that were received for earlier requests are not used again."""
+        self.manager.forget_rows()
+
     def tables(self) -> dict[str, int]:
         rooms = (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values())
         return {"parked": sum(len(room.waiting) for room in rooms), "shared": len(self.shared)}
 
     def is_idle(self) -> bool:
         return not (self.prealloc_queue.queue or self.transfer_queue.queue)
+
+    def has_work(self) -> bool:
+        """A room is over whose prompt had to wait for its prefix, and need not any more."""
+        return not self.is_held() and any(request.is_decided for request in self.transfer_queue.queue.values())
+
+    @contextlib.contextmanager
+    def parked_requests_hold_nothing(self) -> Iterator[None]:
+        if self.prefixes is not None:
+            self.prefixes.take_back_all(self.transfer_queue.queue.values())
+        with super().parked_requests_hold_nothing():
+            yield
 
 
 def peer_of(half: EncodeHalf) -> str:

@@ -26,6 +26,15 @@ M = TypeVar("M", bound=Manager | NoTransfer)
 _DECIDED: Final = "relay-decided"
 
 
+class Part(msgspec.Struct, frozen=True):
+    """Of a request at an encode instance: which of its media items go through the tower now. By their indexes."""
+
+    number: int
+    items: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
+    """Items whose rows are at every language rank already: nobody makes them."""
+
+
 class Decisions(msgspec.Struct, frozen=True):
     """What the first rank of an instance has decided since its last turn. Requests are named by number: see the halves.
 
@@ -41,7 +50,7 @@ class Decisions(msgspec.Struct, frozen=True):
     is_reachable: bool = False
     begun: tuple[int, ...] = ()
     """Encode: the language side waits for these rows."""
-    batch: tuple[int, ...] = ()
+    batch: tuple[Part, ...] = ()
     """Encode: these go through the tower now."""
     ended: tuple[tuple[int, Failure | None], ...] = ()
     forgotten: tuple[int, ...] = ()
@@ -149,7 +158,7 @@ class Role(abc.ABC, Generic[M]):
         """Once per turn of the scheduler's loop, after it has done what these messages asked for."""
         self.pulse.beat()
         if any(isinstance(message, weight_changes()) for message in messages):
-            self.forget_computed()
+            self.weights_changed()
         heard, self._heard = self._heard, []
         self.act_on(heard)
         if self.manager.observer is not NOBODY and (tables := self.tables()) != self._tables:
@@ -260,6 +269,9 @@ class Role(abc.ABC, Generic[M]):
 
     def forget_computed(self) -> None:
         """The weights have changed, or the cache was flushed: what the model made before is not used again."""
+
+    def weights_changed(self) -> None:
+        self.forget_computed()
 
 
 def _as_message(decisions: Decisions) -> Any:

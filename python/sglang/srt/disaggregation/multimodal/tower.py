@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, Final
 
@@ -11,74 +12,93 @@ from sglang.srt.disaggregation.multimodal import parts
 from sglang.srt.disaggregation.multimodal.shared_pass import SharedPasses
 
 # A tower on an accelerator wants full batches. On a CPU small requests share what a pass costs whatever its size, and
-# large ones would gain nothing (`shared_pass`). The items of one request always go together, as they do in an undivided
-# server: encoded apart, they would differ in their last bits.
+# large ones would gain nothing (`shared_pass`).
 _ACCELERATOR_BATCH_TOKENS: Final = 16384
 _CPU_BATCH_TOKENS: Final = 128
+
+# The items of one request go together, as they do in an undivided server that has seen none of them: encoded apart,
+# they would differ in their last bits. Or, if rows shall travel as they are made, in groups of about so many tokens:
+# enough to fill an accelerator; on a CPU, where a larger pass is not a cheaper one, enough for what any pass costs.
+_ACCELERATOR_GROUP_TOKENS: Final = 2048
+_CPU_GROUP_TOKENS: Final = 128
 
 
 class VisionTower:
     """Turns the multimodal items of requests into rows; equal items are encoded once and remembered by SGLang."""
 
-    def __init__(self, model: Any, device: str, batch_tokens: int, width: int = 0) -> None:
+    def __init__(
+        self, model: Any, device: str, batch_tokens: int, width: int = 0, group_tokens: int | None = None
+    ) -> None:
         self.model = model
         self.device = device
         self.batch_tokens = batch_tokens
         self.width = width
         """Of the rows that travel."""
-        self.totals: Final = {"media_items": 0, "encoded_items": 0}
-        """Items that were asked for, and those that went through the tower."""
+        self.group_tokens = group_tokens
+        """A request's items go through it in groups that have as many, or one item more; None: all together."""
+        self.totals: Final = {"media_items": 0, "encoded_items": 0, "left_out_items": 0}
+        """Items that were asked for, those that went through the tower, and those that nobody needed any more."""
         self.name = type(model).__name__
         self._passes = SharedPasses() if device == "cpu" else None
 
     @classmethod
-    def of(cls, scheduler: Any) -> VisionTower:
+    def of(cls, scheduler: Any, *, progressive: bool = False) -> VisionTower:
         device = str(scheduler.device)
-        tokens = _CPU_BATCH_TOKENS if device == "cpu" else _ACCELERATOR_BATCH_TOKENS
-        if device == "cpu" and scheduler.tp_size > 1:
+        on_cpu = device == "cpu"
+        tokens = _CPU_BATCH_TOKENS if on_cpu else _ACCELERATOR_BATCH_TOKENS
+        if on_cpu and scheduler.tp_size > 1:
             tokens = 1  # each rank would compare for itself, and the passes of all must be the same
+        group = _CPU_GROUP_TOKENS if on_cpu else _ACCELERATOR_GROUP_TOKENS
         part = parts.media_part(scheduler.tp_worker.model_runner.model)
-        return cls(part, device, tokens, scheduler.model_config.hidden_size * (1 + parts.deepstack_rows(part)))
+        width = scheduler.model_config.hidden_size * (1 + parts.deepstack_rows(part))
+        return cls(part, device, tokens, width, group if progressive else None)
 
-    def next_batch(self, reqs: list[Any]) -> list[Any]:
-        """The longest beginning of the queue that fits the token budget; always at least one."""
-        batch, tokens = reqs[:1], _tokens(reqs[0])
-        for req in reqs[1:]:
-            tokens += _tokens(req)
-            if tokens > self.batch_tokens or not all(map(self._may_share, (batch[0], req))):
+    def group(self, items: Sequence[Any]) -> int:
+        """How many of a request's items, from the first one on, go through the tower at a time."""
+        if self.group_tokens is None:
+            return len(items)
+        ends = accumulate(map(item_tokens, items))
+        return next((count for count, end in enumerate(ends, 1) if end >= self.group_tokens), len(items))
+
+    def next_batch(self, groups: Iterable[list[Any]]) -> list[list[Any]]:
+        """The longest beginning that fits the token budget; at least one. They are of as many requests."""
+        batch: list[list[Any]] = []
+        tokens = 0
+        for items in groups:
+            tokens += sum(map(item_tokens, items))
+            if batch and (tokens > self.batch_tokens or not all(map(self._may_share, (batch[0], items)))):
                 break
-            batch.append(req)
+            batch.append(items)
         return batch
 
-    def _may_share(self, req: Any) -> bool:
+    def _may_share(self, items: list[Any]) -> bool:
         """A pass with others: on a CPU those that are a row for each patch, which can be told apart there."""
         if self._passes is None:
             return True
-        items = req.multimodal_inputs.mm_items
         return self._passes.are_equal and not any(
             item.is_audio() or getattr(item.feature, "ndim", 2) != 2 for item in items
         )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is left out of the type check
-    def encode(self, reqs: list[Any]) -> list[list[torch.Tensor]]:
-        """For every request one tensor per item, in the order of its items; no request's tensors hold another's memory.
+    def encode(self, groups: list[list[Any]]) -> list[list[torch.Tensor]]:
+        """For every group, of a request of its own, one tensor per item; none holds the memory of another group's.
 
         The tower's own result has the rows of the whole batch, and would stay until the slowest reader of any is done.
         """
-        items = [item for req in reqs for item in req.multimodal_inputs.mm_items]
+        items = list(chain(*groups))
         self.totals["media_items"] += len(items)
         embeddings = {
             id(item): item.precomputed_embeddings.to(self.device)
             for item in items
             if item.precomputed_embeddings is not None  # somebody has encoded it already
         }
-        missing = [[item for item in req.multimodal_inputs.mm_items if id(item) not in embeddings] for req in reqs]
-        for modality in {item.modality for of_request in missing for item in of_request}:
-            same = [[item for item in of_request if item.modality is modality] for of_request in missing]
-            same = [of_request for of_request in same if of_request]
+        missing = [[item for item in group if id(item) not in embeddings] for group in groups]
+        for modality in {item.modality for group in missing for item in group}:
+            same = [[item for item in group if item.modality is modality] for group in missing]
+            same = [group for group in same if group]
             for item, rows in zip(chain(*same), self._encode_items(same), strict=True):
-                embeddings[id(item)] = rows if len(reqs) == 1 else rows.clone()
-        return [[self._filled_up(embeddings[id(item)]) for item in req.multimodal_inputs.mm_items] for req in reqs]
+                embeddings[id(item)] = rows if len(groups) == 1 else rows.clone()
+        return [[self._filled_up(embeddings[id(item)]) for item in group] for group in groups]
 
     def forget(self) -> None:
         """What SGLang remembers by its hash was made by weights that may not be here any more."""
@@ -137,5 +157,8 @@ def item_tokens(item: Any) -> int:
     return sum(end - start + 1 for start, end in item.offsets)
 
 
-def _tokens(req: Any) -> int:
-    return sum(map(item_tokens, req.multimodal_inputs.mm_items))
+def release_pixels(items: list[Any]) -> None:
+    """Of items that are made."""
+    from sglang.srt.managers.schedule_batch import MultimodalInputs
+
+    MultimodalInputs(mm_items=items).release_features()
