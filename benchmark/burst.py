@@ -34,6 +34,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
+os.environ["OMP_NUM_THREADS"] = "1"  # several processes share the machine; also those that servers are forked from
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import aiohttp
@@ -47,10 +48,11 @@ from embedding_relay.config import ADMISSION
 from embedding_relay.media_costs import IMAGE, MediaCosts, sources
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import chat_body
-from embedding_relay.tools.local_cluster import LocalCluster, Options
+from embedding_relay.tools.local_cluster import LocalCluster
 
 GIB: Final = 2**30
 MIB: Final = 2**20
+UNLIMITED_BYTES: Final = 2**62
 LIMITED, UNLIMITED = "limited", "unlimited"
 SMALL_SIDE: Final = 112
 BETWEEN_SMALL_S: Final = 0.5
@@ -144,6 +146,8 @@ def held_by(cluster: LocalCluster) -> int:
 
 
 class RealHost:
+    """Servers that are ready; from now on they may take `spare` bytes more than they have."""
+
     def __init__(self, cluster: LocalCluster, group: ControlGroup | None, spare: int) -> None:
         self.url = cluster.url
         self._cluster = cluster
@@ -160,29 +164,47 @@ class RealHost:
 
 
 @contextlib.contextmanager
-def real_host(candidate: str, options: argparse.Namespace, folder: Path) -> Iterator[RealHost]:
-    group: ControlGroup | None = ControlGroup()
-    assert group is not None
-    if not group.make():
-        group = None
-    environ = {ADMISSION: "0"} if candidate == UNLIMITED else {}
-    halves = [dict(environ), dict(environ)]
+def control_group() -> Iterator[ControlGroup | None]:
+    """With a process in it that has imported SGLang, from which servers are forked. None if there can be no group."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test" / "srt"))
+    from support import servers, warm_start
+
+    group = ControlGroup()
+    is_made = group.make()
+    with group.joined() if is_made else contextlib.nullcontext():
+        warm = warm_start.fork_server()
+    try:
+        yield group if is_made else None
+    finally:
+        servers.finish_stopping()
+        warm.stop()
+        if is_made:
+            group.remove()
+
+
+@contextlib.contextmanager
+def real_host(
+    candidate: str, options: argparse.Namespace, folder: Path, group: ControlGroup | None
+) -> Iterator[RealHost]:
+    from support import servers
+
+    halves = [{ADMISSION: "0"}] * 2 if candidate == UNLIMITED else [{}] * 2
     if group is None and candidate == LIMITED:
         halves = [{ADMISSION: str(int(options.spare * GIB * part / MIB))} for part in (1 / 2, 1 / 4)]
     made = local_cluster.relay(
-        Options(tiny_model.cached(), folder, "cpu", process=local_cluster.LocalProcess),
+        servers.options(tiny_model.cached(), folder),
         encode_environ=halves[0],
         language_environ=halves[1],
         router_arguments=("--disable-retries", "--max-payload-size", str(GIB)),
     )
-    try:
-        with group.joined() if group is not None else contextlib.nullcontext():
-            made.start()
-        yield RealHost(made, group, int(options.spare * GIB))
-    finally:
-        made.stop(grace=0)
-        if group is not None:
-            group.remove()
+    with servers.running(made):
+        host = RealHost(made, group, int(options.spare * GIB))
+        try:
+            yield host
+        finally:
+            made.stop(grace=0)
+            if group is not None:
+                group.set_limit(UNLIMITED_BYTES)
 
 
 # ---- in place of the servers
@@ -359,16 +381,16 @@ def show(results: Sequence[dict[str, Any]], title: str) -> None:
             print(f"<!-- {one['candidate']}: other statuses {one['other']} -->")
 
 
-def measured(candidate: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    if options.quick:
+def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    with control_group() as group:
+        for candidate in options.candidates:
+            with real_host(candidate, options, folder / candidate, group) as host:
+                yield summary(candidate, asyncio.run(run(host, options)))
 
-        async def quickly() -> Run:
-            async with stand_in(candidate, int(options.spare * GIB)) as host:
-                return await run(host, options)
 
-        return summary(candidate, asyncio.run(quickly()))
-    with real_host(candidate, options, folder) as host:
-        return summary(candidate, asyncio.run(run(host, options)))
+async def measured_quickly(candidate: str, options: argparse.Namespace) -> dict[str, Any]:
+    async with stand_in(candidate, int(options.spare * GIB)) as host:
+        return summary(candidate, await run(host, options))
 
 
 def main() -> None:
@@ -378,7 +400,10 @@ def main() -> None:
     print(report.describe(facts))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out / "logs" if options.out is not None else Path(scratch)
-        results = [measured(candidate, options, folder / candidate) for candidate in options.candidates]
+        if options.quick:
+            results = [asyncio.run(measured_quickly(candidate, options)) for candidate in options.candidates]
+        else:
+            results = list(measured(options, folder))
     title = f"{options.requests} requests with {options.pictures} pictures of {options.side}²"
     title += f", {options.spare:g} GiB to spare"
     show(results, title)

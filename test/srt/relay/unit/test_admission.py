@@ -82,6 +82,25 @@ def test_one_that_is_larger_than_the_limit_goes_alone_among_the_large_ones() -> 
     assert after.is_in
 
 
+def test_one_that_is_larger_than_the_limit_waits_for_small_ones_that_have_more_than_is_kept_for_them() -> None:
+    account = Account(limits(largest=10_000))
+    small = [account.enter(SMALL, 0) for _ in range(6)]
+    giant = account.enter(9000, 0)
+    account.leave(small[0], 1)
+    assert not giant.is_in
+    account.leave(small[1], 2)
+    assert giant.is_in
+
+
+def test_somebody_who_leaves_is_a_move_whether_or_not_it_helps() -> None:
+    account = Account(limits())
+    first, _ = account.enter(1000, 0), account.enter(1000, 0)
+    waiting = account.enter(2800, 0)
+    account.leave(first, 7)
+    assert not waiting.is_in
+    assert account.moved_at == 7
+
+
 def test_one_that_no_machine_can_take_is_refused_for_good() -> None:
     account = Account(limits(largest=2**33))
     with pytest.raises(Refused, match=r"9,216 MiB .* no more than 8,192 MiB \(THE_SETTING\)") as caught:
@@ -318,7 +337,7 @@ def test_as_long_as_somebody_moves_nobody_is_let_in_beyond_the_limit() -> None:
         first, second = Held(gate, 2800), Held(gate, 2800, [7])
         await until(lambda: gate.account.waiting == 1)
         gate.let_in_offered([7])
-        assert not second.is_in
+        assert gate.account.waiting == 1
         await first.end()
         await until(lambda: second.is_in)
         await second.end()
