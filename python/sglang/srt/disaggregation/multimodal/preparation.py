@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -38,6 +40,10 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
         tokenized = await original(manager, obj)
         precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
         admitting.note_prepared(tokenized.mm_inputs, manager.model_config)
+        if getattr(obj, "mm_hashes", None):
+            # Whoever names the hash of a picture may name that of another one: rows are not shared with those who do
+            # not. Here this field serves nothing else, as there is no prefix cache.
+            tokenized.extra_key = f"{tokenized.extra_key or ''} with hashes of the caller"
         return tokenized
     except Exception as error:
         raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
@@ -114,7 +120,7 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
     # SGLang would answer at once with the ids that it has: placeholders. A late answer has none instead.
-    request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids)))
+    request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids), sources_of(obj)))
     obj.return_prompt_token_ids = False
     return tokenized
 
@@ -129,3 +135,41 @@ def _without_media(obj: Any) -> Iterator[None]:
     finally:
         for field, value in kept.items():
             setattr(obj, field, value)
+
+
+# ---- what clients call their pictures
+
+_SAMPLE: Final = 1 << 16
+
+
+def sources_of(obj: Any) -> tuple[str, ...]:
+    """Digests of the media of a prompt, as they were sent or named. Equal ones are probably equal, and nothing rests on
+    it: so of long ones the beginning, the middle and the end will do. None if there are several kinds of media: nobody
+    here knows their order.
+    """
+    given = [(field, media) for field in _MEDIA_FIELDS if (media := getattr(obj, field, None))]
+    if len(given) != 1:
+        return ()
+    ((kind, media),) = given
+    tenant = [kind, *(getattr(obj, field, None) for field in ("extra_key", "cache_salt", "lora_path"))]
+    return tuple(_digest(repr(tenant), one) for one in (media if isinstance(media, list) else [media]))
+
+
+def _digest(tenant: str, media: Any) -> str:
+    """Empty for what is neither data nor the name of any: processed media of a caller within the process."""
+    options = ""
+    if dataclasses.is_dataclass(media) and hasattr(media, "url"):  # SGLang's ImageData or VideoData
+        options, media = repr([(field.name, getattr(media, field.name)) for field in _options(media)]), media.url
+    if not isinstance(media, str | bytes):
+        return ""
+    length = len(media)
+    places = (0, max(0, (length - _SAMPLE) // 2), max(0, length - _SAMPLE))
+    digest = hashlib.blake2b(repr((tenant, options, length)).encode(), digest_size=16)
+    for place in places:
+        part = media[place : place + _SAMPLE]
+        digest.update(part.encode(errors="surrogatepass") if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def _options(media: Any) -> list[Any]:
+    return [field for field in dataclasses.fields(media) if field.name != "url"]

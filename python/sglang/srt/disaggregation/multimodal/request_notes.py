@@ -26,6 +26,8 @@ class Note(msgspec.Struct, frozen=True):
     encode_half: EncodeHalf | None = None
     """Chosen by this instance; None if the router has chosen, and says so in the bootstrap fields."""
     wants_prompt_ids: bool = False
+    sources: tuple[str, ...] = ()
+    """Digests of what the client sent or named as its pictures, videos or sounds, in order, if they are of one kind."""
 
 
 def write(tokenized: Any, note: Note) -> None:
