@@ -107,7 +107,7 @@ _TRANSPORT: Final = {
     "sockets.py": ("loopback/loop", "loopback/security", "loopback/hostile"),
     "workers.py": ("loopback/transfer", "loopback/threads", "loopback/failures"),
 }
-_HALVES: Final = ("multimodal_embedding.py", "multimodal_language.py")
+_HALVES: Final = ("multimodal_embedding.py", "multimodal_language.py", "prefix.py", "turns.py")
 
 PARTS: Final[Mapping[str, Part]] = {
     "protocol": Part("embedding_relay.protocol", _protocol_tests, more=_random_schedules),
