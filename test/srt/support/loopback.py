@@ -29,7 +29,7 @@ from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddin
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
-from support.rows import LIMITS, Spec, difference, make_rows
+from support.rows import LIMITS, Spec, difference, items_of, make_rows, without
 
 torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
 
@@ -192,6 +192,8 @@ class _EncodeLoop:
         self._manager = manager
         self._senders: list[tuple[MooncakeEmbeddingSender, Spec]] = []
         self._ends: dict[int, tuple[Status, Failure | None]] = {}
+        self._made = 0
+        """Items that a tower would have been run for."""
 
     def run(self) -> None:
         poller = zmq.Poller()
@@ -211,7 +213,8 @@ class _EncodeLoop:
     def _look_at(self, room: int) -> None:
         for sender, spec in [pair for pair in self._senders if pair[1].room == room]:
             if sender.poll() is Status.WAITING_FOR_INPUT and not spec.held:
-                rows = make_rows(self._layout, spec)
+                rows = without(make_rows(self._layout, spec), sender.items, sender.held)
+                self._made += len(rows.segments)
                 sender.send_embedding(rows)
                 sender.send_embedding(rows)  # a repeated request to send is skipped
             elif is_final(sender.poll()):
@@ -222,7 +225,7 @@ class _EncodeLoop:
         for spec in specs:
             sender = MooncakeEmbeddingSender(self._manager, spec.room)
             self._senders.append((sender, spec))
-            sender.init()
+            sender.init(items_of(make_rows(self._layout, spec), spec))
 
     def _refuse(self, room: int, failure: Failure) -> None:
         MooncakeEmbeddingSender(self._manager, room).refuse(failure)
@@ -257,6 +260,9 @@ class _EncodeLoop:
     def _ended(self) -> None:
         self._pipe.send(dict(self._ends))
 
+    def _encoded(self) -> None:
+        self._pipe.send(self._made)
+
 
 # ---- language
 
@@ -268,8 +274,10 @@ class LanguageRank:
     manager: LanguageManager
     layout: BufferLayout
 
-    def start(self, peer: str, *rooms: int, hint_rows: int | None = None) -> dict[int, MooncakeEmbeddingReceiver]:
-        receivers = {room: MooncakeEmbeddingReceiver(self.manager, peer, room) for room in rooms}
+    def start(
+        self, peer: str, *rooms: int, hint_rows: int | None = None, sources: Sequence[str] = ()
+    ) -> dict[int, MooncakeEmbeddingReceiver]:
+        receivers = {room: MooncakeEmbeddingReceiver(self.manager, peer, room, sources=sources) for room in rooms}
         for receiver in receivers.values():
             receiver.start(hint_rows)
         return receivers
@@ -287,10 +295,10 @@ class LanguageRank:
             assert difference(self.layout, make_rows(self.layout, spec), receiver.rows()) is None
 
     def receive(
-        self, encode: EncodeInstance, *specs: Spec, hint_rows: int | None = None
+        self, encode: EncodeInstance, *specs: Spec, hint_rows: int | None = None, sources: Sequence[str] = ()
     ) -> dict[int, MooncakeEmbeddingReceiver]:
         """Move these requests and compare."""
-        receivers = self.start(encode.peer, *(spec.room for spec in specs), hint_rows=hint_rows)
+        receivers = self.start(encode.peer, *(spec.room for spec in specs), hint_rows=hint_rows, sources=sources)
         encode.expect(*specs)
         self.wait(receivers.values())
         self.check(receivers, specs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from embedding_relay.memory.buffers import ReceivedRows, SourceRows
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.protocol.messages import Item
 
 # Of the model that these requests are for. It takes no positions of three axes, so those may be anything.
 LIMITS: Final = ModelLimits(vocabulary=2**31 - 1, modalities=frozenset({1}))
@@ -31,11 +33,16 @@ class Spec:
     """The encoder never finishes."""
     damage: str = ""
     """One of `DAMAGE`: what a hostile encode instance does to its rows before it sends them."""
+    like: int | None = None
+    """The room of another request, which had the same prompt."""
+    salt: int | None = None
+    """The language side is told the keys of its items, which differ from those under another salt; None: it is not."""
 
 
 def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
-    chance = random.Random(f"{spec.room}/{spec.seed}")
-    noise = torch.Generator().manual_seed((spec.room * 1_000_003 + spec.seed) % 2**63)
+    number = spec.room if spec.like is None else spec.like
+    chance = random.Random(f"{number}/{spec.seed}")
+    noise = torch.Generator().manual_seed((number * 1_000_003 + spec.seed) % 2**63)
     items = torch.full((spec.total, 4), -1, dtype=torch.int32)
     segments = []
     row, item = chance.randint(0, min(9, spec.total - 1)), 0
@@ -64,6 +71,24 @@ def make_rows(layout: BufferLayout, spec: Spec) -> SourceRows:
         source = Forged(**{field.name: getattr(source, field.name) for field in fields(source)})
         DAMAGE[spec.damage](source)
     return source
+
+
+def items_of(source: SourceRows, spec: Spec) -> tuple[Item, ...]:
+    """As an encode instance would tell of them: each item of these rows is one segment."""
+    if spec.salt is None:
+        return ()
+    items = []
+    for start, rows in source.segments:
+        key = hashlib.blake2b(rows.view(torch.uint8).numpy().tobytes(), digest_size=16, salt=b"%d" % spec.salt)
+        items.append(Item(key.hexdigest(), ((start, start + len(rows)),)))
+    return tuple(items)
+
+
+def without(source: SourceRows, items: Sequence[Item], absent: Iterable[int]) -> SourceRows:
+    """What an encoder makes that leaves these items out."""
+    absent = sorted(absent)
+    segments = [segment for number, segment in enumerate(source.segments) if number not in absent]
+    return replace(source, segments=segments, absent=tuple((number, items[number].runs) for number in absent))
 
 
 class Forged(SourceRows):

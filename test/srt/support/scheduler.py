@@ -221,7 +221,13 @@ class SchedulerWithoutModel(Scheduler):  # type: ignore[misc]  # SGLang is left 
         return Failure(int(reason.status_code), reason.message) if hasattr(reason, "status_code") else None
 
     def ended(self) -> list[str]:
-        return [one.rid for one in self.answers if getattr(one, "finished_reason", None) is not None]
+        """What says that a tower has run ends no request."""
+        ends = [one.rid for one in self.answers if getattr(one, "finished_reason", None) is not None]
+        return [rid for rid in ends if not rid.startswith("relay-encoded-")]
+
+    def encoded(self) -> list[str]:
+        """What the HTTP process was told about rooms whose tower has run."""
+        return [rid for one in self.answers if (rid := str(getattr(one, "rid", ""))).startswith("relay-encoded-")]
 
 
 def has_news(transfer: Any) -> bool:
@@ -258,6 +264,8 @@ class TransferWithoutThread:
         self.unhealthy_reason: str | None = None
         self.is_reachable = True
         self.asked: list[tuple[str, int, Any]] = []
+        self.forgotten = 0
+        """How often kept rows were."""
         self._board = StatusBoard()
         self._board.wakeup.open()
 
@@ -321,6 +329,9 @@ class TransferWithoutThread:
 
     def request(self, receiver: Any, hint_rows: int | None) -> None:
         self.asked.append(("request", receiver.room, receiver))
+
+    def forget_rows(self) -> None:
+        self.forgotten += 1
 
     def rows_arrive(self, room: int, seed: int = 0) -> None:
         """All rows of a prompt with one picture, of `request(…, pictures=1, seed=seed)` at the encode half."""

@@ -250,6 +250,7 @@ def test_the_ids_of_the_prompt_are_those_that_the_scheduler_has(
     assert found[-1]["prompt_token_ids"] == [1, 9, 9, 2]
     sent = next(one for one in language.sent if isinstance(one, TokenizedGenerateReqInput))
     assert request_notes.read(sent).wants_prompt_ids
+    assert len(request_notes.read(sent).sources) == 1, "the scheduler is told what the picture was called"
 
 
 def test_without_them_there_are_none_rather_than_placeholders(language: TokenizerManagerWithoutScheduler) -> None:

@@ -509,6 +509,41 @@ def test_an_update_beside_parked_requests_flushes_the_cache(
     assert queued(scheduler) == ["a"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        FlushCacheReqInput(),
+        UpdateWeightFromDiskReqInput(model_path="elsewhere", load_format="auto", flush_cache=False),
+        EndWeightUpdateReqInput(),
+    ],
+)
+def test_rows_of_earlier_requests_are_forgotten_with_sglangs_caches_and_with_weights(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, command: Any
+) -> None:
+    scheduler.turn(request("a", 7), PauseGenerationReqInput(mode="in_place"))
+    assert transfer.forgotten == 0
+    scheduler.turn(*([BeginWeightUpdateReqInput()] if isinstance(command, EndWeightUpdateReqInput) else []), command)
+    assert transfer.forgotten >= 1
+
+
+def test_a_flush_that_sglang_refuses_forgets_nothing(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    scheduler.waiting_queue.append(SimpleNamespace(kv=SimpleNamespace(holds_kv=False), rid="other"))
+    scheduler.turn(FlushCacheReqInput())
+    assert answers_of_commands(scheduler) == [False]
+    assert transfer.forgotten == 0
+
+
+def test_the_transfer_hears_what_the_client_calls_its_pictures(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    noted = request("a", 7)
+    request_notes.write(noted, request_notes.Note(sources=("one", "two")))
+    scheduler.turn(noted, request("b", 8))
+    assert [(room, receiver.sources) for _, room, receiver in transfer.asked] == [(7, ("one", "two")), (8, ())]
+
+
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("rows_are_here", [False, True])
 def test_memory_is_released_beside_parked_requests(

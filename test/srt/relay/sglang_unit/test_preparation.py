@@ -14,6 +14,7 @@ import torch
 
 from embedding_relay.media_sources import MediaSources, NotAccepted
 from sglang.srt.disaggregation.multimodal import preparation
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.utils import ImageData
 from support.preparing import GOOD, GOOD_URI, PNG, refusal, uri
 from support.tokenizing import IMAGE, VIDEO, TokenizerManagerWithoutScheduler
@@ -53,3 +54,55 @@ def test_a_picture_is_prepared_as_without_us(manager: TokenizerManagerWithoutSch
     GOOD.save(buffer, "PNG")
     prepared = manager.prepare(text=f"{IMAGE}a", image_data=[uri(buffer.getvalue())])
     assert prepared.input_ids.count(manager.mm_processor.mm_tokens.image_token_id) == 4
+
+
+def test_pictures_whose_hash_the_caller_names_are_a_tenant_of_their_own(
+    manager: TokenizerManagerWithoutScheduler,
+) -> None:
+    """By its extra key: a hash that a stranger names is not taken for one that was made of the pixels."""
+    plain = manager.prepare(text=f"{IMAGE}a", image_data=[GOOD_URI], extra_key="me")
+    named = manager.prepare(text=f"{IMAGE}a", image_data=[GOOD_URI], extra_key="me", mm_hashes=["5"])
+    assert plain.extra_key == "me"
+    assert named.extra_key not in ("me", None)
+    assert named.mm_inputs.mm_items[0].hash == 5
+
+
+# ---- what clients call their pictures
+
+
+def sources(**fields: Any) -> tuple[str, ...]:
+    return preparation.sources_of(GenerateReqInput(text="a", **fields))
+
+
+def test_equal_media_have_equal_names_in_their_order() -> None:
+    one, two = sources(image_data=["http://a/1.png", GOOD_URI])
+    assert sources(image_data=[GOOD_URI, "http://a/1.png"]) == (two, one)
+    assert sources(image_data="http://a/1.png") == (one,)
+    assert len({one, two, *sources(image_data=[PNG, "http://a/2.png"])}) == 4
+
+
+def test_media_of_other_kinds_options_or_tenants_have_other_names() -> None:
+    names = [
+        *sources(image_data=["x"]),
+        *sources(video_data=["x"]),
+        *sources(audio_data=["x"]),
+        *sources(image_data=["x"], extra_key="a"),
+        *sources(image_data=["x"], cache_salt="a"),
+        *sources(image_data=[ImageData("x", detail="low")]),
+        *sources(image_data=[ImageData("x", detail="high")]),
+    ]
+    assert len(set(names)) == 7
+
+
+@pytest.mark.parametrize("at", [0, 200_000, 399_999])
+def test_long_data_is_told_apart_by_its_beginning_middle_and_end(at: int) -> None:
+    data = "a" * 400_000
+    changed = data[:at] + "b" + data[at + 1 :]
+    assert len({*sources(image_data=[data, changed, data + "a", data])}) == 3
+
+
+def test_what_nobody_can_name_has_no_name() -> None:
+    assert sources(image_data=[{"format": "processor_output"}, GOOD]) == ("", "")
+    assert sources(image_data=["x"], video_data=["y"]) == ()
+    assert sources() == ()
+    assert len(sources(image_data=["\ud800"])) == 1

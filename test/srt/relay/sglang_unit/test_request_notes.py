@@ -14,7 +14,7 @@ from support import scheduler as stand_ins
 HALF = EncodeHalf("10.0.0.1", 8998, 2**63 - 1, 3)
 
 
-@pytest.mark.parametrize("note", [Note(), Note(HALF), Note(HALF, wants_prompt_ids=True), Note(wants_prompt_ids=True)])
+@pytest.mark.parametrize("note", [Note(), Note(HALF), Note(HALF, True, ("a", "")), Note(wants_prompt_ids=True)])
 def test_a_note_goes_with_its_request_to_another_process(note: Note) -> None:
     recv_req = stand_ins.request("a", 7)
     request_notes.write(recv_req, note)
