@@ -252,7 +252,7 @@ def _decode_held(frame: bytes) -> tuple[Item, ...]:
 
 
 def _decode_items(frame: bytes) -> tuple[Item, ...]:
-    items = _decode_json(frame, _ITEMS)
+    items: tuple[Item, ...] = _decode_json(frame, _ITEMS)
     if flaw := flaw_of_items(items):
         raise UndecodableFrames(f"items that cannot be read: {flaw}")
     return items

@@ -19,7 +19,9 @@ from embedding_relay.protocol.effects import (
     Deliver,
     DropRows,
     EncodeEffect,
+    HeldByAll,
     LanguageEffect,
+    LookUp,
     ProveGone,
     Resolve,
     Send,
@@ -32,14 +34,17 @@ from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Address,
     Handshake,
+    Item,
     Register,
+    StatusReport,
     TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.plan import batches, plan_chunk
-from embedding_relay.protocol.status import Status
+from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.protocol.timing import Timing
+from embedding_relay.testing.kept import KeptRows, MadeRows, WrittenRows
 from embedding_relay.testing.plane import Clock, MemoryDataPlane, MemoryFabric
-from embedding_relay.testing.watch import AUX, COLUMNS, MAX_ROWS, Journal, Memory, Truth, Violation
+from embedding_relay.testing.watch import AUX, COLUMNS, EMBEDDINGS, MAX_ROWS, Journal, Memory, Truth, Violation
 
 
 class WorldOfNode(Protocol):
@@ -49,6 +54,8 @@ class WorldOfNode(Protocol):
     ranks: int
     takes_offer_ahead: bool
     smallest_half: int
+    keeps_rows: bool
+    steps_of_tower: int
     timing: Timing
     clock: Clock
     fabric: MemoryFabric
@@ -91,7 +98,12 @@ class EncodeNode:
         self.journal = Journal(instance)
         self.towers: list[int] = []
         self.jobs: list[Job] = []
-        self.sources: dict[int, Truth] = {}
+        self.sources: dict[int, MadeRows] = {}
+        self.growing: list[int] = []
+        """Rooms of which more rows will be made."""
+        self.held: dict[int, tuple[int, ...]] = {}
+        """Items of each room that need not be made."""
+        self.written: dict[tuple[int, Address], WrittenRows] = {}
         self.failed_sessions: set[str] = set()
         self.proofs: list[ProveGone] = []
         self.is_cut_off = False
@@ -100,17 +112,22 @@ class EncodeNode:
     def run(self, effects: Sequence[EncodeEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
+                if isinstance(effect.message, StatusReport):
+                    self._check_report(effect.to, effect.message)
                 self.world.post(self.instance, effect)
             elif isinstance(effect, StatusChanged):
                 self.journal.note(effect)
                 if effect.status is Status.WAITING_FOR_INPUT:
                     self.towers.append(effect.room)
+            elif isinstance(effect, HeldByAll):
+                self.held[effect.room] = effect.items
             elif isinstance(effect, TransferEmbeddingChunk):
                 self._take_job(effect)
             elif isinstance(effect, ProveGone):
                 self.proofs.append(effect)
             elif isinstance(effect, DropRows):
                 self.sources.pop(effect.room, None)
+                self.held.pop(effect.room, None)
                 if any(chunk.room == effect.room for chunk, _, _ in self.jobs):
                     raise Violation(f"rows of room {effect.room} are dropped while they are being written")
 
@@ -123,18 +140,37 @@ class EncodeNode:
                     raise Violation(f"S2: rooms {chunk.room} and {other.room} write to one block of {ours.session_id}")
         self.jobs.append(Job(chunk, registers, {}))
 
+    def _check_report(self, to: Address, report: StatusReport) -> None:
+        if (written := self.written.get((report.room, to))) is not None:
+            written.check(report)
+
     def expect(self, room: int) -> None:
         self.journal.begin(room)
-        self.run(self.core.expect(room, self.world.clock.now))
+        self.run(self.core.expect(room, self.world.clock.now, self.world.truths[room].items))
 
     def refuse(self, room: int, failure: Failure) -> None:
         self.run(self.core.refuse(room, failure, self.world.clock.now))
 
     def run_tower(self, index: int = 0) -> None:
         room = self.towers.pop(index)
-        truth = self.world.truths[room]
-        self.sources.setdefault(room, truth)
-        self.run(self.core.submit(room, truth.total, self.world.clock.now))
+        truth, steps = self.world.truths[room], self.world.steps_of_tower
+        source = self.sources.setdefault(room, MadeRows(truth))
+        ready = truth.total if steps == 1 else truth.total * (room % steps) // steps
+        source.make(ready, self.held.get(room, ()))
+        if ready < truth.total:
+            self.growing.append(room)
+        self.run(self.core.submit(room, truth.total, self.world.clock.now, source.absent, ready))
+
+    def make_more(self, index: int = 0) -> None:
+        room = self.growing[index]
+        if (source := self.sources.get(room)) is None:
+            self.growing.pop(index)
+            return
+        total = source.truth.total
+        source.make(min(total, source.ready + max(1, total // self.world.steps_of_tower)), self.held.get(room, ()))
+        if source.ready == total:
+            self.growing.pop(index)
+        self.run(self.core.more_rows(room, source.ready, self.world.clock.now, source.absent))
 
     def write_half(self, index: int = 0) -> None:
         """Do the first half of one chunk, and say so. `write` then does all of it, but where this has failed."""
@@ -178,11 +214,11 @@ class EncodeNode:
         self.failed_sessions.update(errors)
 
     def _stage(self, chunk: TransferEmbeddingChunk) -> None:
-        window, truth = chunk.window, self.sources[chunk.room]
+        window, source = chunk.window, self.sources[chunk.room]
         if any(self.pool.owner_of(block) != chunk.room for block in window.blocks):
             raise Violation(f"S2: room {chunk.room} stages rows in blocks that are not its own")
         for index, column in enumerate(COLUMNS):
-            memory, content = self.memory.columns[index], truth.columns[index]
+            memory, content = self.memory.columns[index], source.columns[index]
             if column.per_block:
                 at = window.blocks[0] * column.bytes_per_row
                 memory[at : at + column.bytes_per_row] = content
@@ -191,8 +227,10 @@ class EncodeNode:
                 memory[here : here + length] = content[there : there + length]
 
     def _write(self, chunk: TransferEmbeddingChunk, destination: ChunkDestination, register: Register) -> None:
-        runs = self.sources[chunk.room].media_runs
-        ranges = plan_chunk(COLUMNS, self.world.block_size, chunk.window, destination, runs)
+        truth = self.sources[chunk.room].truth
+        ranges = plan_chunk(COLUMNS, self.world.block_size, chunk.window, destination, truth.media_runs)
+        written = self.written.setdefault((chunk.room, register.address), WrittenRows(truth))
+        written.note(ranges, destination, self.world.block_size)
         link = self.plane.link(destination.session_id)
         self.world.fabric.label = chunk.room
         for r in ranges:
@@ -230,7 +268,9 @@ class LanguageNode:
         self.memory = Memory(world.block_size, blocks)
         self.plane = MemoryDataPlane(world.fabric, session_id)
         self.plane.start(self.memory.regions())
-        handshake = msgspec.structs.replace(world.handshake(blocks), takes_progress=True)
+        handshake = msgspec.structs.replace(
+            world.handshake(blocks), takes_progress=True, takes_manifest=world.keeps_rows
+        )
         register = Register(address, session_id, self.memory.pointers, handshake)
         self.core = world.make_language_side(
             register=register,
@@ -243,6 +283,10 @@ class LanguageNode:
         )
         self.journal = Journal(session_id)
         self.copies: list[CopyOut] = []
+        self.look_ups: list[LookUp] = []
+        """Manifests for which nobody has looked yet."""
+        self.items: dict[int, tuple[Item, ...]] = {}
+        self.kept = KeptRows()
         self.lookups: list[str] = []
         self.targets: dict[int, list[bytearray]] = {}
         self.copied: dict[int, int] = {}
@@ -263,8 +307,13 @@ class LanguageNode:
                 self.world.post(self.plane.session_id, effect)
             elif isinstance(effect, StatusChanged):
                 self.journal.note(effect)
+                if is_final(effect.status):
+                    self._end(effect.room)
             elif isinstance(effect, ClearAux):
                 self._clear_aux(effect.block)
+            elif isinstance(effect, LookUp):
+                self.items[effect.room] = effect.items
+                self.look_ups.append(effect)
             elif isinstance(effect, CopyAhead):
                 self._copy(effect.room, effect.blocks, effect.first_row, effect.stop_row, effect.max_rows)
             elif isinstance(effect, CopyOut):
@@ -273,6 +322,10 @@ class LanguageNode:
                 self.lookups.append(effect.peer)
             elif isinstance(effect, Deliver):
                 self._check_delivery(effect)
+
+    def _end(self, room: int) -> None:
+        self.kept.unpin(room)
+        self.items.pop(room, None)
 
     def _clear_aux(self, block: int) -> None:
         size = COLUMNS[AUX].bytes_per_row
@@ -295,16 +348,23 @@ class LanguageNode:
         self.delivered[effect.room] = effect
         if not self.trusts_rows:
             return
-        truth = self.world.truths[effect.room]
-        problem = truth.differs([bytes(column) for column in self.targets.pop(effect.room)])
+        truth, received = self.world.truths[effect.room], self.targets.pop(effect.room)
+        problem = truth.differs([bytes(column) for column in received])
         if problem or effect.rows != truth.total:
             raise Violation(f"S1: room {effect.room} ({effect.rows} of {truth.total} rows): {problem}")
+        self.kept.put(self.items.get(effect.room, ()), received[EMBEDDINGS])
 
-    def request(self, room: int, peer: str, hint_rows: int | None = None) -> None:
+    def request(self, room: int, peer: str, hint_rows: int | None = None, hints: Sequence[str] = ()) -> None:
         self.journal.begin(room)
         self.targets.pop(room, None)
         self.copied.pop(room, None)
-        self.run(self.core.request(room, peer, self.world.clock.now, hint_rows=hint_rows))
+        held = self.kept.pin(room, hints)
+        self.run(self.core.request(room, peer, self.world.clock.now, hint_rows=hint_rows, held=held))
+
+    def answer_look_up(self, index: int = 0) -> None:
+        room, items = msgspec.structs.astuple(self.look_ups.pop(index))
+        if room in self.items:  # it is not over
+            self.run(self.core.holds(room, self.kept.pin(room, [item.key for item in items]), self.world.clock.now))
 
     def cancel(self, room: int) -> None:
         self.run(self.core.cancel(room, self.world.clock.now))
@@ -312,9 +372,20 @@ class LanguageNode:
     def copy(self, index: int = 0) -> None:
         effect = self.copies.pop(index)
         stop = effect.first_row + effect.capacity
+        copied = self.copied.get(effect.room, 0)
         total = self._copy(effect.room, effect.blocks, effect.first_row, stop, effect.max_rows)
+        if flaw := self._fill(effect, copied, min(stop, total)):
+            self.run(self.core.refuse_rows(effect.room, flaw, self.world.clock.now))
+            return
         rows = min(effect.capacity, total - effect.first_row) if effect.room in self.targets else 0
         self.run(self.core.copied(effect.room, rows, total, self.world.clock.now))
+
+    def _fill(self, effect: CopyOut, copied: int, stop: int) -> str:
+        """What is held is not in the blocks; what has been copied ahead is there already."""
+        if not effect.held or effect.room not in self.targets or effect.room not in self.journal.open_rooms:
+            return ""
+        start = max(copied, effect.first_row)
+        return self.kept.fill(self.targets[effect.room][EMBEDDINGS], effect.held, start, stop)
 
     def _copy(self, room: int, blocks: Sequence[int], first_row: int, stop_row: int, max_rows: int) -> int:
         """Rows that were copied before are not copied again. Return what is said to be the true length."""
@@ -348,6 +419,11 @@ class LanguageNode:
         else:
             self.run(
                 self.core.peer_resolved(
-                    peer, node.address, node.instance, now, takes_offer_ahead=self.world.takes_offer_ahead
+                    peer,
+                    node.address,
+                    node.instance,
+                    now,
+                    takes_offer_ahead=self.world.takes_offer_ahead,
+                    takes_have=self.world.keeps_rows,
                 )
             )

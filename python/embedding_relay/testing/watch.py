@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from embedding_relay.memory.plane import Region
 from embedding_relay.protocol.effects import StatusChanged
 from embedding_relay.protocol.errors import Failure, IllegalMove
-from embedding_relay.protocol.messages import Run
+from embedding_relay.protocol.messages import Item, Run
 from embedding_relay.protocol.plan import Column
 from embedding_relay.protocol.status import Status, is_final, move
 
@@ -21,6 +21,7 @@ COLUMNS: Final = (
     Column("aux_datas", 8, per_block=True),
     Column("media_items", 2),
 )
+EMBEDDINGS: Final = 0
 AUX: Final = 2
 MAX_ROWS: Final = 1 << 20
 
@@ -59,19 +60,45 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Picture:
+    """An item of a prompt. Those that agree in number, tenant and length have the same rows, whatever their room."""
+
+    number: int
+    tenant: int
+    runs: tuple[Run, ...]
+    is_kept: bool = True
+
+    @property
+    def key(self) -> str:
+        rows = sum(stop - start for start, stop in self.runs)
+        return f"{self.number:016x}{self.tenant:08x}{rows:08x}" if self.is_kept else ""
+
+    def rows(self) -> Iterator[tuple[int, bytes]]:
+        """The embeddings, by row of the prompt."""
+        content = 1 << 31 | self.number << 8 | self.tenant
+        for index, row in enumerate(row for start, stop in self.runs for row in range(start, stop)):
+            yield row, struct.pack("<II", content, index + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Truth:
-    """What the encoder wrote for one room."""
+    """What the encoder makes for one room."""
 
     total: int
     media_runs: tuple[Run, ...]
     columns: tuple[bytes, ...]
+    items: tuple[Item, ...] = ()
 
     @classmethod
-    def of(cls, room: int, total: int, media_runs: Sequence[Run]) -> Truth:
-        embeddings = b"".join(struct.pack("<II", room & 0xFFFFFFFF, row + 1) for row in range(total))
+    def of(cls, room: int, total: int, media_runs: Sequence[Run], pictures: Sequence[Picture] = ()) -> Truth:
+        rows = {row: struct.pack("<II", room & 0xFFFFFFFF, row + 1) for row in range(total)}
+        for picture in pictures:
+            rows.update(picture.rows())
+        embeddings = b"".join(rows.values())
         ids = struct.pack(f"<{total}I", *((room * 7919 + row * 31 + 1) & 0xFFFFFFFF for row in range(total)))
         items = struct.pack(f"<{total}H", *((room * 3 + row // 5 + 1) & 0xFFFF for row in range(total)))
-        return cls(total, tuple(media_runs), (embeddings, ids, struct.pack("<q", total), items))
+        columns = embeddings, ids, struct.pack("<q", total), items
+        return cls(total, tuple(media_runs), columns, tuple(Item(one.key, one.runs) for one in pictures))
 
     def differs(self, received: Sequence[bytes]) -> str:
         for index, column in enumerate(COLUMNS):

@@ -27,7 +27,7 @@ from embedding_relay.protocol.messages import PROTOCOL_VERSION, Address, Handsha
 from embedding_relay.protocol.timing import Timing
 from embedding_relay.testing.nodes import EncodeNode, LanguageNode
 from embedding_relay.testing.plane import Clock, MemoryFabric
-from embedding_relay.testing.watch import COLUMNS, Truth, Violation
+from embedding_relay.testing.watch import COLUMNS, Picture, Truth, Violation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,23 @@ class World:
         encodes: int = 1,
         takes_offer_ahead: bool = True,
         smallest_half: int = SMALLEST_HALF,
+        keeps_rows: bool = False,
+        steps_of_tower: int = 1,
         timing: Timing | None = None,
         make_encode_side: Callable[..., EncodeSide] = EncodeSide,
         make_language_side: Callable[..., LanguageSide] = LanguageSide,
     ) -> None:
-        """One language rank for each entry of `language_blocks`, with its own default if several are given."""
+        """One language rank for each entry of `language_blocks`, with its own default if several are given.
+
+        `keeps_rows`: language ranks keep the rows of pictures. `steps_of_tower`: in how many steps those of a room are
+        made.
+        """
         self.block_size = block_size
         self.ranks = len(language_blocks)
         self.takes_offer_ahead = takes_offer_ahead
         self.smallest_half = smallest_half
+        self.keeps_rows = keeps_rows
+        self.steps_of_tower = steps_of_tower
         self.timing = timing or Timing(forget_session=700.0)
         self._encode_side = make_encode_side
         self._language_side = make_language_side
@@ -131,19 +139,26 @@ class World:
         media_runs: Sequence[Run] | None = None,
         peer: str | None = None,
         halves: Sequence[str] = ("encode", "language"),
+        pictures: Sequence[Picture] = (),
+        hints: Callable[[LanguageNode], Sequence[str]] = lambda language: (),
     ) -> None:
-        """The router sends the request to both sides; a side that is not in `halves` has refused the connection."""
+        """The router sends the request to both sides; a side that is not in `halves` has refused the connection.
+
+        `hints`: keys that a language rank expects in the prompt, rightly or not.
+        """
         name = peer or next(iter(self.encodes))
-        self.add_truth(room, total, media_runs)
+        self.add_truth(room, total, media_runs, pictures)
         if "encode" in halves:
             self.encodes[name].expect(room)
         if "language" in halves:
             for language in self.languages:
-                language.request(room, name)
+                language.request(room, name, hints=hints(language))
 
-    def add_truth(self, room: int, total: int, media_runs: Sequence[Run] | None = None) -> None:
+    def add_truth(
+        self, room: int, total: int, media_runs: Sequence[Run] | None = None, pictures: Sequence[Picture] = ()
+    ) -> None:
         """What the encoder will make of this request."""
-        self.truths[room] = Truth.of(room, total, [(0, total)] if media_runs is None else media_runs)
+        self.truths[room] = Truth.of(room, total, [(0, total)] if media_runs is None else media_runs, pictures)
 
     def post(self, sender: str, send: Send) -> None:
         self.in_flight.append(InFlight(sender, send.to, tuple(codec.encode(send.message))))
@@ -185,10 +200,16 @@ class World:
             if encode.jobs:
                 encode.write()
                 return True
+            if encode.growing:
+                encode.make_more()
+                return True
             if encode.proofs:
                 encode.prove()
                 return True
         for language in self.languages:
+            if language.look_ups:
+                language.answer_look_up()
+                return True
             if language.copies:
                 language.copy()
                 return True

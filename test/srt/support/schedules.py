@@ -10,8 +10,9 @@ from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import Queued, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Timing
+from embedding_relay.testing.nodes import LanguageNode
 from embedding_relay.testing.plane import Fault
-from embedding_relay.testing.watch import Violation
+from embedding_relay.testing.watch import Picture, Violation
 from embedding_relay.testing.world import InFlight, World
 
 TIMING = Timing(
@@ -45,6 +46,9 @@ RECOVERED = NOTICED + TIMING.longest_repeat_interval
 RANKS = (1, 1, 1, 1, 1, 2, 2, 2, 4)
 ENCODES = (1, 1, 1, 1, 2, 2, 2, 4)
 
+# Half of the encode instances send rows when all of a room are made, the others as they are made.
+STEPS_OF_TOWERS = (1, 1, 3, 5)
+
 LANDS_LATE = list(Fault).index(Fault.LANDS_LATE)
 
 
@@ -58,6 +62,8 @@ class Shape:
     defaults: tuple[int | None, ...]
     encodes: int
     takes_offer_ahead: bool = True
+    keeps_rows: bool = False
+    steps_of_tower: int = 1
 
     def build(self, timing: Timing = TIMING, **sides: Any) -> World:
         return World(
@@ -68,6 +74,8 @@ class Shape:
             encodes=self.encodes,
             takes_offer_ahead=self.takes_offer_ahead,
             smallest_half=1,
+            keeps_rows=self.keeps_rows,
+            steps_of_tower=self.steps_of_tower,
             timing=timing,
             **sides,
         )
@@ -83,6 +91,8 @@ class Shape:
             defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
             encodes=2,
             takes_offer_ahead=rng.random() < 0.8,
+            keeps_rows=rng.random() < 0.6,
+            steps_of_tower=rng.choice(STEPS_OF_TOWERS),
         )
 
     @classmethod
@@ -95,7 +105,39 @@ class Shape:
             defaults=tuple(rng.choice((None, 1, 3, 8, 20)) for _ in range(ranks)),
             encodes=rng.choice(ENCODES),
             takes_offer_ahead=rng.random() < 0.8,
+            keeps_rows=rng.random() < 0.6,
+            steps_of_tower=rng.choice(STEPS_OF_TOWERS),
         )
+
+
+def pictures_of(room: int, start: int, stop: int) -> list[Picture]:
+    """Of a few that come again and again, for two tenants. Some lie in two runs here and in one elsewhere, and what is
+    left over cannot be kept.
+    """
+    pictures, number = [], room
+    while start < stop:
+        number = (number + 1 + room % 5) % 7
+        rows, split = 1 + number % 5, 0
+        if rows > 1 and (number + room) % 3 == 0:
+            split = 1 + number % (rows - 1)
+        end = start + rows + bool(split)
+        if end > stop:
+            pictures.append(Picture(100 + room, 0, ((start, stop),), is_kept=False))
+            break
+        runs = ((start, start + split), (start + split + 1, end)) if split else ((start, end),)
+        pictures.append(Picture(number, int(room % 5 == 0), runs))
+        start = end
+    return pictures
+
+
+def hints_for(room: int, pictures: Sequence[Picture]) -> Callable[[LanguageNode], list[str]]:
+    """What a language rank expects in the prompt: nothing, what is there, some of it, or anything that it has."""
+
+    def hints(language: LanguageNode) -> list[str]:
+        right = [picture.key for picture in pictures if picture.is_kept]
+        return [[], right, right[::2], language.kept.keys()][room % 4]
+
+    return hints
 
 
 class Schedule:
@@ -114,12 +156,16 @@ class Schedule:
         names = list(self.world.encodes)
         self.peers[self.rooms] = peer % len(names)
         runs = [(text_rows, total)] if text_rows < total else []
-        self.world.start(self.rooms, total, runs, names[peer % len(names)], halves)
+        pictures = pictures_of(self.rooms, text_rows, total) if self.world.keeps_rows else []
+        if pictures:
+            runs = [run for picture in pictures for run in picture.runs]
+        hints = hints_for(self.rooms, pictures)
+        self.world.start(self.rooms, total, runs, names[peer % len(names)], halves, pictures, hints)
 
     def warm_up(self) -> None:
-        """Every peer has delivered rows before, so that it may have many rooms at a time."""
+        """Every peer has delivered rows before, so that it may have many rooms at a time, and some are kept."""
         for peer in range(len(self.world.encodes)):
-            self.start(1, 0, peer)
+            self.start(15 if self.world.keeps_rows else 1, 0, peer)
         self.world.settle()
 
     def deliver_in_order(self, which: int, again: bool = False) -> None:
@@ -130,7 +176,9 @@ class Schedule:
             self.world.deliver(index)
 
     def work(self, which: int) -> None:
-        """A tower, a write, a copy or a lookup finishes."""
+        """A tower, a write, a copy or a lookup finishes. Now and then kept rows are evicted."""
+        if which % 7 == 0:
+            self.world.languages[which // 7 % len(self.world.languages)].kept.evict(which)
         moves = self._work()
         if moves:
             moves[which % len(moves)]()
@@ -139,10 +187,12 @@ class Schedule:
         moves: list[Callable[[], None]] = []
         for encode in self.world.encodes.values():
             moves += [lambda e=encode, i=i: e.run_tower(i) for i in range(len(encode.towers))]  # type: ignore[misc]
+            moves += [lambda e=encode, i=i: e.make_more(i) for i in range(len(encode.growing))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.write(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.write_half(i) for i in range(len(encode.jobs))]  # type: ignore[misc]
             moves += [lambda e=encode, i=i: e.prove(i) for i in range(len(encode.proofs))]  # type: ignore[misc]
         for rank in self.world.languages:
+            moves += [lambda r=rank, i=i: r.answer_look_up(i) for i in range(len(rank.look_ups))]  # type: ignore[misc]
             moves += [lambda r=rank, i=i: r.copy(i) for i in range(len(rank.copies))]  # type: ignore[misc]
             moves += [lambda r=rank, i=i: r.look_up(i) for i in range(len(rank.lookups))]  # type: ignore[misc]
         return moves
@@ -324,6 +374,9 @@ class Schedule:
                 raise Violation(f"S5: {node.journal.name} is left with {left}")
             if node.core.next_wakeup() is not None:
                 raise Violation(f"S5: {node.journal.name} wants to be called at {node.core.next_wakeup()}")
+        for language in self.world.languages:
+            if language.kept.pinned:
+                raise Violation(f"S5: {language.journal.name} keeps {language.kept.pinned} for rooms that are over")
 
 
 def run_orderly(

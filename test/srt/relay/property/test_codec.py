@@ -1,6 +1,7 @@
 """Frames and messages: what is encoded is decoded to the same, and no frames whatever raise anything else."""
 
 import contextlib
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,9 @@ from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
     Handshake,
+    Have,
+    Item,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -37,6 +41,19 @@ addresses = st.builds(Address, hosts, st.integers(1, 65535))
 sentences = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
 failures = st.builds(Failure, st.integers(400, 599), sentences)
 indices = st.lists(st.integers(0, codec.MAX_BLOCKS - 1), min_size=1, max_size=40, unique=True).map(tuple)
+
+
+keys = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
+
+
+@st.composite
+def items(draw: st.DrawFn, keys: st.SearchStrategy[str]) -> tuple[Item, ...]:
+    """In any order of their rows, each with one run or several."""
+    edges = sorted(draw(st.sets(st.integers(0, codec.MAX_ROWS), min_size=2, max_size=30)))
+    runs = list(itertools.pairwise(edges))[:: draw(st.integers(1, 2))]
+    owners = [draw(st.integers(0, 5)) for _ in runs]
+    own = [tuple(run for run, owner in zip(runs, owners, strict=True) if owner == one) for one in set(owners)]
+    return tuple(Item(draw(keys), part) for part in draw(st.permutations(own)))
 
 
 @st.composite
@@ -67,6 +84,7 @@ to_encode = st.one_of(
     registers(),
     infos,
     st.builds(Queued, rooms, addresses, words),
+    st.builds(Have, rooms, addresses, words, st.lists(keys, min_size=1, max_size=20).map(tuple)),
     st.builds(Abort, rooms, addresses, words, st.none() | failures),
     st.builds(Ping, addresses, words, words),
 )
@@ -74,9 +92,16 @@ reports = st.one_of(
     st.builds(StatusReport, rooms, st.sampled_from(Status)),
     st.builds(StatusReport, rooms, st.sampled_from([Status.TRANSFERRING, Status.SUCCESS]), rows),
     st.builds(StatusReport, rooms, st.just(Status.FAILED), st.none(), failures),
+    st.builds(
+        StatusReport, rooms, st.sampled_from([Status.TRANSFERRING, Status.SUCCESS]), rows, st.none(), items(keys)
+    ),
 )
 to_language = st.one_of(
-    reports, st.builds(Progress, rooms, rows), st.builds(AbortAck, rooms), st.builds(Pong, words, words)
+    reports,
+    st.builds(Progress, rooms, rows),
+    st.builds(Manifest, rooms, items(st.just("") | keys)),
+    st.builds(AbortAck, rooms),
+    st.builds(Pong, words, words),
 )
 
 # Bytes that come near to being something.
@@ -85,6 +110,7 @@ near_frames = st.one_of(
     st.sampled_from(
         [b"None", b"ABORT", b"ABORTED", b"QUEUED", b"PING", b"PONG", b"", b"0", b"-1", b"1,2", b"1,1", b"1_0", b"+1"]
     ),
+    st.sampled_from([b"HAVE", b"MANIFEST", b"[]", b'["0f"]', b'[["",[[0,1]]]]', b'[["",[[0,2],[1,3]]]]', b"[" * 3000]),
     st.sampled_from([b"\xd9\xa1", b"007", b"9" * 19, b"9" * 30, b"{}", b"[" * 3000, b"1,", b",", b" 1", b"4", b"3"]),
     st.integers(-(2**65), 2**65).map(lambda value: str(value).encode()),
 )
@@ -141,7 +167,8 @@ def test_damaged_frames_are_a_message_or_undecodable(message: ToEncode | ToLangu
     for decode in (codec.decode_to_encode, codec.decode_to_language):
         with contextlib.suppress(UndecodableFrames):
             again = decode(frames)
-            if not isinstance(again, Register | StatusReport | Abort):
+            # What has JSON or a sentence in it may be written in several ways.
+            if not isinstance(again, Register | StatusReport | Abort | Have | Manifest):
                 assert codec.encode(again) == frames, "two spellings of one message"
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from embedding_relay.protocol.effects import (
     TransferEmbeddingChunk,
 )
 from embedding_relay.protocol.encode.admission import Admission
+from embedding_relay.protocol.encode.items import PromptItems
 from embedding_relay.protocol.encode.room import Destination, EncodeRoom
 from embedding_relay.protocol.encode.room import Shared as EncodeShared
 from embedding_relay.protocol.encode.sessions import Session, Sessions
@@ -35,6 +36,7 @@ from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
+    Have,
     Progress,
     Queued,
     Register,
@@ -42,7 +44,8 @@ from embedding_relay.protocol.messages import (
     TransferEmbeddingInfo,
 )
 from embedding_relay.protocol.status import Status
-from embedding_relay.testing.watch import Violation
+from embedding_relay.testing.nodes import LanguageNode
+from embedding_relay.testing.watch import Picture, Violation
 from embedding_relay.testing.world import World
 from support.effort import unhurried
 from support.hostile import AttackedWorld, Seeded, run_attack, run_attack_with_faults
@@ -468,9 +471,13 @@ def first_message_never_sent(patch: Patch) -> None:
 
 
 def first_message_without_a_deadline(patch: Patch) -> None:
-    def expect(self: EncodeRoom, now: float) -> None:
-        self.expected = True
+    def expect(self: EncodeRoom, now: float, items: Any = ()) -> list[EncodeEffect]:
+        self.asked, asked = True, self.asked
+        effects = original(self, now, items)
+        self.asked = asked
+        return effects
 
+    original = EncodeRoom.expect
     patch.setattr(EncodeRoom, "expect", expect)
 
 
@@ -484,7 +491,7 @@ def queued_room_not_bound_to_its_session(patch: Patch) -> None:
 
 
 def queued_room_left_in_the_table_of_its_session(patch: Patch) -> None:
-    patch.setattr(EncodeRoom, "_unbind_queued", lambda self: self.queued.clear())
+    patch.setattr(EncodeRoom, "_unbind_others", lambda self: self.queued.clear())
 
 
 def no_pings_for_rooms_that_are_queued(patch: Patch) -> None:
@@ -500,7 +507,7 @@ def repeated_offer_not_answered(patch: Patch) -> None:
 
 
 def success_not_reported_again(patch: Patch) -> None:
-    def succeed(self: EndedRooms, room: int, now: float, rows: int, answered: Any = frozenset()) -> None:
+    def succeed(self: EndedRooms, room: int, now: float, rows: int, answered: Any = None) -> None:
         original(self, room, now, rows)
 
     original = EndedRooms.succeed
@@ -554,6 +561,153 @@ def rooms_that_are_held_back_hold_up_those_behind_them(patch: Patch) -> None:
     original = LanguageSide._serve_queue
     patch.setattr(LanguageSide, "_serve_queue", serve_queue)
     patch.setattr(LanguageShared, "servable", property(lambda self: len(self.queue)))
+
+
+def equal_keys_for_different_rows(patch: Patch) -> None:
+    """The key leaves out whose picture it is."""
+    key = Picture.key.fget
+    assert key is not None
+    patch.setattr(Picture, "key", property(lambda self: key(dataclasses.replace(self, tenant=0))))
+
+
+def promise_taken_back(patch: Patch) -> None:
+    """Only what is new is said, and what is said last counts."""
+
+    def promise(self: PromptItems, session_id: str, keys: Iterable[str]) -> int:
+        self._promised.pop(session_id, None)
+        return original(self, session_id, keys)
+
+    def say_promised(self: LanguageRoom) -> list[LanguageEffect]:
+        effects = say(self)
+        said = self.__dict__.setdefault("said", set())
+        for index, effect in enumerate(effects):
+            if isinstance(effect, Send) and isinstance(effect.message, Have):
+                news = tuple(key for key in effect.message.keys if key not in said)
+                said.update(news)
+                effects[index] = _replaced(effect, message=_replaced(effect.message, keys=news or ("0" * 32,)))
+        return effects
+
+    original, say = PromptItems.promise, LanguageRoom._say_promised
+    patch.setattr(PromptItems, "promise", promise)
+    patch.setattr(LanguageRoom, "_say_promised", say_promised)
+
+
+def item_left_out_that_another_rank_has_promised(patch: Patch) -> None:
+    def leave_out(self: PromptItems, session_id: str, decided: Any, start: int, stop: int) -> Any:
+        everybody = set().union(*self._promised.values())
+        self._promised = dict.fromkeys([*self._promised, session_id], everybody)
+        return original(self, session_id, decided, start, stop)
+
+    original = PromptItems.leave_out
+    patch.setattr(PromptItems, "leave_out", leave_out)
+
+
+def item_not_made_that_one_rank_of_two_has_promised(patch: Patch) -> None:
+    def newly_held_by_all(self: PromptItems, destinations: dict[str, Any]) -> tuple[int, ...]:
+        first = dict(list(destinations.items())[:1])
+        return original(self, first)
+
+    original = PromptItems.newly_held_by_all
+    patch.setattr(PromptItems, "newly_held_by_all", newly_held_by_all)
+
+
+def item_decided_twice(patch: Patch) -> None:
+    """A promise that comes late counts for the rest of an item of which rows are written."""
+
+    def leave_out(self: PromptItems, session_id: str, decided: Any, start: int, stop: int) -> Any:
+        for index in [index for index, is_left_out in decided.items() if not is_left_out]:
+            del decided[index]
+        return original(self, session_id, decided, start, stop)
+
+    original = PromptItems.leave_out
+    patch.setattr(PromptItems, "leave_out", leave_out)
+
+
+def left_out_in_the_first_step_only(patch: Patch) -> None:
+    """As if an item could not go on in a later step."""
+
+    def leave_out(self: PromptItems, session_id: str, decided: Any, start: int, stop: int) -> Any:
+        return original(self, session_id, decided, start, stop) if start == 0 else ()
+
+    original = PromptItems.leave_out
+    patch.setattr(PromptItems, "leave_out", leave_out)
+
+
+def held_items_named_in_the_first_report_only(patch: Patch) -> None:
+    def report(self: EncodeRoom, destination: Destination) -> StatusReport:
+        whole = original(self, destination)
+        told = self.__dict__.setdefault("told", set())
+        held = tuple(item for item in whole.held if (destination.session_id, item) not in told)
+        told.update((destination.session_id, item) for item in whole.held)
+        return _replaced(whole, held=held)
+
+    original = EncodeRoom.report
+    patch.setattr(EncodeRoom, "report", report)
+
+
+def held_items_forgotten_with_the_room(patch: Patch) -> None:
+    """The report is repeated after the end of the room, without them."""
+
+    def succeed(self: EndedRooms, room: int, now: float, rows: int, answered: Any = None) -> None:
+        original(self, room, now, rows, dict.fromkeys(answered or (), ()))
+
+    original = EndedRooms.succeed
+    patch.setattr(EndedRooms, "succeed", succeed)
+
+
+def rows_sent_that_are_not_made(patch: Patch) -> None:
+    patch.setattr(EncodeRoom, "_reach", lambda self, destination: destination.goal(self._known_total()))
+
+    def begin_step(self: EncodeRoom) -> list[EncodeEffect]:
+        self.ready = self._known_total()
+        return original(self)
+
+    original = EncodeRoom.begin_step
+    patch.setattr(EncodeRoom, "begin_step", begin_step)
+
+
+def chunk_reported_when_what_is_made_is_written(patch: Patch) -> None:
+    """The offer counts as used up, and more rows were said to be there than are."""
+    patch.setattr(EncodeRoom, "_waits_for_rows", property(lambda self: False))
+
+
+def rows_of_a_later_step_not_sent(patch: Patch) -> None:
+    patch.setattr(EncodeRoom, "more_rows", lambda self, ready, absent, now: [])
+
+
+def pin_released_with_the_first_copy(patch: Patch) -> None:
+    """And other rows take the place of what it has released, at once."""
+
+    def copy(self: LanguageNode, index: int = 0) -> None:
+        room = self.copies[index].room
+        original(self, index)
+        for key in self.kept.pinned.pop(room, ()):
+            self.kept._rows.pop(key, None)
+
+    original = LanguageNode.copy
+    patch.setattr(LanguageNode, "copy", copy)
+
+
+def rows_copied_ahead_although_some_are_held(patch: Patch) -> None:
+    def take_progress(self: LanguageRoom, progress: Progress) -> list[LanguageEffect]:
+        promised, self.promised = self.promised, {}
+        effects = original(self, progress)
+        self.promised = promised
+        return effects
+
+    original = LanguageRoom.take_progress
+    patch.setattr(LanguageRoom, "take_progress", take_progress)
+
+
+def held_items_of_the_first_report_used_for_all(patch: Patch) -> None:
+    """Those of the report that came first are taken for those of the room."""
+
+    def copy_out(self: LanguageRoom, report: StatusReport) -> CopyOut:
+        held = self.__dict__.setdefault("held", report.held)
+        return original(self, _replaced(report, held=held))
+
+    original = LanguageRoom._copy_out
+    patch.setattr(LanguageRoom, "_copy_out", copy_out)
 
 
 def rooms_of_a_peer_that_delivers_nothing_wait_for_their_deadline(patch: Patch) -> None:
@@ -640,6 +794,9 @@ few_sessions = functools.partial(
     timing=msgspec.structs.replace(TIMING, max_sessions=1),
 )
 
+# Every room takes many rounds, with rows that are kept.
+keeping = functools.partial(run_orderly, shape=lambda rng: Shape(1, 4, (rng.randint(1, 2),), (1,), 1, keeps_rows=True))
+
 FAULTS = [
     Planted(allocate_before_release, run_orderly, ("L1",)),
     Planted(status_reset_on_resume_at_language, run_orderly, ("S4",)),
@@ -685,6 +842,20 @@ FAULTS = [
     Planted(peer_trusted_before_it_has_delivered_anything, run_one_data_plane_dies, ("share",)),
     Planted(rooms_that_are_held_back_hold_up_those_behind_them, run_one_data_plane_dies, ("L1",)),
     Planted(rooms_of_a_peer_that_delivers_nothing_wait_for_their_deadline, run_one_data_plane_dies, ("L3",)),
+    Planted(equal_keys_for_different_rows, run_orderly, ("S1",)),
+    Planted(promise_taken_back, run_orderly, ("S1", "held", "refused")),
+    Planted(item_left_out_that_another_rank_has_promised, run_orderly, ("L1",)),
+    Planted(item_not_made_that_one_rank_of_two_has_promised, run_orderly, ("S1",)),
+    Planted(item_decided_twice, run_orderly, ("held",)),
+    Planted(left_out_in_the_first_step_only, run_orderly, ("held", "S1")),
+    Planted(held_items_named_in_the_first_report_only, run_orderly, ("held", "S1")),
+    Planted(held_items_forgotten_with_the_room, run_offers_and_reports_lost, ("held", "S1")),
+    Planted(rows_sent_that_are_not_made, run_orderly, ("S1",)),
+    Planted(chunk_reported_when_what_is_made_is_written, run_orderly, ("held", "S1", "L1")),
+    Planted(rows_of_a_later_step_not_sent, run_orderly, ("L1",)),
+    Planted(pin_released_with_the_first_copy, keeping, ("held",)),
+    Planted(rows_copied_ahead_although_some_are_held, run_orderly, ("S1",)),
+    Planted(held_items_of_the_first_report_used_for_all, run_orderly, ("S1",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
     Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
     Planted(second_registration_believed_without_proof, attack, ("attack",)),

@@ -15,6 +15,7 @@ from support.schedules import (
     ENCODES,
     KINDS_OF_SCHEDULES,
     RANKS,
+    STEPS_OF_TOWERS,
     Schedule,
     Shape,
     run_chaos,
@@ -35,6 +36,8 @@ shapes = st.sampled_from(RANKS).flatmap(
         defaults=st.tuples(*[st.sampled_from((None, 1, 3, 8, 20))] * ranks),
         encodes=st.sampled_from(ENCODES),
         takes_offer_ahead=st.booleans(),
+        keeps_rows=st.booleans(),
+        steps_of_tower=st.sampled_from(STEPS_OF_TOWERS),
     )
 )
 
