@@ -110,16 +110,25 @@ def test_a_request_is_counted_as_what_it_became_until_it_is_over(encode: Tokeniz
     media = limited(encode, 100 * MIB)
     seen = []
 
+    def encoded(rid: str) -> Any:
+        seen.append(taken(media))
+        return admitting.encoded_message(7)
+
     def end(rid: str) -> Any:
         seen.append(taken(media))
         return front.abort_message(rid, Failure(UNAVAILABLE, "over"))
 
     with pytest.raises(HTTPException):
-        run(answers(encode, asked(), end))
+        run(answers(encode, asked(), encoded, end))
     config = encode.model_config
     rows = 4 * config.hidden_size * config.dtype.itemsize
-    assert seen == [admitting._COPIES_PREPARED * PREPARED + rows]
+    assert seen == [admitting._COPIES_PREPARED * PREPARED + rows, rows]
     assert taken(media) == 0
+    assert admitting._by_room == {}
+
+
+def test_word_of_a_request_that_is_over_is_for_nobody(encode: TokenizerManagerWithoutScheduler) -> None:
+    encode._result_dispatcher(admitting.encoded_message(7))
 
 
 def test_what_pictures_become_is_learned(encode: TokenizerManagerWithoutScheduler) -> None:

@@ -107,10 +107,12 @@ def test_rows_are_made_when_they_are_asked_for_and_the_half_is_answered_when_the
     scheduler.turn()
     assert model.calls == 1
     assert sent(transfer, 7) == 1
-    assert scheduler.answers == []
+    assert scheduler.ended() == []
+    assert scheduler.encoded() == ["relay-encoded-7"]  # the HTTP process counts its pixels no longer
     transfer.stands(7, Status.SUCCESS)
     scheduler.turn()
     assert scheduler.answer_to("a") is None
+    assert scheduler.ended() == ["a"]
     assert scheduler.is_fully_idle()
 
 

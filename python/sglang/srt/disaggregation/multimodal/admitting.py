@@ -226,22 +226,36 @@ class Admitted:
         self._guess = guess
         self._left = prompts
         self._prepared: dict[str, int] = {}
+        """By modality."""
+        self._media: dict[int | None, int] = {}
+        """By room, until its tower has run."""
         self._rows = 0
 
-    def prepared(self, inputs: Any, config: Any) -> None:
+    def prepared(self, room: int | None, inputs: Any, config: Any) -> None:
         """One of its prompts is ready: when all are, their cost is known and no guess any more."""
         for item in inputs.mm_items if inputs is not None else ():
-            name = item.modality.name.lower().partition("_")[0]
-            self._prepared[name] = self._prepared.get(name, 0) + _bytes_of(item)
+            name, size = item.modality.name.lower().partition("_")[0], _bytes_of(item)
+            self._prepared[name] = self._prepared.get(name, 0) + size
+            self._media[room] = self._media.get(room, 0) + size
             self._rows += precomputed.row_bytes(item, config)
         self._left -= 1
         if self._left == 0:
             self._entrance.costs.learn(self._guess, self._prepared)
-            self._gate.correct(self._ticket, _COPIES_PREPARED * sum(self._prepared.values()) + self._rows)
+        self._correct()
+
+    def encoded(self, room: int) -> None:
+        """The rows of this prompt are there, and its media nowhere any more."""
+        self._media.pop(room, None)
+        self._correct()
+
+    def _correct(self) -> None:
+        if self._left == 0:
+            self._gate.correct(self._ticket, _COPIES_PREPARED * sum(self._media.values()) + self._rows)
 
 
 _current: Final[contextvars.ContextVar[Admitted | None]] = contextvars.ContextVar("relay_admitted", default=None)
 """Of the request whose task this is; a batch is prepared in tasks that begin with what its own has."""
+_by_room: Final[dict[int, Admitted]] = {}
 
 
 @contextlib.asynccontextmanager
@@ -263,14 +277,38 @@ async def admitted(manager: Any, obj: Any, request: Any, rooms: Sequence[int]) -
             raise _told(refused, state) from None
         if request is not None and await request.is_disconnected():
             raise HTTPException(CLIENT_GONE, "the client went away while its request waited for memory")
-        _current.set(Admitted(entrance, gate, ticket, guess, max(1, len(rooms))))
-        yield
+        one = Admitted(entrance, gate, ticket, guess, max(1, len(rooms)))
+        _current.set(one)
+        _by_room.update(dict.fromkeys(rooms, one))
+        try:
+            yield
+        finally:
+            for room in rooms:
+                _by_room.pop(room, None)
 
 
-def note_prepared(inputs: Any, config: Any) -> None:
+def note_prepared(tokenized: Any, config: Any) -> None:
     """SGLang's processor is done with one prompt of the request that this task is about."""
     if (one := _current.get()) is not None:
-        one.prepared(inputs, config)
+        one.prepared(tokenized.bootstrap_room, tokenized.mm_inputs, config)
+
+
+_ENCODED: Final = "relay_encoded_room"
+
+
+def encoded_message(room: int) -> Any:
+    """From the scheduler of an encode instance: the tower has run for this room. An abort of nothing, as in `front`."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(rid=f"relay-encoded-{room}", finished_reason={_ENCODED: room})
+
+
+def take_encoded(recv_obj: Any) -> bool:
+    """In the HTTP process, for each abort that comes from the scheduler; True if it was what `encoded_message` says."""
+    room = (recv_obj.finished_reason or {}).get(_ENCODED)
+    if room is not None and (one := _by_room.get(room)) is not None:
+        one.encoded(room)
+    return room is not None
 
 
 def _state_of(request: Any) -> HttpState:

@@ -176,10 +176,10 @@ def note_dispatched(_result: Any, manager: Any, rid: str) -> None:
 
 
 def hear_of_abort(original: Original, manager: Any, recv_obj: Any) -> Any:
-    if modes.current() == modes.LANGUAGE:
-        from sglang.srt.disaggregation.multimodal import front
+    if modes.current() is not None:
+        from sglang.srt.disaggregation.multimodal import admitting, front
 
-        if front.take_prompt_ids(manager, recv_obj):
+        if front.take_prompt_ids(manager, recv_obj) or admitting.take_encoded(recv_obj):
             return None
     return original(manager, recv_obj)
 

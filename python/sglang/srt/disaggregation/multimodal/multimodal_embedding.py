@@ -18,7 +18,8 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import media, modes, tracing
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes, tracing
+from sglang.srt.disaggregation.multimodal.admitting import encoded_message
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
 from sglang.srt.disaggregation.multimodal.roles import Decisions, Part, Role, aborted, is_local
@@ -165,7 +166,11 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         for request, items in work:
             if not items:  # nobody needs anything of it that is not made yet
                 self._encode_together([(request, items)])
-        self.inflight += self.turns.pop_finished()
+        finished = self.turns.pop_finished()
+        self.inflight += finished
+        if self.is_first and self.manager.config.admission_mib != 0:
+            for request in finished:  # whose pixels were counted by the HTTP process
+                compatibility.send_abort(self.scheduler, encoded_message(request.sender.room), request.req)
 
     def _encode_together(self, work: Sequence[tuple[EncodeRequest, tuple[int, ...]]]) -> None:
         """Of each request these items, by their indexes."""

@@ -39,7 +39,7 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
                 setattr(obj, field, await asyncio.to_thread(_sources().accepted, media))
         tokenized = await original(manager, obj)
         precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
-        admitting.note_prepared(tokenized.mm_inputs, manager.model_config)
+        admitting.note_prepared(tokenized, manager.model_config)
         if getattr(obj, "mm_hashes", None):
             # Whoever names the hash of a picture may name that of another one: rows are not shared with those who do
             # not. Here this field serves nothing else, as there is no prefix cache.
