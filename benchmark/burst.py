@@ -385,7 +385,9 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, An
     with control_group() as group:
         for candidate in options.candidates:
             with real_host(candidate, options, folder / candidate, group) as host:
-                yield summary(candidate, asyncio.run(run(host, options)))
+                found = summary(candidate, asyncio.run(run(host, options)))
+            print(f"{candidate}: {json.dumps(found)}", file=sys.stderr, flush=True)
+            yield found
 
 
 async def measured_quickly(candidate: str, options: argparse.Namespace) -> dict[str, Any]:
