@@ -38,6 +38,10 @@ T = TypeVar("T")
 SHARED_TOLERANCE = 25 * TOLERANCE
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
+TRAVELLED = re.compile(r"relay room=\d+ status=Success rows=(\d+) rounds=\d+ bytes=(\d+) ")
+# Of a row without its embedding, and once for each request.
+SMALL_ROW, AUX_ROW = 32, 64
+
 pytestmark = pytest.mark.parametrize("pair", [SMALL], ids=[SMALL.name], indirect=True, scope="session")
 
 picture = partial(squares, SMALL.family)
@@ -169,6 +173,36 @@ def test_half_of_a_prompt_from_the_prefix_cache(both: Both) -> None:
     assert (asked, encoded) == (3, 2), "the tower does not run again for a picture that it has seen"
     cached = ours.body["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert 0.3 * ours.prompt_tokens < cached < 0.7 * ours.prompt_tokens
+
+
+def test_a_picture_is_sent_once(both: Both) -> None:
+    """In another prompt too, but neither under another salt nor after a flush."""
+    language = both.pair["language"]
+    before = {half: numbers_of(both.pair[half]) for half in ("encode", "language")}
+    image = uri(13, 11, 21)
+
+    def ask(place: Place) -> list[Answer]:
+        asking = partial(generate, place, images=image)
+        answers = [asking(text=f"{IMAGE} what is this"), asking(text=f"tell me more of {IMAGE}")]
+        answers.append(asking(text=f"{IMAGE} what is it", extra_key="somebody else"))
+        place.flush()
+        return [*answers, asking(text=f"{IMAGE} and now")]
+
+    earlier = len(TRAVELLED.findall(language.log_text()))
+    for ours, theirs in zip(*both.ask(ask), strict=True):
+        same_answer(ours, theirs)
+    travelled = [tuple(map(int, sizes)) for sizes in TRAVELLED.findall(language.log_text())[earlier:]]
+    small = [size == rows * SMALL_ROW + AUX_ROW for rows, size in travelled]
+    assert small == [False, True, False, False], travelled
+
+    def more(half: str, *names: str) -> list[float]:
+        now = numbers_of(both.pair[half])
+        return [now[name] - before[half].get(name, 0) for name in names]
+
+    counted = ("row_cache_hits_total", "row_cache_misses_total", "row_cache_evictions_total")
+    wait_until(lambda: more("language", *counted) == [1, 3, 0])
+    assert more("encode", "media_items_total", "encoded_items_total", "left_out_items_total") == [4, 1, 1]
+    assert numbers_of(language)["row_cache_bytes"] > 0
 
 
 def test_log_probabilities_of_the_prompt(both: Both) -> None:
