@@ -63,6 +63,10 @@ class Ticket:
     on_entry: Callable[[], None] | None = None
     """Called once, when it is let in after it had to wait."""
 
+    @property
+    def has_waited(self) -> bool:
+        return self.on_entry is not None
+
 
 class Refused(Exception):
     """What the client is told, and after how many seconds it may ask again; None if it never need."""

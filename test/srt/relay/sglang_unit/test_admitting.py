@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fastapi import HTTPException
@@ -20,7 +20,7 @@ from embedding_relay.protocol.errors import TOO_LARGE, UNAVAILABLE, Failure
 from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import admitting, front
 from sglang.srt.disaggregation.multimodal.admitting import BodyGate, Entrance, Gates
-from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
 from support import tokenizing
 from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
 
@@ -173,6 +173,33 @@ def test_text_costs_nothing(encode: TokenizerManagerWithoutScheduler) -> None:
 def run_and_abort(manager: TokenizerManagerWithoutScheduler, obj: GenerateReqInput) -> None:
     with pytest.raises(HTTPException, match="over"):
         run(answers(manager, obj, lambda rid: front.abort_message(rid, Failure(UNAVAILABLE, "over"))))
+
+
+def test_a_client_that_went_away_while_it_waited_gets_nothing_prepared(
+    encode: TokenizerManagerWithoutScheduler,
+) -> None:
+    media = limited(encode, 10 * MIB, patience=30)
+
+    class Request:
+        scope: ClassVar[dict[str, Any]] = {}
+
+        async def is_disconnected(self) -> bool:
+            return True
+
+    async def ask() -> None:
+        async for _ in encode.generate_request(asked(image_data=[data_uri(picture(300, 300, seed=2))]), Request()):
+            raise AssertionError("it was answered")
+
+    async def scenario() -> None:
+        async with media.admitted(9 * MIB):
+            asking = asyncio.create_task(ask())
+            await until(lambda: media.account.waiting)
+        with pytest.raises(HTTPException, match="went away"):
+            await asking
+
+    run(asyncio.wait_for(scenario(), 30))
+    assert taken(media) == 0
+    assert not any(isinstance(one, TokenizedGenerateReqInput) for one in encode.sent)
 
 
 # ---- limits

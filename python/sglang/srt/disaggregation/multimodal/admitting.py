@@ -275,7 +275,7 @@ async def admitted(manager: Any, obj: Any, request: Any, rooms: Sequence[int]) -
             ticket = await held.enter_async_context(gate.admitted(cost, rooms))
         except Refused as refused:
             raise _told(refused, state) from None
-        if request is not None and await request.is_disconnected():
+        if ticket.has_waited and request is not None and await request.is_disconnected():
             raise HTTPException(CLIENT_GONE, "the client went away while its request waited for memory")
         one = Admitted(entrance, gate, ticket, guess, max(1, len(rooms)))
         _current.set(one)
