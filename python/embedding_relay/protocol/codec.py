@@ -259,8 +259,8 @@ def _decode_items(frame: bytes) -> tuple[Item, ...]:
 
 
 def _decode_json(frame: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    if len(frame) > MAX_ITEM_BYTES:
-        raise UndecodableFrames(f"keys or items of {len(frame)} bytes are too long")
+    if len(frame) > MAX_ITEM_BYTES or not frame.isascii():
+        raise UndecodableFrames(f"keys or items of {len(frame)} bytes that are too long or not ASCII")
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -31,6 +31,9 @@ from embedding_relay.protocol.messages import (
     AbortAck,
     Address,
     Handshake,
+    Have,
+    Item,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -57,7 +60,8 @@ NEAR = (
     b"", b"0", b"1", b"-1", b"+1", b" 1", b"007", b"1_0", b"1e3", b"9" * 19, b"9" * 30, b"%d" % (1 << 63),
     b"%d" % (1 << 64), b"None", b"ABORT", b"ABORTED", b"PING", b"PONG", b"\xff\xfe", "\u0663".encode(), b",", b"1,",
     b"1,1", b"0,1,2", b"1048576", b"{}", b"[" * 3000, b"x" * 5000, b"!", b"*", b"a;b", b"x" * 300, b"\0" * 8,
-    b"\xff" * 8, b"\1" * 264, b"400 no", b"499 \n gone", b"PROGRESS",
+    b"\xff" * 8, b"\1" * 264, b"400 no", b"499 \n gone", b"PROGRESS", b"HAVE", b"MANIFEST", b"[]", b'[""]',
+    b'[["",[[0,1]]]]', b'[["",[[1,1]]]]', b'[["%s",[[0,2],[1,3]]]]' % (b"0f" * 16), b'[["%s",[]]]' % (b"0f" * 16),
 )  # fmt: skip
 
 
@@ -202,21 +206,40 @@ class Stranger:
             return self._register()
         if kind <= 5:
             return self._offer()
+        if kind == 6 and self.chance(2):
+            return Have(self._room(), self._address(), self._session(), self._keys())
         if kind == 6:
             return Queued(self._room(), self._address(), self._session())
         if kind <= 8:
             return Abort(self._room(), self._address(), self._session(), self._failure())
         return Ping(self._address(), self._session(), self._instance())
 
+    def _keys(self) -> tuple[str, ...]:
+        """Of honest pictures, and invented ones."""
+        items = [item for truth in list(self._world.truths.values())[-4:] for item in truth.items if item.key]
+        honest = [item.key for item in items] or ["0f" * 16]
+        return tuple(self.pick([*honest, f"{index:032x}"]) for index in range(self._choices.number(1, 6)))
+
+    def _items(self) -> tuple[Item, ...]:
+        items, row = [], 0
+        for key in self._keys():
+            start = row + self._choices.number(0, 2)
+            row = start + self._choices.number(0 if self.chance(9) else 1, 9)
+            items.append(Item("" if self.chance(9) else key, ((start, row),)))
+        return tuple(items)
+
     def to_language(self) -> ToLanguage:
         kind = self._choices.number(0, 9)
+        if kind == 6 and self.chance(2):
+            return Manifest(self._room(), self._items())
         if kind == 6:
             return Progress(self._room(), self._number())
         if kind <= 5:
             rows = self._number() if self.chance(2) else None
             status = self.pick(list(Status))
             failure = self._failure() if status is Status.FAILED else None
-            return StatusReport(self._room(), status, rows, failure)
+            held = self._items() if rows is not None and self.chance(4) else ()
+            return StatusReport(self._room(), status, rows, failure, held)
         if kind <= 7:
             return AbortAck(self._room())
         return Pong(self._instance(), self._instance())

@@ -56,7 +56,7 @@ def messages_of(frames: list[bytes]) -> Iterator[object]:
 
 
 def test_there_is_a_file_for_every_theme() -> None:
-    assert len(FILES) == 10
+    assert len(FILES) == 11
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,5 +1,8 @@
 """The plan of one encode room over any lengths, windows and offers: every rank gets every row once and in order."""
 
+import itertools
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +12,7 @@ from embedding_relay.protocol.encode.room import Destination, EncodeRoom, Shared
 from embedding_relay.protocol.encode.sessions import Sessions
 from embedding_relay.protocol.encode.unexpected import UnexpectedRooms
 from embedding_relay.protocol.ended import EndedRooms
-from embedding_relay.protocol.messages import Address, StatusReport, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import Address, Item, StatusReport, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.protocol.timing import Alarms, Timing
 from support.effort import effort, unhurried
@@ -18,7 +21,7 @@ from support.protocol import handshake, only
 pytestmark = unhurried
 
 
-def room_of(total: int, window: int, ranks: int, block_size: int) -> EncodeRoom:
+def room_of(total: int, window: int, ranks: int, block_size: int, items: Sequence[Item] = ()) -> EncodeRoom:
     timing = Timing()
     shared = Shared(
         pool=BlockPool(window),
@@ -30,7 +33,8 @@ def room_of(total: int, window: int, ranks: int, block_size: int) -> EncodeRoom:
         ended=EndedRooms(timing),
     )
     room = EncodeRoom(7, shared, 0.0)
-    room.status, room.total, room.required = Status.WAITING_FOR_INPUT, total, ranks
+    room.expect(0.0, items)
+    room.status, room.total, room.ready, room.required = Status.WAITING_FOR_INPUT, total, total, ranks
     room.blocks = shared.pool.lease(window, 7)
     room.destinations = {str(rank): Destination(str(rank), Address("l", rank + 1)) for rank in range(ranks)}
     return room
@@ -92,3 +96,72 @@ def test_every_rank_gets_every_row_once_and_in_order(
     assert set(aux.values()) == {1}
     if ranks == 1:
         assert staged_rows == total, "no row is staged twice"
+
+
+@st.composite
+def items_of(draw: st.DrawFn, total: int) -> list[Item]:
+    """Some with equal keys, some that cannot be kept, some in two runs, and text in between."""
+    edges = sorted(draw(st.sets(st.integers(0, total), min_size=2, max_size=12)))
+    runs = list(itertools.pairwise(edges))
+    keys = st.sampled_from(["", *(f"{number:032x}" for number in range(4))])
+    items = []
+    while runs:
+        count = draw(st.integers(1, 2))
+        items.append(Item(draw(keys), tuple(runs[:count])))
+        runs = runs[count + draw(st.integers(0, 1)) :]
+    return items
+
+
+@given(
+    total=st.integers(2, 120),
+    block_size=st.integers(1, 9),
+    window=st.integers(1, 12),
+    ranks=st.integers(1, 3),
+    data=st.data(),
+)
+@effort(200)
+def test_rows_are_written_when_they_are_made_or_left_out_as_promised(
+    total: int, block_size: int, window: int, ranks: int, data: st.DataObject
+) -> None:
+    items = data.draw(items_of(total))
+    room = room_of(total, window, ranks, block_size, items)
+    room.ready = 0
+    written: dict[str, set[int]] = {session_id: set() for session_id in room.destinations}
+    left_out: dict[str, set[int]] = {session_id: set() for session_id in room.destinations}
+    promised: dict[str, set[str]] = {session_id: set() for session_id in room.destinations}
+    held: dict[str, tuple[Item, ...]] = {}
+    offers = st.integers(1, data.draw(st.sampled_from((3, 30, 300))))
+    effects: list[EncodeEffect] = []
+    while waiting := room.unfinished:
+        for destination in waiting:
+            if not destination.has_offer:
+                offer(destination, data.draw(offers))
+            if data.draw(st.booleans()):
+                keys = data.draw(st.sets(st.sampled_from([f"{number:032x}" for number in range(5)])))
+                room.items.promise(destination.session_id, keys)
+                promised[destination.session_id] |= keys
+        if not only(effects, TransferEmbeddingChunk):
+            if not room.can_start_chunk:
+                assert room.ready < total, "everything is made, and nothing is written"
+                effects = room.more_rows(data.draw(st.integers(room.ready + 1, total)), (), 0.0)
+                continue
+            effects = room.begin_step()
+        [step] = only(effects, TransferEmbeddingChunk)
+        assert step.window.first_row + step.window.rows <= room.ready
+        for part in step.destinations:
+            assert part.stop_row <= room.ready
+            out = {row for start, stop in part.left_out for row in range(start, stop)}
+            assert out <= set(range(part.start_row, part.stop_row))
+            written[part.session_id] |= set(range(part.start_row, part.stop_row)) - out
+            left_out[part.session_id] |= out
+        effects = room.transferred(step.transfer_id, {}, 0.0)
+        for effect in only(effects, Send):
+            assert isinstance(effect.message, StatusReport)
+            session_id = str(effect.to.port - 1)
+            assert set(held.get(session_id, ())) <= set(effect.message.held), "what was held is held"
+            held[session_id] = effect.message.held
+    for session_id in room.destinations:
+        rows = {row for item in held[session_id] for start, stop in item.runs for row in range(start, stop)}
+        assert rows == left_out[session_id]
+        assert written[session_id] == set(range(total)) - rows
+        assert {item.key for item in held[session_id]} <= promised[session_id]
