@@ -3,6 +3,7 @@
 import math
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from embedding_relay.memory import buffers as buffers_module
 from embedding_relay.memory.buffers import EmbeddingBuffers
 from embedding_relay.memory.copying import CopyThreads
+from embedding_relay.memory.row_cache import HeldRows
 from embedding_relay.protocol.errors import LocalError
 from support.loopback import small_layout
-from support.rows import Spec, difference, make_rows
+from support.rows import Spec, difference, items_of, make_rows, without
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,6 +141,92 @@ def test_how_many_bytes_had_to_travel(deepstack: int, wide: int) -> None:
         buffers.stage(source, first, rows, [1])
         media = int(is_media[first : first + rows].sum())
         assert buffers.copy_out(target, [1], first, rows) == rows * (4 + 12 + 16) + media * wide + aux
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    deepstack=st.integers(0, 1),
+    total=st.integers(1, 700),
+    left_out=st.integers(0, 63),
+    rows_at_once=st.integers(1, 700),
+    seed=st.integers(0, 1_000_000),
+)
+def test_rows_that_are_held_come_from_elsewhere(
+    dtype: str, deepstack: int, total: int, left_out: int, rows_at_once: int, seed: int
+) -> None:
+    """In any part of a request, cut anywhere; all that is copied from blocks has travelled, and nothing else."""
+    layout = small_layout(hidden_size=8, dtype=dtype, deepstack_rows=deepstack, block_size=16, blocks=44)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    spec = Spec(room=1, total=total, seed=seed, salt=0)
+    source = make_rows(layout, spec)
+    absent = [number for number in range(len(source.segments)) if left_out >> number & 1]
+    partial = without(source, items_of(source, spec), absent)
+    partial.check(layout)
+
+    def read(row: int, into: Any) -> None:
+        [found] = [rows[row - at :] for at, rows in source.segments if at <= row < at + len(rows)]
+        into[:] = found[: len(into)].view(torch.uint8).numpy()
+
+    held = [HeldRows(at, at + len(source.segments[n][1]), read) for n in absent for at in [source.segments[n][0]]]
+    is_sent = torch.zeros(total, dtype=torch.bool)
+    for start, stop in partial.media_runs:
+        is_sent[start:stop] = True
+    target = buffers.make_target(source.aux)
+    for row in range(0, total, rows_at_once):
+        count = min(rows_at_once, total - row)
+        buffers.stage(partial, row, count, range(44))
+        media = int(is_sent[row : row + count].sum()) * buffers.row_bytes
+        aux = 64 if row == 0 else 0
+        assert buffers.copy_out(target, range(44), row, count, held=held) == count * (4 + 12 + 16) + media + aux
+    assert difference(layout, source, target) is None
+
+
+def test_rows_of_text_have_no_embeddings_whoever_says_that_he_has_them() -> None:
+    layout = small_layout(hidden_size=8, block_size=16, blocks=1)
+    buffers = EmbeddingBuffers(layout)
+    buffers.allocate()
+    source = make_rows(layout, Spec(room=1, total=16))
+    source.segments, source.items = [], torch.full_like(source.items, -1)
+    buffers.stage(source, 0, 16, [0])
+    target = buffers.make_target(source.aux)
+    buffers.copy_out(target, [0], 0, 16, held=[HeldRows(2, 9, lambda row, into: into.fill(7))])
+    assert not target.embeddings.any()
+
+
+def test_items_that_nobody_has_made_are_accounted_for() -> None:
+    layout = small_layout()
+    spec = Spec(room=1, total=700, salt=0)
+    source = make_rows(layout, spec)
+    items = items_of(source, spec)
+    assert len(items) > 1
+    without(source, items, [0]).check(layout)
+    nothing = without(source, items, range(len(items)))
+    nothing.check(layout)
+    assert (nothing.media_runs, buffers_module.EmbeddingBuffers(layout).segments(nothing)) == ((), [])
+    missing = without(source, items, [0])
+    missing.absent = ()
+    with pytest.raises(LocalError, match="absent items"):
+        missing.check(layout)
+    twice = without(source, items, [])
+    twice.absent = ((0, items[0].runs),)
+    with pytest.raises(LocalError, match="absent items"):
+        twice.check(layout)
+
+
+def test_rows_that_will_be_made_need_not_be_there_yet() -> None:
+    layout = small_layout()
+    source = make_rows(layout, Spec(room=1, total=700))
+    second = source.segments[1][0]
+    source.segments = source.segments[:1]
+    with pytest.raises(LocalError, match="absent items"):
+        source.check(layout)
+    source.made = second
+    source.check(layout)
+    source.made = second + 1
+    with pytest.raises(LocalError, match="absent items"):
+        source.check(layout)
 
 
 @pytest.mark.parametrize("has_mrope", [True, False])

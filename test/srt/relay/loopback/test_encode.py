@@ -18,6 +18,7 @@ from embedding_relay.observer import Summary
 from embedding_relay.protocol.effects import (
     ChunkDestination,
     DropRows,
+    HeldByAll,
     Note,
     ProveGone,
     StatusChanged,
@@ -30,7 +31,7 @@ from embedding_relay.protocol.status import Status
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.manager import open_rank
 from support.loopback import HOST, Watches, small_layout
-from support.rows import Spec, make_rows
+from support.rows import Spec, items_of, make_rows, without
 
 LAYOUT = small_layout(hidden_size=4, dtype="float32", block_size=8, blocks=4)
 GONE = Failure(502, "gone")
@@ -124,6 +125,28 @@ def test_rows_that_are_sent_twice_are_those_that_were_sent_first(manager: Any, s
     assert manager._sizes() == {"senders": 1, "sources": 1, "workers": 0}
     manager._run([DropRows(1)], 7.0)
     assert manager._sources == {}
+
+
+def test_the_core_hears_of_items_and_of_those_that_nobody_made(manager: Any) -> None:
+    spec = Spec(room=2, total=40, salt=0)
+    source = make_rows(LAYOUT, spec)
+    items = items_of(source, spec)
+    sender = MooncakeEmbeddingSender(manager, 2)
+    sender.init(items)
+    manager._loop._run_calls()
+    name, room, _, told = manager._core.told.pop()
+    assert (name, room, told) == ("expect", 2, items)
+    assert sender.held == ()
+    manager._run([HeldByAll(2, (0,)), HeldByAll(9, (0,))], 5.0)
+    assert sender.held == (0,)
+    partial = without(source, items, sender.held)
+    partial.made = 17
+    manager._submit(2, partial, 6.0)
+    assert manager._core.told == [("submit", 2, 40, 6.0, (0,), 17)]
+
+
+def test_language_ranks_learn_that_it_takes_their_word(manager: Any) -> None:
+    assert manager._announcer._rank.handshake.takes_have
 
 
 def chunk_for(*sessions: str) -> TransferEmbeddingChunk:

@@ -17,9 +17,9 @@ from embedding_relay.config import RelayConfig
 from embedding_relay.memory.layout import AUX
 from embedding_relay.memory.plane import private_memory
 from embedding_relay.observer import Summary
-from embedding_relay.protocol.effects import CopyAhead, CopyOut, Deliver, Send, StatusChanged
+from embedding_relay.protocol.effects import CopyAhead, CopyOut, Deliver, LookUp, Send, StatusChanged
 from embedding_relay.protocol.errors import Failure, LocalError
-from embedding_relay.protocol.messages import Address, TransferEmbeddingInfo
+from embedding_relay.protocol.messages import Address, Item, TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.transport.manager import open_rank
@@ -282,6 +282,97 @@ def test_no_memory_for_early_rows_is_said_with_their_report(
     monkeypatch.setattr(manager._buffers, "make_target", make_target)
     manager._copy_ahead(CopyAhead(1, (0,), 0, 4, 100))
     assert copy_out(manager) == ("copy_failed", 1, "not enough memory", 1.0)
+
+
+# ---- items whose rows are kept
+
+
+def item_of(source: Any) -> Item:
+    """The first media rows of a request."""
+    return Item("a" * 32, (source.media_runs[0],))
+
+
+def keep(manager: Any, source: Any, room: int = 50) -> Item:
+    """As after a room that had these rows."""
+    item, rows = item_of(source), manager._buffers.make_target(source.aux)
+    for start, values in source.segments:
+        rows.embeddings[start : start + len(values)] = values
+    rows.items[:] = source.items
+    manager._repeats.begin(room)
+    manager._repeats.look_up(room, (item,))
+    manager._repeats.end(room, rows)
+    return item
+
+
+def test_what_a_room_needs_is_looked_for_and_promised(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    item = keep(manager, make_rows(LAYOUT, Spec(room=1, total=5)))
+    manager._run([LookUp(1, (item, Item("b" * 32, ((9, 10),))))], 1.0)
+    assert manager._core.told.pop() == ("holds", 1, (item.key,), 1.0)
+
+
+def test_a_room_is_asked_for_with_what_its_client_calls_its_pictures(manager: Any) -> None:
+    source = make_rows(LAYOUT, Spec(room=1, total=5))
+    item = keep(manager, source)
+    manager._repeats._cache.remember("picture", item.key)
+    MooncakeEmbeddingReceiver(manager, "peer:1", 3, sources=("picture",)).start()
+    manager._loop._run_calls()
+    name, room, peer, _, _, held = manager._core.told.pop()
+    assert (name, room, peer, held) == ("request", 3, "peer:1", (item.key,))
+
+
+def test_rows_that_are_kept_are_copied_from_there(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    source = make_rows(LAYOUT, Spec(room=1, total=5))
+    item = keep(manager, source)
+    manager._repeats.look_up(1, (item,))
+    lands(manager, 5)
+    start, stop = item.runs[0]
+    manager._buffers._wide["input_embeddings"][start:stop] = 0  # nobody has written them
+    manager._copy_out(CopyOut(1, (0,), 0, 8, max_rows=100, held=(item,)), 1.0)
+    assert manager._core.told.pop() == ("copied", 1, 5, 5, 1.0)
+    assert receiver.target is not None
+    assert difference(LAYOUT, source, receiver.target) is None
+    media = sum(last - first for first, last in source.media_runs) - item.rows
+    assert receiver.bytes == 5 * (4 + 12 + 16) + 64 + media * 16
+    receiver.offered_at = receiver.requested_at
+    manager._deliver(Deliver(room=1, rows=5, rounds=1), 17.0)
+    assert manager.observer.summaries.pop().cached == item.rows
+
+
+def test_rows_of_another_number_than_are_kept_fail_the_room(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
+    item = keep(manager, make_rows(LAYOUT, Spec(room=1, total=5)))
+    manager._repeats.look_up(1, (item,))
+    lands(manager, 5)
+    manager._copy_out(CopyOut(1, (0,), 0, 8, max_rows=100, held=(Item(item.key, ((0, 5),)),)), 1.0)
+    name, room, flaw, _ = manager._core.told.pop()
+    assert (name, room) == ("refuse_rows", 1)
+    assert flaw == f"5 rows of an item were left out because they are kept here, but {item.rows} are"
+
+
+@pytest.mark.parametrize("status", [Status.SUCCESS, Status.FAILED])
+def test_a_room_that_is_over_pins_nothing(manager: Any, receiver: MooncakeEmbeddingReceiver, status: Status) -> None:
+    item = keep(manager, make_rows(LAYOUT, Spec(room=1, total=5)))
+    manager._repeats.look_up(1, (item,))
+    assert manager._repeats._cache.held(1, item.key) is not None
+    manager._changed(StatusChanged(1, Status.TRANSFERRING, None))
+    assert manager._repeats._cache.held(1, item.key) is not None
+    manager._changed(StatusChanged(1, status, GONE if status is Status.FAILED else None))
+    assert manager._repeats._cache.held(1, item.key) is None
+
+
+def test_encode_ranks_learn_whether_anything_is_kept() -> None:
+    for size, takes in ((None, True), (0, False)):
+        opened = open_rank(LAYOUT, RelayConfig(row_cache_bytes=size), HOST, NoPlane())  # type: ignore[arg-type]
+        manager = LanguageManager(opened, ranks=1, max_rows=100, limits=LIMITS, observer=Watches())
+        assert manager._core._shared.register.handshake.takes_manifest is takes
+        manager.close()
+
+
+def test_what_is_kept_is_forgotten_when_the_scheduler_says_so(manager: Any) -> None:
+    keep(manager, make_rows(LAYOUT, Spec(room=1, total=5)))
+    assert manager._sizes()["row_cache_items"] == 1
+    manager.forget_rows()
+    manager._loop._run_calls()
+    assert manager._sizes()["row_cache_items"] == 0
 
 
 # ---- the end

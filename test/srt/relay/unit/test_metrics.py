@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -113,6 +114,8 @@ def test_the_schedulers_tables() -> None:
 def test_the_log_line_and_the_metrics_have_one_source() -> None:
     summary = Summary(rows=1058, rounds=9, bytes=558208, wait_s=0.0039, transfer_s=5.716)
     assert str(summary) == "rows=1058 rounds=9 bytes=558208 wait_ms=3.9 transfer_ms=5716.0"
+    kept = dataclasses.replace(summary, cached=1000)
+    assert str(kept) == "rows=1058 rounds=9 bytes=558208 wait_ms=3.9 transfer_ms=5716.0 cached=1000"
 
 
 def test_what_requests_cost_is_told_by_their_class_and_by_the_http_process_only() -> None:

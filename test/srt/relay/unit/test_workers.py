@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedding_relay.memory.layout import BufferLayout
@@ -201,6 +202,23 @@ def test_embeddings_are_sent_from_where_they_are_if_the_data_plane_can() -> None
         Entry(80_000, 10_000 + 11 * 16, 2 * 16),
     ]
     assert job.bytes == 3 * (4 + 12 + 16 + 16) + 64
+
+
+@pytest.mark.parametrize("from_where_they_are", [False, True])
+def test_rows_that_a_destination_has_are_not_written_to_it(from_where_they_are: bool) -> None:
+    """Their small columns are; and the other destination gets them."""
+    buffers, links = Buffers(), (Records(), Records())
+    job = job_of(buffers, from_where_they_are=from_where_they_are)
+    one, other = job.chunk.destinations
+    one = msgspec.structs.replace(one, left_out=((1, 3),))
+    there = (10_000, 20_000, 30_000, 40_000, 50_000)
+    for destination, link in zip((one, other), links, strict=True):
+        job.write(destination, there, link)  # type: ignore[arg-type]
+    embeddings = [[entry for entry in link.entries if entry.destination < 20_000] for link in links]
+    sources = (70_000, 80_016) if from_where_they_are else (1000 + 4 * 16, 1000 + 6 * 16)
+    assert embeddings[0] == [Entry(sources[0], 10_000 + 10 * 16, 16)]
+    assert embeddings[1] == [Entry(sources[1], 10_000 + 14 * 16, 16)]
+    assert job.bytes == 3 * (4 + 12 + 16) + 64 + 16 + (4 + 12 + 16) + 16
 
 
 @pytest.mark.parametrize("from_where_they_are", [False, True])
