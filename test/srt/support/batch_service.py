@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import http.client
 import io
+import json
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openpyxl
@@ -21,6 +25,10 @@ from support.patience import wait_until
 TESTS = Path(__file__).resolve().parents[1]
 RELAY = (sys.executable, "-m", "embedding_relay")
 SLOW_RELAY = (sys.executable, "-m", "support.slow_service")
+# What a call raises whose worker was killed before it had answered.
+BROKEN = (OSError, http.client.HTTPException)
+# Plain HTTP needs none, and to make one, as a client does by default, would cost more than the call.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 # What is shown when a test fails.
 _active: list[LocalProcess] = []
@@ -32,20 +40,32 @@ def active_log_tails() -> Iterator[tuple[str, str]]:
 
 
 class BatchService:
-    def __init__(self, process: LocalProcess, workers: int, cache_dir: Path) -> None:
+    def __init__(self, process: LocalProcess, workers: int, cache_dir: Path, saving_file: Path) -> None:
         self.process = process
         self.url = process.url
         self.cache_dir = cache_dir
+        self._address = str(urlsplit(process.url).netloc)
         self._workers = workers
+        self._saving_file = saving_file
 
     def folder(self, session_id: str) -> Path:
         return self.cache_dir / "sessions" / session_id
 
+    @contextmanager
+    def saving(self, seconds: float) -> Iterator[None]:
+        """Every saving takes so long, or until this ends. The service was started with `saving_seconds`."""
+        before = self._saving_file.read_text()
+        say_seconds(self._saving_file, seconds)
+        try:
+            yield
+        finally:
+            say_seconds(self._saving_file, float(before))
+
     # ---- its processes
 
     def worker_pids(self) -> list[int]:
-        """The processes that serve; their parent and its bookkeeper are not among them."""
-        return [pid for pid in self.process.group_members() if b"spawn_main" in _command_line(pid)]
+        """The processes that serve: forks of one that has imported all they need, which is no worker itself."""
+        return [pid for pid in self.process.group_members() if b"forkserver" in _command_line(_parent_of(pid))]
 
     def kill_worker(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
@@ -56,19 +76,34 @@ class BatchService:
     # ---- calls; each on a connection of its own, so that any worker may get it
 
     def call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        # Plain HTTP: the certificates that a client loads by default would cost more than the call.
-        with httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False) as client:
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=NO_TLS) as client:
             return client.request(method, path, **arguments)
 
     def get(self, path: str) -> Any:
-        answer = self.call("GET", path)
-        assert answer.status_code == 200, f"GET {path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        return self._json("GET", path)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        answer = self.call("POST", path, json=body)
-        assert answer.status_code == 200, f"POST {path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        return self._json("POST", path, json.dumps(body))
+
+    def _json(self, method: str, path: str, body: str | None = None) -> Any:
+        """As `call`, by a client that takes a fifth of its time: tests ask thousands of times."""
+        connection = http.client.HTTPConnection(self._address, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            connection.close()
+        assert answer.status == 200, f"{method} {path}: {answer.status} {text.decode()}"
+        return json.loads(text)
+
+    def patiently(self, path: str) -> Any:
+        """From whichever worker lives: a killed one takes its connections along, and answers nothing else."""
+        while True:
+            try:
+                return self.get(path)
+            except BROKEN:
+                continue
 
     def upload(self, content: bytes, name: str = "prompts.csv", **fields: str) -> Any:
         answer = self.call("POST", "/api/analyze/upload", files={"file": (name, content)}, data=fields)
@@ -116,6 +151,20 @@ class BatchService:
         return list(csv.DictReader(io.StringIO(self.download(session_id).decode("utf-8-sig"))))
 
 
+def say_seconds(file: Path, seconds: float) -> None:
+    """In one step, so that nobody reads half of it."""
+    partial = file.with_suffix(".part")
+    partial.write_text(str(seconds))
+    partial.replace(file)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 def _command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -151,20 +200,23 @@ def batch_service(
     *arguments: str,
     workers: int = 4,
     environ: Mapping[str, str] | None = None,
-    saving_seconds: float = 0.0,
+    saving_seconds: float | None = None,
     name: str = "batch service",
     log: str = "service.log",
 ) -> Iterator[BatchService]:
     """`where` keeps its sessions and its log. Nothing of it is left running afterwards.
 
-    With `saving_seconds` its disk is slow: every saving takes that much longer, in each worker.
+    With `saving_seconds` its disk can be slow: every saving takes that much longer, in each worker, or as long as
+    `saving` says.
     """
     (port,) = free_ports(1)
     environ = dict(environ or {})
     program: Sequence[str] = RELAY
-    if saving_seconds:
+    saving_file = where / "saving"
+    if saving_seconds is not None:
         program = SLOW_RELAY
-        environ |= {"TEST_SAVING_SECONDS": str(saving_seconds), "PYTHONPATH": str(TESTS)}
+        say_seconds(saving_file, saving_seconds)
+        environ |= {"TEST_SAVING_FILE": str(saving_file), "PYTHONPATH": str(TESTS)}
     command: Sequence[str] = [
         *(*program, "batch", "serve", "--endpoint", endpoint),
         *("--port", str(port), "--workers", str(workers), "--cache-dir", str(where / "cache"), *arguments),
@@ -175,7 +227,7 @@ def batch_service(
         process.start()
         try:
             wait_all_ready([process], 60)
-            service = BatchService(process, workers, where / "cache")
+            service = BatchService(process, workers, where / "cache", saving_file)
             service.wait_for_all_workers()
             yield service
         finally:

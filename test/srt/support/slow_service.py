@@ -1,7 +1,7 @@
-"""The `sglang-relay` command on a slow disk, for tests: each saving takes TEST_SAVING_SECONDS longer.
+"""The `sglang-relay` command on a disk that tests make slow: a saving takes as long as the file TEST_SAVING_FILE says.
 
-Run as `python -m support.slow_service batch serve …`. The service starts its workers as new Python processes, and each
-of them imports the module that its parent was started with: this one. So all of them have the slow disk.
+Run as `python -m support.slow_service batch serve …`. The service starts its workers as new processes, and each of them
+imports the module that its parent was started with: this one. So all of them have the slow disk.
 """
 
 import os
@@ -16,7 +16,10 @@ _at_once = folder.move_into_place
 
 
 def _slowly(partial: Path, place: Path) -> None:
-    time.sleep(float(os.environ["TEST_SAVING_SECONDS"]))
+    """What is being saved when the file says less goes on then."""
+    begun, said = time.monotonic(), Path(os.environ["TEST_SAVING_FILE"])
+    while time.monotonic() - begun < float(said.read_text()):
+        time.sleep(0.02)
     _at_once(partial, place)
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 
 import uvicorn
+import uvicorn._subprocess
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
@@ -64,6 +65,7 @@ def run(settings: Settings) -> int:
     host, port = listener.getsockname()[:2]
     logger.info("batch: %d workers at http://%s:%d, asking %s", settings.workers, host, port, settings.endpoint)
     with listener:
+        _fork_workers()
         supervisor = Multiprocess(config, sockets=[listener])
         supervisor.run()
     return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
@@ -76,6 +78,17 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def _fork_workers() -> None:
+    """Workers are forks of one process that has imported all they need: one that was killed is replaced at once.
+
+    uvicorn would have each of them import everything anew. It has no option for that; where it does not look at this
+    name any more, workers start as it likes them to, and later.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    uvicorn._subprocess.spawn = forks  # type: ignore[assignment]
 
 
 def _worker_app(settings: Settings) -> FastAPI:

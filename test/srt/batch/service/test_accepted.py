@@ -196,9 +196,9 @@ def test_all_workers_are_killed_right_after_one_has_accepted(shared: Shared, stu
         service.post("/api/tasks/split", {"session_id": session_id})
     for pid in service.worker_pids():
         service.kill_worker(pid)
-    answers = [patient(service, f"/api/execute/status/{session_id}") for _ in range(ENOUGH)]
+    answers = [answered(service, f"/api/execute/status/{session_id}") for _ in range(ENOUGH)]
     assert {answer.status_code for answer in answers} == ({200} if part == "run" else {400})
-    wait_until(lambda: patient(service, f"/api/tasks/split/status/{session_id}").json()["ready_for_next_stage"], 60)
+    wait_until(lambda: service.patiently(f"/api/tasks/split/status/{session_id}")["ready_for_next_stage"], 60)
     service.wait_for_all_workers()
     if part == "split":
         service.start(session_id)
@@ -206,7 +206,7 @@ def test_all_workers_are_killed_right_after_one_has_accepted(shared: Shared, stu
     assert [row["status"] for row in service.answers(session_id)] == ["done"]
 
 
-def patient(service: BatchService, path: str) -> httpx.Response:
+def answered(service: BatchService, path: str) -> httpx.Response:
     """An answer from whichever worker lives: a killed one takes its connections along, and answers nothing else."""
     while True:
         try:

@@ -299,12 +299,11 @@ def test_patience_ends(stub: StubEndpoint) -> None:
 
 def test_errors_for_everybody_cost_nobody_a_try(stub: StubEndpoint) -> None:
     tasks = prompts(500)
+    stub.next(None, "[1-5][0-9][0-9]$", status=502, message="nobody behind me")  # from row 100 on
 
     async def one_run() -> Scene:
         async with asyncio.timeout(SECONDS), scene(stub, tasks, retries=1) as it:
             running = asyncio.create_task(it.run.run())
-            await until(lambda: len(it.results) > 100)
-            await asyncio.to_thread(stub.next, None, status=502, message="nobody behind me")
             await until(lambda: "nothing but errors (502: nobody behind me)" in it.run.counts.waiting)
             await asyncio.to_thread(stub.forget)
             await running
@@ -406,12 +405,12 @@ def test_a_pause_lets_what_is_asked_end_and_asks_nothing_more(stub: StubEndpoint
 
 
 def test_a_cancelled_run_gives_up_at_once_what_is_asked(stub: StubEndpoint) -> None:
+    stub.next(None, "[1-3][0-9][0-9]$", delay=25)  # from row 100 on
+
     async def one_run() -> Scene:
         async with asyncio.timeout(SECONDS), scene(stub, prompts(300)) as it:
             running = asyncio.create_task(it.run.run())
-            await until(lambda: len(it.results) > 50)
-            await asyncio.to_thread(stub.delay, 25)
-            await asyncio.sleep(0.1)
+            await until(lambda: len(it.results) == 99 and it.run.counts.running == 32)
             it.run.cancel()
             started = time.monotonic()
             await running

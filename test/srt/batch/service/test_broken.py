@@ -57,7 +57,7 @@ def test_workers_that_sweep_at_once_live_on(service: BatchService) -> None:
 
 def test_more_splits_than_threads(stub: StubEndpoint, tmp_path: Path) -> None:
     """Each lease is renewed meanwhile, so none is begun twice."""
-    with batch_service(tmp_path, stub.url, "--lease-seconds", "1", workers=1, saving_seconds=2) as service:
+    with batch_service(tmp_path, stub.url, "--lease-seconds", "1", workers=1, saving_seconds=1.5) as service:
         ids = [service.upload(sheet_of(["many"]))["session_id"] for _ in range(9)]
         for session_id in ids:
             service.post("/api/tasks/split", {"session_id": session_id})
@@ -104,14 +104,16 @@ def test_a_large_record_is_there_while_it_is_replaced(tmp_path: Path) -> None:
     """diskcache would put it into a file of its own, and take it for missing when that is replaced under the reader."""
     reader, writer = open_store(str(tmp_path)), open_store(str(tmp_path))
     reader.create("session:a", b"x" * 100_000, 1000)
-    stop = threading.Event()
+    begun, stop = threading.Event(), threading.Event()
 
     def replace() -> None:
         while not stop.is_set():
             writer.change("session:a", 1000, lambda value: value[::-1])
+            begun.set()
 
     with ThreadPoolExecutor(1) as thread:
         replacing = thread.submit(replace)
+        assert begun.wait(30)
         found = [reader.get("session:a") is not None for _ in range(3000)]
         stop.set()
         replacing.result(30)
@@ -230,30 +232,36 @@ def test_redis_that_hangs_for_a_while_costs_no_row(stub: StubEndpoint, tmp_path:
         redis.Redis.from_url(url) as client,
         batch_service(tmp_path, stub.url, "--store", url, "--lease-seconds", "20", workers=1) as service,
     ):
-        session_id = split_session(service, *(f"redis {row}" for row in range(30)))
-        stub.delay(1)
+        session_id = split_session(service, *(f"redis {row}" for row in range(100)))
+        stub.delay(0.5)  # so that it is far from its end when Redis hangs
         service.start(session_id, concurrency=4)
         wait_until(lambda: service.get(f"/api/sessions/{session_id}")["execution"]["done"] > 4)
-        process = client.info()["process_id"]
+        process, begun = client.info()["process_id"], threading.Event()
         with ThreadPoolExecutor(1) as thread:
-            watching = thread.submit(watch, service, session_id)
+            watching = thread.submit(watch, service, session_id, begun)
+            assert begun.wait(30), "the live stream has not begun"
             os.kill(process, signal.SIGSTOP)
             try:
                 answer = service.call("GET", f"/api/sessions/{session_id}")
             finally:
                 os.kill(process, signal.SIGCONT)
+            stub.delay(0)
             assert (answer.status_code, "session store" in answer.json()["detail"]) == (503, True)
             execution = service.wait_stage(session_id, "completed")["execution"]
             assert watching.result(30)["stage"] == "completed", "the live stream has outlasted it"
-    assert (execution["done"], execution["attempt"]) == (30, 1)
+    assert (execution["done"], execution["attempt"]) == (100, 1)
     assert set(stub.counts().values()) == {1}
 
 
-def watch(service: BatchService, session_id: str) -> Any:
-    """The last event of the live stream."""
-    url = f"{service.url}/api/execute/stream/{session_id}"
+def watch(service: BatchService, session_id: str, begun: threading.Event) -> Any:
+    """The last event of the live stream; tells when the first one is there."""
+    url, last = f"{service.url}/api/execute/stream/{session_id}", None
     with httpx.stream("GET", url, timeout=60, trust_env=False) as stream:
-        return [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")][-1]
+        for line in stream.iter_lines():
+            if line.startswith("data: "):
+                last = json.loads(line[6:])
+                begun.set()
+    return last
 
 
 def test_the_same_command_in_several_windows(stub: StubEndpoint, tmp_path: Path) -> None:

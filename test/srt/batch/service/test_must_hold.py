@@ -62,7 +62,7 @@ def save_slowly(service: BatchService) -> Seen:
             return seen
         assert not status["ready_for_next_stage"], "ready, and yet it could not be started"
         seen.add((status["status"], status["progress"]))
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,9 +75,9 @@ def begun_early(slowly_saved: Future[Seen]) -> None:
 
 @pytest.fixture(scope="module")
 def mortal(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
-    """Here workers are killed, so nobody waits long for them; and saving takes long enough to be killed over."""
+    """Here workers are killed, so nobody waits long for them; and saving can take long enough to be killed over."""
     where = tmp_path_factory.mktemp("mortal")
-    with batch_service(where, stub.url, "--lease-seconds", str(LEASE), saving_seconds=1) as running:
+    with batch_service(where, stub.url, "--lease-seconds", str(LEASE), saving_seconds=0) as running:
         yield running
 
 
@@ -95,30 +95,28 @@ def holder_of(service: BatchService, name: str) -> str | None:
 
 
 def is_split(status: str) -> Callable[[BatchService, str], bool]:
-    return lambda service, session_id: patient(service, f"/api/tasks/split/status/{session_id}")["status"] == status
+    """And a worker is at it: before that it is said to be processed as well."""
 
+    def reached(service: BatchService, session_id: str) -> bool:
+        split = service.patiently(f"/api/tasks/split/status/{session_id}")
+        return bool(split["attempt"] and split["status"] == status)
 
-def patient(service: BatchService, path: str) -> Any:
-    """An answer from whichever worker lives: a killed one takes its connections along, and answers nothing else."""
-    while True:
-        try:
-            return service.get(path)
-        except httpx.TransportError:
-            continue
+    return reached
 
 
 @pytest.mark.parametrize(
     ("stage", "rows"),
-    [("processing", 20_000), ("saving", 20_000), ("saving", 3)],
+    [("processing", 40_000), ("saving", 20_000), ("saving", 3)],
     ids=["building", "saving", "saving few"],
 )
 def test_a_worker_killed_while_it_splits(mortal: BatchService, stage: str, rows: int) -> None:
     mortal.wait_for_all_workers()
     session_id = mortal.upload(sheet_of(f"{stage} {row}" for row in range(rows)))["session_id"]
-    mortal.post("/api/tasks/split", {"session_id": session_id})
-    wait_until(lambda: is_split(stage)(mortal, session_id))
-    kill_the_one_at(mortal, "split", session_id)
-    wait_until(lambda: patient(mortal, f"/api/tasks/split/status/{session_id}")["ready_for_next_stage"], 60)
+    with mortal.saving(60):
+        mortal.post("/api/tasks/split", {"session_id": session_id})
+        wait_until(lambda: is_split(stage)(mortal, session_id))
+        kill_the_one_at(mortal, "split", session_id)
+    wait_until(lambda: mortal.patiently(f"/api/tasks/split/status/{session_id}")["ready_for_next_stage"], 60)
     status = mortal.get(f"/api/tasks/split/status/{session_id}")
     assert status["tasks"] == rows
     assert status["attempt"] == 2
@@ -131,7 +129,7 @@ def test_workers_killed_while_they_ask(mortal: BatchService, stub: StubEndpoint)
     """Two of them, one after the other. No row is lost; those that were answered are not asked again."""
     mortal.wait_for_all_workers()
     prompts = [f"killed while asking {row}" for row in range(400)]
-    stub.delay(0.2)
+    stub.delay(0.1)
     try:
         session_id = mortal.upload(sheet_of(prompts))["session_id"]
         assert mortal.split(session_id)["ready_for_next_stage"]
@@ -141,7 +139,7 @@ def test_workers_killed_while_they_ask(mortal: BatchService, stub: StubEndpoint)
             wait_until(lambda done=done: execution(mortal, session_id).get("done", 0) >= done, 60)  # type: ignore[misc]
             kill_the_one_at(mortal, "run", session_id)
             paid += 8  # what was under way is asked again: nobody knows its answer
-        wait_until(lambda: patient(mortal, f"/api/sessions/{session_id}")["stage"] == "completed", 120)
+        wait_until(lambda: mortal.patiently(f"/api/sessions/{session_id}")["stage"] == "completed", 120)
     finally:
         stub.delay(0)
     assert execution(mortal, session_id)["unended"] == 3, "two attempts ended in the death of their worker"
@@ -154,7 +152,7 @@ def test_workers_killed_while_they_ask(mortal: BatchService, stub: StubEndpoint)
 
 
 def execution(service: BatchService, session_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = patient(service, f"/api/execute/status/{session_id}")
+    found: dict[str, Any] = service.patiently(f"/api/execute/status/{session_id}")
     return found
 
 
@@ -162,10 +160,11 @@ def test_a_worker_killed_while_it_saves_the_answers(mortal: BatchService) -> Non
     mortal.wait_for_all_workers()
     session_id = mortal.upload(sheet_of(["one", "two"]))["session_id"]
     assert mortal.split(session_id)["ready_for_next_stage"]
-    mortal.start(session_id)
-    wait_until(lambda: bool(execution(mortal, session_id)["saving"]))
-    assert mortal.call("GET", f"/api/download/{session_id}").status_code == 400
-    kill_the_one_at(mortal, "run", session_id)
+    with mortal.saving(60):
+        mortal.start(session_id)
+        wait_until(lambda: bool(execution(mortal, session_id)["saving"]))
+        assert mortal.call("GET", f"/api/download/{session_id}").status_code == 400
+        kill_the_one_at(mortal, "run", session_id)
     wait_until(lambda: execution(mortal, session_id)["ready_for_download"], 60)
     assert [row["status"] for row in mortal.answers(session_id)] == ["done", "done"]
 
@@ -175,7 +174,7 @@ def test_killed_while_idle(mortal: BatchService) -> None:
     session_id = mortal.upload(sheet_of(["idle"]))["session_id"]
     for pid in mortal.worker_pids():
         mortal.kill_worker(pid)
-        assert patient(mortal, f"/api/sessions/{session_id}")["stage"] == "analyzed"
+        assert mortal.patiently(f"/api/sessions/{session_id}")["stage"] == "analyzed"
     mortal.wait_for_all_workers()
 
 
@@ -183,12 +182,13 @@ def test_the_service_started_again_goes_on(stub: StubEndpoint, tmp_path: Path) -
     prompts = [f"started again {row}" for row in range(100)]
     stub.delay(0.2)
     try:
-        with batch_service(tmp_path, stub.url) as service:
+        with batch_service(tmp_path, stub.url, workers=2) as service:
             session_id = service.upload(sheet_of(prompts))["session_id"]
             service.split(session_id)
             service.start(session_id, concurrency=8)
             wait_until(lambda: execution(service, session_id).get("done", 0) >= 30)
-        with batch_service(tmp_path, stub.url) as service:
+        stub.delay(0)
+        with batch_service(tmp_path, stub.url, workers=2) as service:
             service.wait_stage(session_id, "completed")
             assert execution(service, session_id)["unended"] == 1, "the first attempt has ended in order"
             assert {row["status"] for row in service.answers(session_id)} == {"done"}
@@ -269,8 +269,9 @@ def try_all(service: BatchService, session_id: str, state: str) -> None:
 def test_every_illegal_order(service: BatchService, mortal: BatchService, stub: StubEndpoint) -> None:
     session_id = mortal.upload(sheet_of([f"order {row}" for row in range(50)]))["session_id"]
     try_all(mortal, session_id, "analyzed")
-    mortal.post("/api/tasks/split", {"session_id": session_id})
-    try_all(mortal, session_id, "splitting")
+    with mortal.saving(60):
+        mortal.post("/api/tasks/split", {"session_id": session_id})
+        try_all(mortal, session_id, "splitting")
     assert mortal.wait_split(session_id)["ready_for_next_stage"]
     try_all(mortal, session_id, "split")
     stub.delay(0.3)
@@ -365,16 +366,18 @@ REACHED: dict[str, Callable[[BatchService, str], bool]] = {
 def test_deleted_at_any_moment_nothing_is_left(mortal: BatchService, stub: StubEndpoint, moment: str) -> None:
     """No file that a worker was still writing, and no traceback of one that found its folder gone."""
     said_before = len(mortal.process.log_text())
-    part, rows = ("split", 20_000) if moment in ("building", "saving") else ("run", 20)
+    part, rows = ("split", 40_000) if moment in ("building", "saving") else ("run", 20)
     session_id = mortal.upload(sheet_of(f"{moment} {row}" for row in range(rows)))["session_id"]
-    if part == "split":
-        mortal.post("/api/tasks/split", {"session_id": session_id})
-    else:
+    if part == "run":
         assert mortal.split(session_id)["ready_for_next_stage"]
         stub.delay(0.1)
-        mortal.start(session_id, concurrency=2)
-    wait_until(lambda: REACHED[moment](mortal, session_id), 60)
-    assert mortal.call("DELETE", f"/api/sessions/{session_id}").status_code == 200
+    with mortal.saving(60):
+        if part == "split":
+            mortal.post("/api/tasks/split", {"session_id": session_id})
+        else:
+            mortal.start(session_id, concurrency=2)
+        wait_until(lambda: REACHED[moment](mortal, session_id), 60)
+        assert mortal.call("DELETE", f"/api/sessions/{session_id}").status_code == 200
     stub.delay(0)
     wait_until(lambda: holder_of(mortal, f"{part}:{session_id}") is None)
     assert list((mortal.cache_dir / "sessions").glob(f"{session_id}*")) == []

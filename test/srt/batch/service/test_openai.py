@@ -29,9 +29,9 @@ OVER = ("completed", "failed", "cancelled")
 
 @pytest.fixture(scope="module")
 def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
-    """Its saving takes a little, so that everything which happens while it is saved can be seen."""
+    """Its saving can take a little, so that everything which happens while it is saved can be seen."""
     where = tmp_path_factory.mktemp("openai")
-    with batch_service(where, stub.url, saving_seconds=0.2) as service:
+    with batch_service(where, stub.url, saving_seconds=0) as service:
         yield service
 
 
@@ -78,18 +78,22 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> dict[str, Any]:
 # ---- the way of a batch
 
 
-def test_the_whole_ladder_and_never_a_step_too_early(client: openai.OpenAI, stub: StubEndpoint) -> None:
+def test_the_whole_ladder_and_never_a_step_too_early(
+    client: openai.OpenAI, service: BatchService, stub: StubEndpoint
+) -> None:
     stub.delay(0.1)
     prompts = {f"row-{number}": f"question {number}" for number in range(300)}
-    batch = create(client, *[line(custom_id, prompt) for custom_id, prompt in prompts.items()], metadata={"for": "us"})
-    assert batch.status == "validating"
-    seen, give_up = [batch], time.monotonic() + 40
-    while seen[-1].status != "completed":  # as fast as it goes
-        assert time.monotonic() < give_up, seen[-1]
-        seen.append(client.batches.retrieve(batch.id))
-        assert seen[-1].status in LADDER, seen[-1]
-        if seen[-1].status != "completed":
-            assert seen[-1].output_file_id is None
+    lines = [line(custom_id, prompt) for custom_id, prompt in prompts.items()]
+    with service.saving(0.2):
+        batch = create(client, *lines, metadata={"for": "us"})
+        assert batch.status == "validating"
+        seen, give_up = [batch], time.monotonic() + 40
+        while seen[-1].status != "completed":  # as fast as it goes
+            assert time.monotonic() < give_up, seen[-1]
+            seen.append(client.batches.retrieve(batch.id))
+            assert seen[-1].status in LADDER, seen[-1]
+            if seen[-1].status != "completed":
+                assert seen[-1].output_file_id is None
     output = lines_of(client, seen[-1].output_file_id)
 
     steps = [LADDER.index(one.status) for one in seen]
@@ -183,9 +187,10 @@ def test_cancel_in_the_middle_keeps_what_was_answered(client: openai.OpenAI, stu
         client.batches.cancel(batch.id)
 
 
-def test_cancel_before_the_run_has_begun(client: openai.OpenAI, stub: StubEndpoint) -> None:
-    batch = create(client, line("a", "never asked"), line("b", "nor this"))
-    assert client.batches.cancel(batch.id).status == "cancelling"
+def test_cancel_before_the_run_has_begun(client: openai.OpenAI, service: BatchService, stub: StubEndpoint) -> None:
+    with service.saving(60):
+        batch = create(client, line("a", "never asked"), line("b", "nor this"))
+        assert client.batches.cancel(batch.id).status == "cancelling"
     over = wait_over(client, batch)
     assert (over.status, over.output_file_id) == ("cancelled", None)
     assert lines_of(client, over.error_file_id).keys() == {"a", "b"}

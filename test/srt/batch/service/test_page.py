@@ -49,9 +49,9 @@ NOTE_WHAT_IS_OPEN = """() => {
 
 @pytest.fixture(scope="module")
 def service(stub: StubEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchService]:
-    """Its saving takes a while, so that everything which happens while it is saved can be seen."""
+    """Its saving can take a while, so that everything which happens while it is saved can be seen."""
     where = tmp_path_factory.mktemp("page")
-    with batch_service(where, stub.url, saving_seconds=0.7) as service:
+    with batch_service(where, stub.url, saving_seconds=0) as service:
         yield service
 
 
@@ -170,7 +170,7 @@ def answers_in(path: Path) -> list[Any]:
 # ---- the whole way
 
 
-def test_from_a_file_to_its_answers(page: Page, stub: StubEndpoint, tmp_path: Path) -> None:
+def test_from_a_file_to_its_answers(page: Page, service: BatchService, stub: StubEndpoint, tmp_path: Path) -> None:
     stub.delay(0.2)
     page.screenshot(path=PICTURES / "1-start.png", full_page=True)
     prompts = [f"Describe product {number}" for number in range(300)]
@@ -187,14 +187,17 @@ def test_from_a_file_to_its_answers(page: Page, stub: StubEndpoint, tmp_path: Pa
     page.screenshot(path=PICTURES / "2-analysed.png", full_page=True)
 
     page.evaluate(NOTE_WHAT_IS_OPEN)
-    start(page)
-    catch(page, "split-text", "not ready yet")
-    page.screenshot(path=PICTURES / "3-saving.png", full_page=True)
-    catch(page, "numbers", "Time left")
-    catch(page, "numbers", "Rows/s")
-    assert re.fullmatch(r"\d+ % · products.xlsx", page.title())
-    page.screenshot(path=PICTURES / "5-running.png", full_page=True)
-    catch(page, "run-text", "not ready yet")
+    with service.saving(60):
+        start(page)
+        catch(page, "split-text", "not ready yet")
+        page.screenshot(path=PICTURES / "3-saving.png", full_page=True)
+    service.wait_split(page.url.rpartition("#")[2])
+    with service.saving(60):
+        catch(page, "numbers", "Time left")
+        catch(page, "numbers", "Rows/s")
+        assert re.fullmatch(r"\d+ % · products.xlsx", page.title())
+        page.screenshot(path=PICTURES / "5-running.png", full_page=True)
+        catch(page, "run-text", "not ready yet")
 
     link = page.get_by_role("link", name="Download the answers")
     with page.expect_download() as download:

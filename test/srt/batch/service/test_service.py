@@ -408,7 +408,7 @@ def test_machines_that_share_redis_and_an_object_store_and_nothing_else(stub: St
     for name in ("redis", "s3", "one", "two"):
         (tmp_path / name).mkdir()
     with redis_server(tmp_path / "redis") as url, s3_server(tmp_path / "s3") as s3:
-        prompts = [f"machine {row}" for row in range(120)]
+        prompts = [f"machine {row}" for row in range(400)]  # so many that none of them ends by itself before it is lost
         shared = ("--store", url, "--files", s3.place, "--lease-seconds", "1.5")
         stub.delay(0.1)
         with (

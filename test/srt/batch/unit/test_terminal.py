@@ -11,7 +11,7 @@ import pytest
 
 from embedding_relay.batch import terminal
 from embedding_relay.batch.command_line import settings_of
-from embedding_relay.tools.cli import build_parser
+from embedding_relay.tools.cli import build_parser, main
 
 
 def run(tmp_path: Path) -> int:
@@ -45,6 +45,51 @@ def test_an_error_of_others_is_one_line_of_ours(
     assert capsys.readouterr().err == f"sglang-relay batch run: {says.format(log=log)}\n"
     assert log.exists() is isinstance(error, KeyError)
     assert not log.exists() or "inside of a library" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "arguments", "says"),
+    [
+        (None, "absent.csv", (), "there is no such file"),
+        (b"%PDF-1.7 and so on", "prompts.xlsx", (), "PDF"),
+        (b"prompt\nx\n", "p.csv", ("--prompt-column", "nothing"), "nothing"),
+        (b"prompt\nx\n", "p.csv", ("--template", "{{nothing}}"), "nothing"),
+        (b"prompt\nx\n", "p.csv", ("--endpoint", "localhost:1"), "no http:// or https:// URL"),
+        (b"prompt\nx\n", "p.csv", ("--out", "/nowhere/at/all.csv"), "there is no such directory"),
+        (b"prompt\nx\n", "p.csv", ("--out", "{workbook}"), "would replace the workbook"),
+        (b"prompt\nx\n", "p.csv", ("--out", "a.xlsx"), "the answered workbook is .csv"),
+        (b"prompt\nx\n", "p.csv", ("--allowed-media-domains", "a/b"), "a/b"),
+        (b"prompt\nx\n", "p.csv", ("--temperature", "3"), "temperature must be between 0 and 2"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    content: bytes | None,
+    name: str,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workbook, out = tmp_path / name, tmp_path / "answers.csv"
+    if content is not None:
+        workbook.write_bytes(content)
+    places = ["--out", str(out), "--cache-dir", str(tmp_path / "cache"), "--endpoint", "http://127.0.0.1:9"]
+    words = ["batch", "run", str(workbook), *places, *(word.format(workbook=workbook) for word in arguments)]
+    assert main(words) == 1
+    said = capfd.readouterr().err
+    assert says in said
+    assert len(said.strip().splitlines()) == 1, said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("option", [("--concurrency", "0"), ("--retries", "many"), ("--request-seconds", "-1")])
+def test_a_wrong_option_is_named(capfd: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "run", "a.csv", "--out", "b.csv", "--endpoint", "http://127.0.0.1:9", *option])
+    assert ended.value.code == 2
+    assert option[0] in capfd.readouterr().err
 
 
 def test_old_runs_that_another_command_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
