@@ -19,6 +19,8 @@ from embedding_relay.protocol.messages import (
     PROTOCOL_VERSION,
     Address,
     Handshake,
+    Have,
+    Item,
     Ping,
     Queued,
     Register,
@@ -36,6 +38,7 @@ ENCODE = Address("encode", 1)
 ROOM = 7
 PROVED = 77
 SESSION, KNOWN_AT = "language-0:1", Address("language", 100)
+KEY, OTHER_KEY = "0f" * 16, "a1" * 16
 PEER, SECOND = "registry:80", "registry2:80"
 
 # ---- messages
@@ -71,6 +74,14 @@ def offer(
 def queued(rank: int = 0, room: int = ROOM) -> Queued:
     who = register(rank)
     return Queued(room, who.address, who.session_id)
+
+
+ITEM = Item(KEY, ((2, 5),))
+
+
+def have(*keys: str, rank: int = 0, room: int = ROOM) -> Have:
+    who = register(rank)
+    return Have(room, who.address, who.session_id, keys)
 
 
 def ping(side: EncodeSide, now: float) -> None:
@@ -152,12 +163,17 @@ def language_side_with_proven_peer(
 
 
 def request_and_resolve(
-    side: LanguageSide, *rooms: int, now: float = 0.0, takes_offer_ahead: bool = False
+    side: LanguageSide,
+    *rooms: int,
+    now: float = 0.0,
+    takes_offer_ahead: bool = False,
+    takes_have: bool = False,
+    held: Sequence[str] = (),
 ) -> list[LanguageEffect]:
     """The rooms are requested, then their peer is found."""
     for room in rooms or (ROOM,):
-        side.request(room, PEER, now)
-    return side.peer_resolved(PEER, ENCODE, "encode-1", now, takes_offer_ahead=takes_offer_ahead)
+        side.request(room, PEER, now, held=held)
+    return side.peer_resolved(PEER, ENCODE, "encode-1", now, takes_offer_ahead=takes_offer_ahead, takes_have=takes_have)
 
 
 def first_offers(side: LanguageSide, *rooms: int) -> dict[int, TransferEmbeddingInfo]:

@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def _protocol_tests(module: str) -> list[str]:
-    patterns = ("encode_*", "language_*", "codec", "messages", "status", "timing", "scenarios")
+    patterns = ("encode_*", "language_*", "codec", "ended", "messages", "status", "timing", "scenarios")
     files = [path for pattern in patterns for path in sorted((_TESTS / "unit").glob(f"test_{pattern}.py"))]
     own = f"test_{module.removesuffix('.py').replace('/', '_')}.py"
     files.sort(key=lambda path: path.name != own)

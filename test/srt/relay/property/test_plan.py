@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_relay.protocol.blocks import BlockPool
-from embedding_relay.protocol.effects import ChunkDestination
+from embedding_relay.protocol.effects import ChunkDestination, Window
 from embedding_relay.protocol.errors import LocalError
-from embedding_relay.protocol.plan import Column, Extent, Range, Segment, batches, plan_media, plan_writes
+from embedding_relay.protocol.messages import Run
+from embedding_relay.protocol.plan import Column, Extent, Range, Segment, batches, plan_chunk, plan_media
 from support.effort import effort, unhurried
 
 pytestmark = unhurried
@@ -56,10 +57,26 @@ class Transfer:
     stop: int
     runs: list[tuple[int, int]]
     with_aux: bool
+    left_out: tuple[Run, ...]
 
     def plan(self) -> list[Range]:
-        ends = (self.source.extent, self.destination.extent)
-        return plan_writes(COLUMNS, self.block_size, *ends, self.start, self.stop, self.runs, self.with_aux)
+        here, there = self.source.extent, self.destination.extent
+        window = Window(here.first_row, self.stop - here.first_row, here.blocks, stage=True)
+        destination = ChunkDestination(
+            "there", there.blocks, there.first_row, self.start, self.stop, self.with_aux, self.left_out
+        )
+        return plan_chunk(COLUMNS, self.block_size, window, destination, self.runs)
+
+
+@st.composite
+def left_outs(draw: st.DrawFn, start: int, stop: int) -> tuple[Run, ...]:
+    """In order and disjoint; some are neighbours."""
+    edges = sorted(draw(st.sets(st.integers(start, stop), max_size=8)))
+    return tuple(run for run in itertools.pairwise(edges) if draw(st.booleans()))
+
+
+def is_among(row: int, runs: Sequence[Run]) -> bool:
+    return any(first <= row < last for first, last in runs)
 
 
 @st.composite
@@ -73,7 +90,8 @@ def transfers(draw: st.DrawFn) -> Transfer:
         count, blocks = draw(leases(-(-(stop - first_row) // block_size) + draw(st.integers(0, 2))))
         sides.append(Side(count, Extent(blocks, first_row)))
     runs = draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=5))
-    return Transfer(block_size, *sides, start, stop, [(min(run), max(run)) for run in runs], draw(st.booleans()))
+    runs = [(min(run), max(run)) for run in runs]
+    return Transfer(block_size, *sides, start, stop, runs, draw(st.booleans()), draw(left_outs(start, stop)))
 
 
 def place(extent: Extent, block_size: int, row: int) -> int:
@@ -97,7 +115,7 @@ def expected(transfer: Transfer, column: int) -> bytes:
         return b"".join(memory)
     memory = [bytes(width)] * (transfer.destination.count * size)
     for row in range(transfer.start, transfer.stop):
-        is_media = any(first <= row < last for first, last in transfer.runs)
+        is_media = is_among(row, transfer.runs) and not is_among(row, transfer.left_out)
         if is_media or not COLUMNS[column].media_only:
             memory[place(destination, size, row)] = content(column, place(source, size, row), width)
     return b"".join(memory)
@@ -155,7 +173,7 @@ def test_batches_are_full_and_keep_the_order(entries: Sequence[int], limit: int)
 def test_media_rows_go_from_where_they_are_to_their_place(
     data: st.DataObject, block_size: int, bytes_per_row: int
 ) -> None:
-    """Every byte of the media rows asked for once, in as few ranges as the two sides allow."""
+    """Every byte of the media rows asked for once, in as few ranges as the two sides allow; but what is left out."""
     blocks = tuple(data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True)))
     offered = len(blocks) * block_size
     first = data.draw(st.integers(0, 20))
@@ -169,12 +187,15 @@ def test_media_rows_go_from_where_they_are_to_their_place(
         row += gap
         segments.append(Segment(end if is_joined else end + 7, row, rows))
         row += rows
-    destination = ChunkDestination("there", blocks, first, start, stop, with_aux=False)
+    left_out = data.draw(left_outs(start, stop))
+    destination = ChunkDestination("there", blocks, first, start, stop, with_aux=False, left_out=left_out)
     ranges = plan_media(5, bytes_per_row, block_size, segments, destination, start, stop)
     moved = [(r.source + at, r.destination + at) for r in ranges for at in range(r.length)]
     wanted = []
     for segment in segments:
         for number in range(max(start, segment.first_row), min(stop, segment.first_row + segment.rows)):
+            if is_among(number, left_out):
+                continue
             block, offset = divmod(number - first, block_size)
             source = segment.pointer + (number - segment.first_row) * bytes_per_row
             place = (blocks[block] * block_size + offset) * bytes_per_row

@@ -6,11 +6,16 @@ import pytest
 from embedding_relay.protocol import codec
 from embedding_relay.protocol.errors import Failure, UndecodableFrames
 from embedding_relay.protocol.messages import (
+    MAX_ITEMS,
     MAX_ROOM,
+    MAX_RUNS,
     Abort,
     AbortAck,
     Address,
     Handshake,
+    Have,
+    Item,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -51,6 +56,43 @@ def test_our_own_frames() -> None:
     assert codec.encode(AbortAck(7)) == [b"7", b"ABORTED"]
     assert codec.encode(Progress(7, 300)) == [b"7", b"PROGRESS", b"300"]
     assert codec.decode_to_language([b"7", b"PROGRESS", b"300"]) == Progress(7, 300)
+
+
+KEY = "0f" * 16
+
+
+def test_keys_and_items_are_one_frame_of_json() -> None:
+    said = Have(7, HERE, SESSION, (KEY,))
+    assert codec.encode(said) == [b"7", *SENDER, b"HAVE", b'["%s"]' % KEY.encode()]
+    assert codec.decode_to_encode(codec.encode(said)) == said
+    items = Item(KEY, ((6, 9), (12, 13))), Item("", ((0, 6),))
+    frame = b'[["%s",[[6,9],[12,13]]],["",[[0,6]]]]' % KEY.encode()
+    assert codec.encode(Manifest(7, items)) == [b"7", b"MANIFEST", frame]
+    assert codec.decode_to_language([b"7", b"MANIFEST", frame]) == Manifest(7, items)
+    held = StatusReport(7, Status.SUCCESS, 2000, held=items[:1])
+    assert codec.encode(held) == [b"7", b"4", b"2000", b'[["%s",[[6,9],[12,13]]]]' % KEY.encode()]
+    assert codec.decode_to_language(codec.encode(held)) == held
+
+
+def test_the_most_items_that_there_can_be_fit_into_their_frame() -> None:
+    runs = [(9_000_000 + 2 * run, 9_000_001 + 2 * run) for run in range(MAX_RUNS)]
+    share = MAX_RUNS // MAX_ITEMS
+    items = tuple(Item(KEY, tuple(runs[at * share : (at + 1) * share])) for at in range(MAX_ITEMS))
+    frames = codec.encode(Manifest(7, items))
+    assert len(frames[2]) <= codec.MAX_ITEM_BYTES
+    assert codec.decode_to_language(frames) == Manifest(7, items)
+    one_more = Item("", (*items[-1].runs, (20_000_000, 20_000_001)))
+    with pytest.raises(UndecodableFrames, match="32769 runs are more than 32768"):
+        codec.decode_to_language(codec.encode(Manifest(7, (*items[:-1], one_more))))
+    with pytest.raises(UndecodableFrames, match="too long"):
+        codec.decode_to_encode([b"7", *SENDER, b"HAVE", b"[%s]" % (b" " * codec.MAX_ITEM_BYTES)])
+
+
+def test_a_handshake_says_which_of_the_two_it_takes_and_others_pass_it_over() -> None:
+    plain = Handshake(1, 128, (9,), "bfloat16", 0, 8)
+    assert b"takes" not in codec.encode(Register(HERE, SESSION, (1,), plain))[5]
+    both = msgspec.structs.replace(plain, takes_manifest=True, takes_have=True)
+    assert codec.encode(Register(HERE, SESSION, (1,), both))[5].endswith(b',"takes_manifest":true,"takes_have":true}')
 
 
 def test_the_name_of_shared_memory_is_added_to_a_registration_and_passed_over_by_who_does_not_know_it() -> None:

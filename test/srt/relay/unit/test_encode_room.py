@@ -10,7 +10,7 @@ from embedding_relay.protocol.effects import (
     TransferEmbeddingChunk,
 )
 from embedding_relay.protocol.encode.side import EncodeSide
-from embedding_relay.protocol.errors import Failure
+from embedding_relay.protocol.errors import Failure, LocalError
 from embedding_relay.protocol.messages import (
     Abort,
     AbortAck,
@@ -560,3 +560,109 @@ def test_no_resume_came() -> None:
     ping(side, 70.0)
     failure = failure_of(side.tick(70.0))
     assert failure == Failure(502, f"the language side offered no blocks for more rows of room {ROOM} within 60 s")
+
+
+# ---- rows that are made in steps
+
+
+def side_with_some_rows(ready: int, **changes: object) -> tuple[EncodeSide, list[TransferEmbeddingChunk]]:
+    """Of 20 rows those before `ready` are made, and the language rank has space for 8."""
+    side = encode_side()
+    side.receive(register(**changes), 0.0)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    return side, only(side.submit(ROOM, 20, 0.0, ready=ready), TransferEmbeddingChunk)
+
+
+def test_a_step_ends_at_what_is_made_and_the_chunk_goes_on_with_more() -> None:
+    side, [step] = side_with_some_rows(3, takes_progress=True)
+    assert (step.window.rows, step.destinations[0].stop_row) == (3, 3)
+    assert side.transferred(ROOM, 1, {}, 1.0) == [Send(KNOWN_AT, Progress(ROOM, 3))], "no report: more is to come"
+    [step] = only(side.more_rows(ROOM, 7, 2.0), TransferEmbeddingChunk)
+    assert (step.window.first_row, step.window.rows, step.window.stage) == (3, 4, True)
+    assert (step.destinations[0].first_row, step.destinations[0].start_row, step.destinations[0].stop_row) == (0, 3, 7)
+    assert side.more_rows(ROOM, 20, 3.0) == [], "a write is under way"
+    [told, step] = side.transferred(ROOM, 2, {}, 4.0)
+    assert told == Send(KNOWN_AT, Progress(ROOM, 7))
+    assert (step.destinations[0].start_row, step.destinations[0].stop_row) == (7, 8)
+    assert sent(side.transferred(ROOM, 3, {}, 5.0)) == [StatusReport(ROOM, Status.TRANSFERRING, 8)]
+
+
+def test_who_takes_no_progress_is_told_when_its_offer_is_full() -> None:
+    side, _ = side_with_some_rows(3)
+    assert side.transferred(ROOM, 1, {}, 1.0) == []
+    side.more_rows(ROOM, 20, 2.0)
+    assert sent(side.transferred(ROOM, 2, {}, 3.0)) == [StatusReport(ROOM, Status.TRANSFERRING, 8)]
+
+
+def test_as_long_as_nothing_is_made_a_room_takes_no_source_blocks() -> None:
+    side, steps = side_with_some_rows(0)
+    assert steps == []
+    assert side.sizes()["blocks_leased"] == side.sizes()["waiting_for_blocks"] == 0
+    assert only(side.more_rows(ROOM, 1, 0.0), TransferEmbeddingChunk)
+
+
+def test_rows_that_come_between_two_offers_are_written_with_the_next() -> None:
+    side, _ = side_with_some_rows(8)
+    side.transferred(ROOM, 1, {}, 1.0)
+    assert side.receive(offer(8, 0, 1, sent=8), 2.0) == [], "none of these rows is made"
+    [step] = only(side.more_rows(ROOM, 20, 3.0), TransferEmbeddingChunk)
+    assert (step.destinations[0].start_row, step.destinations[0].stop_row) == (8, 16)
+
+
+def test_a_room_waits_for_its_encoder_anew_with_all_that_it_makes() -> None:
+    side, _ = side_with_some_rows(3)
+    side.transferred(ROOM, 1, {}, 10.0)
+    side.more_rows(ROOM, 5, 50.0)
+    side.transferred(ROOM, 2, {}, 51.0)
+    side.more_rows(ROOM, 5, 60.0)
+    ping(side, 110.0)
+    assert failure_of(side.tick(119.9)) is None
+    failure = failure_of(side.tick(120.0))
+    text = f"the encoder made no more rows of room {ROOM} within 60 s: 5 of 20 are there"
+    assert failure == Failure(500, text)
+
+
+def test_rows_do_not_extend_the_deadline_for_the_other_half() -> None:
+    side = encode_side_with(0)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, ranks=2), 0.0)
+    side.submit(ROOM, 20, 5.0, ready=0)
+    side.more_rows(ROOM, 10, 29.0)
+    ping(side, 29.0)
+    assert failure_of(side.tick(30.0)) == Failure(502, f"only 1 of 2 language ranks asked for room {ROOM} within 30 s")
+
+
+def test_rows_of_a_room_that_is_over_are_dropped() -> None:
+    side, _ = side_with_some_rows(3)
+    side.refuse(ROOM, Failure(400, "the second image cannot be decoded"), 1.0)
+    assert side.more_rows(ROOM, 7, 1.0) == [], "the write under way needs them"
+    assert only(side.transferred(ROOM, 1, {}, 2.0), DropRows)
+    assert side.more_rows(ROOM, 9, 3.0) == [DropRows(ROOM)]
+
+
+@pytest.mark.parametrize("ready", [2, 21])
+def test_rows_are_neither_unmade_nor_more_than_there_are(ready: int) -> None:
+    side, _ = side_with_some_rows(3)
+    with pytest.raises(LocalError, match=f"rows before {ready} of 20 are made, after 3"):
+        side.more_rows(ROOM, ready, 0.0)
+
+
+def test_more_rows_of_a_room_that_has_none_are_our_own_fault() -> None:
+    side = encode_side_with(0)
+    side.expect(ROOM, 0.0)
+    with pytest.raises(LocalError, match="has no rows yet"):
+        side.more_rows(ROOM, 3, 0.0)
+
+
+def test_of_two_ranks_each_gets_what_is_made_and_both_reports_wait() -> None:
+    side = encode_side_with(0, 1)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(4, 0, rank=0, ranks=2), 0.0)
+    side.receive(offer(8, 0, 1, rank=1, ranks=2), 0.0)
+    [step] = only(side.submit(ROOM, 20, 0.0, ready=6), TransferEmbeddingChunk)
+    assert [part.stop_row for part in step.destinations] == [4, 6]
+    assert sent(side.transferred(ROOM, 1, {}, 0.0)) == []
+    [step] = only(side.more_rows(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    assert [(part.session_id, part.start_row, part.stop_row) for part in step.destinations] == [("language-1:1", 6, 8)]
+    assert [report.rows for report in sent(side.transferred(ROOM, 2, {}, 0.0))] == [4, 8]  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from embedding_relay.protocol.effects import (
     CopyOut,
     Deliver,
     LanguageEffect,
+    LookUp,
     Note,
     Resolve,
     Send,
@@ -16,9 +17,13 @@ from embedding_relay.protocol.effects import (
 from embedding_relay.protocol.errors import Failure, LocalError, not_registered
 from embedding_relay.protocol.language.side import LanguageSide
 from embedding_relay.protocol.messages import (
+    MAX_ITEMS,
     Abort,
     AbortAck,
     Address,
+    Have,
+    Item,
+    Manifest,
     Ping,
     Pong,
     Progress,
@@ -28,6 +33,9 @@ from embedding_relay.protocol.messages import (
 from embedding_relay.protocol.status import Status
 from support.protocol import (
     ENCODE,
+    ITEM,
+    KEY,
+    OTHER_KEY,
     PEER,
     ROOM,
     SESSION,
@@ -694,3 +702,126 @@ def test_progress_moves_the_deadline() -> None:
     side.receive(Pong("encode-1", "encode-1"), 109.0)
     assert failure_of(side.tick(109.0)) is None
     assert failure_of(side.tick(110.0)) is not None
+
+
+# ---- items whose rows are kept
+
+
+def promise(*keys: str) -> Have:
+    return Have(ROOM, register().address, SESSION, keys)
+
+
+def held_report(status: Status, rows: int, *held: Item) -> StatusReport:
+    return StatusReport(ROOM, status, rows, held=held)
+
+
+def test_what_is_kept_is_promised_before_the_first_offer() -> None:
+    messages = sent(request_and_resolve(language_side(), takes_have=True, held=(KEY, OTHER_KEY, KEY)))
+    assert messages[1:] == [promise(KEY, OTHER_KEY), messages[-1]]
+    assert isinstance(messages[-1], TransferEmbeddingInfo)
+
+
+def test_a_peer_that_takes_no_promises_gets_none_and_may_hold_nothing() -> None:
+    side = language_side()
+    assert len(sent(request_and_resolve(side, held=(KEY,)))) == 2
+    assert side.receive(Manifest(ROOM, (ITEM,)), 0.0) == [LookUp(ROOM, (ITEM,))], "what comes can be kept"
+    assert side.holds(ROOM, [KEY], 0.0) == []
+    failure = failure_of(side.receive(held_report(Status.SUCCESS, 8, ITEM), 0.0))
+    assert failure == Failure(502, f"room {ROOM}: an item is said to be kept here that was not promised: {KEY}")
+
+
+def test_a_manifest_is_looked_up_once_and_answered_with_all_that_is_promised() -> None:
+    side = language_side()
+    request_and_resolve(side, takes_have=True, held=(KEY,))
+    items = (ITEM, Item(OTHER_KEY, ((6, 7),)))
+    assert side.receive(Manifest(ROOM, items), 0.0) == [LookUp(ROOM, items)]
+    assert side.receive(Manifest(ROOM, items), 0.0) == []
+    assert side.holds(ROOM, [KEY], 0.0) == [], "that is no news"
+    assert sent(side.holds(ROOM, [OTHER_KEY], 0.0)) == [promise(KEY, OTHER_KEY)]
+    assert counted(side) == {"status_stale": 1}
+
+
+def test_no_more_is_promised_than_a_prompt_has_items() -> None:
+    side = language_side()
+    keys = [f"{number:032x}" for number in range(MAX_ITEMS + 1)]
+    [_, said, _] = sent(request_and_resolve(side, takes_have=True, held=keys))
+    assert said == promise(*keys[:MAX_ITEMS])
+    assert side.holds(ROOM, [KEY], 0.0) == []
+
+
+def test_a_room_that_is_queued_or_over_promises_nothing() -> None:
+    side = waiting_room()
+    assert side.receive(Manifest(8, (ITEM,)), 0.0) == []
+    assert side.holds(8, [KEY], 0.0) == []
+    assert side.holds(99, [KEY], 0.0) == []
+    side = language_side()
+    request_and_resolve(side, takes_have=True)
+    side.cancel(ROOM, 0.0)
+    assert side.holds(ROOM, [KEY], 0.0) == []
+
+
+def test_a_promise_is_repeated_before_the_offer_that_is() -> None:
+    side = language_side()
+    request_and_resolve(side, takes_have=True, held=(KEY,))
+    again = sent(side.tick(1.0))
+    assert again == [promise(KEY), again[-1]]
+    unknown = StatusReport(ROOM, Status.FAILED, failure=not_registered(SESSION))
+    assert sent(side.receive(unknown, 1.0)) == [register(), promise(KEY), again[-1]]
+
+
+def test_held_items_are_copied_out_from_elsewhere_with_the_rows_that_they_are_among() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, takes_have=True, held=(KEY, OTHER_KEY))
+    other = Item(OTHER_KEY, ((7, 9), (11, 13)))
+    [first] = only(side.receive(held_report(Status.TRANSFERRING, 8, ITEM, other), 0.0), CopyOut)
+    assert first.held == (ITEM, other)
+    side.copied(ROOM, 8, 15, 0.0)
+    [second] = only(side.receive(held_report(Status.SUCCESS, 15, ITEM, other), 0.0), CopyOut)
+    assert (second.first_row, second.held) == (8, (other,))
+    assert only(side.copied(ROOM, 7, 15, 0.0), Deliver)
+
+
+def test_a_report_of_two_offers_says_what_is_held_of_both() -> None:
+    side = language_side(blocks=4, default=16)
+    request_and_resolve(side, takes_offer_ahead=True, takes_have=True, held=(KEY,))
+    item = Item(KEY, ((20, 26), (30, 34)))
+    side.receive(held_report(Status.TRANSFERRING, 16), 0.0)
+    side.copied(ROOM, 16, 100, 0.0)
+    [first] = only(side.receive(held_report(Status.TRANSFERRING, 32, item), 0.0), CopyOut)
+    assert (first.first_row, first.held) == (16, (item,))
+    [second] = only(side.copied(ROOM, 8, 100, 0.0), CopyOut)
+    assert (second.first_row, second.held) == (24, (item,))
+
+
+def test_a_held_item_ends_within_the_prompt() -> None:
+    side = language_side(blocks=2, max_rows=30)
+    request_and_resolve(side, takes_have=True, held=(KEY,))
+    beyond = held_report(Status.TRANSFERRING, 8, Item(KEY, ((20, 24),)))
+    assert failure_of(side.receive(beyond, 0.0)) is None, "how long the prompt is, is not known yet"
+    text = f"room {ROOM}: an item is said to end at row 24, and there are at most 20 rows"
+    assert failure_of(side.copied(ROOM, 8, 20, 0.0)) == Failure(502, text)
+
+
+def test_a_held_item_ends_within_the_longest_prompt() -> None:
+    side = language_side(blocks=2, max_rows=30)
+    request_and_resolve(side, takes_have=True, held=(KEY,))
+    failure = failure_of(side.receive(held_report(Status.TRANSFERRING, 8, Item(KEY, ((20, 31),))), 0.0))
+    assert failure == Failure(502, f"room {ROOM}: an item is said to end at row 31, and there are at most 30 rows")
+
+
+def test_when_the_length_is_known_a_held_item_beyond_it_is_refused_at_once() -> None:
+    side = language_side(blocks=2)
+    request_and_resolve(side, takes_have=True, held=(KEY,))
+    side.receive(held_report(Status.TRANSFERRING, 8), 0.0)
+    side.copied(ROOM, 8, 15, 0.0)
+    failure = failure_of(side.receive(held_report(Status.SUCCESS, 15, Item(KEY, ((9, 16),))), 0.0))
+    assert failure is not None
+    assert failure.code == 502
+
+
+def test_where_something_is_promised_nothing_is_copied_ahead_of_the_report() -> None:
+    side = language_side()
+    request_and_resolve(side, takes_have=True)
+    assert only(side.receive(Progress(ROOM, 3), 0.0), CopyAhead)
+    side.holds(ROOM, [KEY], 0.0)
+    assert side.receive(Progress(ROOM, 5), 0.0) == []
