@@ -21,7 +21,6 @@ bytes. The rows' part of the bytes is what is left without ids, positions and it
 from __future__ import annotations
 
 import argparse
-import asyncio
 import functools
 import itertools
 import json
@@ -31,6 +30,7 @@ import sys
 import time
 import trace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,29 +143,26 @@ class Watch:
 # ---- the trace, so many at once
 
 
-async def closed_loop(url: str, model: str, asked: Sequence[tuple[workload.Request, Any]], at_once: int) -> list[Any]:
-    waiting, outcomes = iter(asked), []
-
-    async def one_after_the_other() -> None:
-        for request in waiting:
-            outcomes.append(await trace.ask(url, model, *request))
-
-    await asyncio.gather(*(one_after_the_other() for _ in range(at_once)))
-    return outcomes
-
-
-def ask_level(url: str, model: Path, drawn: Sequence[workload.Request], salt: int, at_once: int) -> dict[str, Any]:
-    from sglang.benchmark import serving
-
-    serving.set_global_args(argparse.Namespace(disable_stream=False, disable_ignore_eos=False, header=None))
-    asked = [(request, trace.messages(request, salt)) for request in drawn]
+def ask_level(url: str, drawn: Sequence[workload.Request], salt: int, at_once: int) -> dict[str, Any]:
+    greedy = {"model": "default", "temperature": 0, "ignore_eos": True}
+    asked = [{**greedy, "messages": trace.messages(one, salt), "max_tokens": one.output} for one in drawn]
     began = time.perf_counter()
-    outcomes = asyncio.run(closed_loop(url, str(model), asked, at_once))
+    with ThreadPoolExecutor(at_once) as clients:
+        times = list(clients.map(functools.partial(ask, url), asked))
     seconds = time.perf_counter() - began
-    first = [1000 * one.first for one in outcomes if one.first is not None]
+    first = [one for one in times if one is not None]
     shown = sum(len(request.pictures) for request in drawn)
-    rate, failed = len(first) / seconds, len(outcomes) - len(first)
+    rate, failed = len(first) / seconds, len(times) - len(first)
     return {"requests_per_s": rate, "failed": failed, "first_ms": first, "shown": shown}
+
+
+def ask(url: str, body: Mapping[str, Any]) -> float | None:
+    """Milliseconds to the first token, once the whole answer is there; None if there is none."""
+    try:
+        began, came = waterfall.first_token(url, body)
+    except (OSError, SystemExit):
+        return None
+    return (came - began) / 1e6
 
 
 # ---- one picture again
@@ -199,12 +196,10 @@ def one_turn(arguments: argparse.Namespace, found: dict[str, Any], rotated: int)
         options = servers.options(arguments.model, arguments.logs / f"{name}-{turn}", "--enable-metrics")
         with servers.running(SERVERS[name](options)) as cluster:
             drawn = requests(arguments, turn, 0.0)
-            ask_level(cluster.url, arguments.model, drawn[: arguments.at_once], turn, arguments.at_once)
+            ask_level(cluster.url, drawn[: arguments.at_once], turn, arguments.at_once)  # connections, first passes
             for reuse, salt in zip(arguments.reuse, itertools.count(100 * turn), strict=False):
                 watch = Watch(cluster, layout)
-                asked = ask_level(
-                    cluster.url, arguments.model, requests(arguments, turn, reuse), salt, arguments.at_once
-                )
+                asked = ask_level(cluster.url, requests(arguments, turn, reuse), salt, arguments.at_once)
                 found["levels"].append({**whose, "reuse": reuse, **asked, **watch.result()})
             ask_kind(cluster.url, TEXT, 1, 100 * turn)
             for kind in KINDS:

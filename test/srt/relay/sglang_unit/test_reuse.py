@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,21 +36,21 @@ def run(candidate: str, turn: int, rate: float, **more: Any) -> dict[str, Any]:
 
 
 def test_so_many_are_asked_at_once_and_all_of_them(reuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way, most, asked = 0, 0, []
+    together, lengths = threading.Barrier(3, timeout=30), []
 
-    async def ask(url: str, model: str, request: int, prompt: str) -> int:
-        nonlocal under_way, most
-        under_way += 1
-        most = max(most, under_way)
-        await asyncio.sleep(0)
-        under_way -= 1
-        asked.append(request)
-        return request
+    def first_token(url: str, body: dict[str, Any]) -> tuple[int, int]:
+        lengths.append(body["max_tokens"])
+        together.wait()
+        if body["max_tokens"] == 5:
+            raise SystemExit("refused")
+        return 1_000_000, 5_000_000
 
-    monkeypatch.setattr(reuse.trace, "ask", ask)
-    outcomes = asyncio.run(reuse.closed_loop("", "", [(number, "") for number in range(10)], 3))
-    assert most == 3
-    assert sorted(outcomes) == sorted(asked) == list(range(10))
+    monkeypatch.setattr(reuse.waterfall, "first_token", first_token)
+    drawn = [reuse.workload.Request(0.0, (reuse.workload.Picture(0, 4),), 2, output) for output in range(6)]
+    asked = reuse.ask_level("", drawn, 1, at_once=3)
+    assert sorted(lengths) == list(range(6))
+    assert (asked["first_ms"], asked["failed"], asked["shown"]) == ([4.0] * 5, 1, 6)
+    assert asked["requests_per_s"] > 0
 
 
 def test_a_picture_comes_again_behind_other_words_and_text_is_as_long(reuse: Any) -> None:
