@@ -29,6 +29,7 @@ from stress.growth import MIB, Verdict, Watch
 from stress.traffic import Clients, Disturbances, Prompt, Target, burst, learn_prompts, outcomes_table
 from support import servers
 from support.questions import PIXELS_PER_TOKEN
+from support.warm_start import WarmProcess
 
 SEED: Final = int(os.environ.get("RELAY_STRESS_SEED", random.SystemRandom().randrange(10**6)))
 MINUTES: Final = float(os.environ.get("RELAY_SOAK_MINUTES", 1))
@@ -64,9 +65,9 @@ def say(text: str) -> None:
 
 @pytest.fixture
 def pair(logs: Path) -> Iterator[LocalCluster]:
-    # As a user starts it: what makes other tests' servers start quickly makes their memory move more.
+    # Without what makes the servers of other tests collect garbage less often, and their memory move more.
     arguments = ("--enable-metrics",)
-    options = Options(tiny_model.cached(FAMILY), logs / "soak", servers.CPU, arguments, SMALL_POOL)
+    options = Options(tiny_model.cached(FAMILY), logs / "soak", servers.CPU, arguments, SMALL_POOL, WarmProcess)
     with servers.running(local_cluster.relay(options)) as cluster:
         yield cluster
 

@@ -3,11 +3,12 @@
 Most of a start are imports, in each of a server's three processes or more, and in the router. Here one process imports,
 once for a whole lane, and a server is a fork of it in which its own command runs, with its environment and a log of its
 own. Where that server starts a child with Python's `spawn`, it gets a fork too, of a twin that it left behind before
-it ran anything: the child runs what `spawn` would have run, and has the same parent.
+it ran anything: the child runs what `spawn` would have run, and has the same parent. The same goes for what that child
+starts, as the controller of data-parallel ranks does.
 
-What this does not reproduce, and so must be shown by servers that start as a user's do (those of the demo, of the
-soak and of the `package` lane do): the order in which modules and plugins are imported, and variables that are read
-only when a library is loaded (those of OpenMP are therefore this process's own).
+What this does not reproduce, and so must be shown by servers that start as a user's do (those of the demo): the order
+in which modules and plugins are imported, and variables that are read only when a library is loaded (those of OpenMP
+are therefore this process's own).
 """
 
 from __future__ import annotations
@@ -249,12 +250,14 @@ def take_places(wanted: Mapping[int, int]) -> None:
 # ---- children of a server
 
 
-def leave_twin_behind() -> None:
-    """From now on, what `spawn` starts is a fork of what this process is now."""
+def leave_twin_behind(own: Sequence[int] = ()) -> None:
+    """From now on, what `spawn` starts is a fork of what this process is now, without its `own` descriptors."""
     server = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
+        for number in own:
+            os.close(number)
         be_twin(theirs, server)
         os._exit(0)
     theirs.close()
@@ -298,6 +301,7 @@ def run_child(request: dict[str, Any], descriptors: Sequence[int], server_pid: i
     """As if `spawn` had just started this process."""
     while os.getppid() != server_pid:
         os.sched_yield()  # until the process between has ended
+    leave_twin_behind(descriptors)
     take_places(dict(zip(request["numbers"], descriptors, strict=True)))
     become(request["environ"], ["-c", "--multiprocessing-fork"])
     exec(request["program"], {"__name__": "__main__"})

@@ -32,7 +32,11 @@ def chosen() -> list[str]:
     return todays(every, A_DAY)
 
 
-@pytest.mark.parametrize("name", chosen())
+# Each starts servers of its own, so they need not be in one process.
+each = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in chosen()]
+
+
+@pytest.mark.parametrize("name", each)
 def test_a_pair_is_equal_to_an_undivided_server(name: str, logs: Path) -> None:
     line = families.compare(name, logs)
     print(line)
