@@ -747,10 +747,15 @@ def run_encode_schedule(seed: int) -> None:
                 advance(ranks.transfer, room, dice)
         ranks.encoded()
         assert ranks.tables()["parked"] == 0
-        answered = ranks.same(lambda scheduler: sorted(one.rid for one in scheduler.answers if hasattr(one, "rid")))
-        assert answered == sorted(f"r{n + 1}." for n in range(rooms)), "each once"
+        rids = {f"r{n + 1}." for n in range(rooms)}  # the first rank also says when a tower has run
+        answered = ranks.same(lambda scheduler: sorted(rid for rid in map(rid_of, scheduler.answers) if rid in rids))
+        assert answered == sorted(rids), "each once"
     finally:
         ranks.close()
+
+
+def rid_of(answer: Any) -> str | None:
+    return getattr(answer, "rid", None)
 
 
 def advance(transfer: TransferWithoutThread, room: int, dice: random.Random) -> None:
