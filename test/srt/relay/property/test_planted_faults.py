@@ -794,8 +794,17 @@ few_sessions = functools.partial(
     timing=msgspec.structs.replace(TIMING, max_sessions=1),
 )
 
+
 # Every room takes many rounds, with rows that are kept.
-keeping = functools.partial(run_orderly, shape=lambda rng: Shape(1, 4, (rng.randint(1, 2),), (1,), 1, keeps_rows=True))
+def keeping(rng: random.Random) -> Shape:
+    return Shape(rng.randint(1, 3), 4, (rng.randint(1, 3),), (3,), 1, keeps_rows=True)
+
+
+keeping_rows = functools.partial(run_orderly, shape=keeping)
+keeping_rows_with_losses = functools.partial(run_offers_and_reports_lost, shape=keeping)
+
+# Rooms that are one offer ahead, whose writes fail and land late.
+late_writes = functools.partial(run_chaos, focus=("write late", "land late"), shape=Shape.wide)
 
 FAULTS = [
     Planted(allocate_before_release, run_orderly, ("L1",)),
@@ -807,7 +816,7 @@ FAULTS = [
     Planted(offer_ahead_accepted_at_a_wrong_row, run_orderly, ("L1", "S1", "S3", "refused")),
     Planted(blocks_offered_again_before_they_are_copied_out, run_orderly, ("S1",)),
     Planted(only_the_first_of_two_offers_repeated, run_offers_and_reports_lost, ("L1",)),
-    Planted(only_the_blocks_of_the_first_offer_quarantined, run_chaos, ("S2", "S3")),
+    Planted(only_the_blocks_of_the_first_offer_quarantined, late_writes, ("S2", "S3")),
     Planted(cleanup_at_transferring, run_orderly, ("L1", "refused")),
     Planted(progress_reported_before_it_is_made, run_orderly, ("S1",)),
     Planted(progress_of_a_used_up_offer_believed, run_chaos, ("S1",)),
@@ -849,11 +858,11 @@ FAULTS = [
     Planted(item_decided_twice, run_orderly, ("held",)),
     Planted(left_out_in_the_first_step_only, run_orderly, ("held", "S1")),
     Planted(held_items_named_in_the_first_report_only, run_orderly, ("held", "S1")),
-    Planted(held_items_forgotten_with_the_room, run_offers_and_reports_lost, ("held", "S1")),
+    Planted(held_items_forgotten_with_the_room, keeping_rows_with_losses, ("held", "S1")),
     Planted(rows_sent_that_are_not_made, run_orderly, ("S1",)),
     Planted(chunk_reported_when_what_is_made_is_written, run_orderly, ("held", "S1", "L1")),
     Planted(rows_of_a_later_step_not_sent, run_orderly, ("L1",)),
-    Planted(pin_released_with_the_first_copy, keeping, ("held",)),
+    Planted(pin_released_with_the_first_copy, keeping_rows, ("held",)),
     Planted(rows_copied_ahead_although_some_are_held, run_orderly, ("S1",)),
     Planted(held_items_of_the_first_report_used_for_all, run_orderly, ("S1",)),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
