@@ -291,8 +291,9 @@ def main() -> None:
         waterfall.plugin(arguments.folder, "waits")
         warm_start.fork_server()  # it finds the plugin, and imports while the network is made
         hosted = undo.enter_context(hosts(2))
-        for turn in range(first, first + arguments.turns):
-            one_turn(turn, arguments, hosted, measured)
+        with report.interruptible(measured):
+            for turn in range(first, first + arguments.turns):
+                one_turn(turn, arguments, hosted, measured)
     every = points(measured)
     show(every)
     report.save(arguments.out, "overlap", facts, summary(measured, every), plot(every))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from xml.sax.saxutils import escape
@@ -94,6 +95,17 @@ def save(folder: Path | None, name: str, facts: Mapping[str, Any], results: obje
     (folder / f"{name}.json").write_text(text + "\n")
     if plot:
         (folder / f"{name}.svg").write_text(plot)
+
+
+@contextlib.contextmanager
+def interruptible(measured: Collection[object]) -> Iterator[None]:
+    """Whoever interrupts a run that takes minutes gets what was measured until then, if there is any."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if not measured:
+            raise
+        print("\nInterrupted: what follows was measured until then.")
 
 
 def load(folder: Path | None, name: str) -> dict[str, Any]:

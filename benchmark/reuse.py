@@ -310,7 +310,7 @@ def show_kinds(kinds: Runs) -> None:
         "by encode instance",
     )
     table = Table(f"A picture of {SIDE * SIDE} rows, alone: time to first token in ms; and what `again` took", *columns)
-    for name in dict.fromkeys(one["candidate"] for one in kinds):
+    for name in dict.fromkeys(one["candidate"] for one in of(kinds, kind=KINDS[-1])):
         mine = {kind: of(kinds, candidate=name, kind=kind) for kind in KINDS}
         first = {kind: Figures.of(ms for one in mine[kind] for ms in one["first_ms"]) for kind in KINDS}
         again = mine[AGAIN]
@@ -344,7 +344,7 @@ def main() -> None:
     found = earlier(arguments, asked)
     warm_start.fork_server()  # imports while this process does
     arguments.model = tiny_model.cached()
-    with ttft.scratch_for_logs(arguments):
+    with ttft.scratch_for_logs(arguments), report.interruptible(found["levels"]):
         for rotated in range(arguments.turns):
             one_turn(arguments, found, rotated)
     show(found, arguments.at_once)

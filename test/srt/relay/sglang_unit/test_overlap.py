@@ -171,3 +171,14 @@ def test_the_link_has_the_rate_of_the_case(overlap: Any) -> None:
             overlap.limit(host, rate)
         shown = subprocess.run(host.command(["tc", "qdisc", "show"]), capture_output=True, text=True, check=True).stdout
     assert "rate 400Mbit" in shown
+
+
+# ---- a run that is interrupted
+
+
+def test_what_was_measured_before_an_interrupt_is_shown(overlap: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with overlap.report.interruptible(["measured"]):
+        raise KeyboardInterrupt
+    assert "until then" in capsys.readouterr().out
+    with pytest.raises(SystemExit), overlap.report.interruptible([]):
+        raise SystemExit(1)
