@@ -74,13 +74,18 @@ class DiskStore:
 
     def claim(self, name: str, holder: str, seconds: float) -> bool:
         key = f"claim:{name}"
+        with _mapped():
+            if self._is_anothers(name, holder, self._cache.get(key, retry=True)):
+                return False  # without a transaction: all workers ask this all the time, and these they wait for
         with self._transaction() as cache:
-            before = cast("str | None", cache.get(key))
-            if before is not None and holder_of(before) != holder and not self._watch.has_run_out(name, before):
+            if self._is_anothers(name, holder, cache.get(key)):
                 return False
             cache.set(key, claim_of(holder, seconds), expire=CLAIM_KEPT)
         self._watch.forget(name)
         return True
+
+    def _is_anothers(self, name: str, holder: str, claim: str | None) -> bool:
+        return claim is not None and holder_of(claim) != holder and not self._watch.has_run_out(name, claim)
 
     def release(self, name: str, holder: str) -> None:
         key = f"claim:{name}"

@@ -126,11 +126,13 @@ def test_a_store_that_somebody_keeps_locked_says_so(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(disk_store, "PATIENCE_SECONDS", 0.2)
     store = open_store(str(tmp_path))
     store.create("session:a", b"1", 1000)
+    store.claim("run:a", "one", 1000)
     with contextlib.closing(sqlite3.connect(tmp_path / "cache.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreAway, match="locked"):
             store.change("session:a", 1000, lambda value: value)
         assert store.get("session:a") == b"1", "it can be read meanwhile"
+        assert not store.claim("run:a", "two", 1000), "and who asks for what somebody else holds need not wait"
         other.execute("ROLLBACK")
     assert store.change("session:a", 1000, lambda value: value + b"2") == b"12"
     store.close()
