@@ -54,7 +54,7 @@ def offer(destination: Destination, rows: int) -> int:
     ranks=st.integers(1, 3),
     data=st.data(),
 )
-@effort(300)
+@effort(200)
 def test_every_rank_gets_every_row_once_and_in_order(
     total: int, block_size: int, window: int, ranks: int, data: st.DataObject
 ) -> None:
@@ -119,7 +119,7 @@ def items_of(draw: st.DrawFn, total: int) -> list[Item]:
     ranks=st.integers(1, 3),
     data=st.data(),
 )
-@effort(200)
+@effort(100)
 def test_rows_are_written_when_they_are_made_or_left_out_as_promised(
     total: int, block_size: int, window: int, ranks: int, data: st.DataObject
 ) -> None:

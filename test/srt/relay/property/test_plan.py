@@ -122,7 +122,7 @@ def expected(transfer: Transfer, column: int) -> bytes:
 
 
 @given(transfers())
-@effort(500)
+@effort(400)
 def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: Transfer) -> None:
     ranges = transfer.plan()
     for index, column in enumerate(COLUMNS):
@@ -140,7 +140,7 @@ def test_every_byte_lands_exactly_once_and_nowhere_else(transfer: Transfer) -> N
 
 
 @given(transfers())
-@effort(500)
+@effort(400)
 def test_no_two_ranges_could_be_one(transfer: Transfer) -> None:
     for one, other in itertools.permutations(transfer.plan(), 2):
         follows = one.source + one.length == other.source and one.destination + one.length == other.destination

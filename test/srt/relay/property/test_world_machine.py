@@ -153,13 +153,13 @@ class ChaosMachine(RuleBasedStateMachine):
 
 
 TestOrderly = OrderlyMachine.TestCase
-TestOrderly.settings = effort(100)
+TestOrderly.settings = effort(80)
 TestChaos = ChaosMachine.TestCase
-TestChaos.settings = effort(200)
+TestChaos.settings = effort(160)
 
 
 # Schedules from a seed are ten times cheaper than those that Hypothesis chooses, and longer.
-SEEDS = 800 * SCHEDULES // DAILY
+SEEDS = 640 * SCHEDULES // DAILY
 
 
 @pytest.mark.parametrize("schedule", KINDS_OF_SCHEDULES, ids=lambda run: run.__name__)
