@@ -29,7 +29,7 @@ from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddin
 from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
-from support.rows import LIMITS, Spec, difference, items_of, make_rows, without
+from support.rows import LIMITS, Spec, difference, first_items, items_of, make_rows, without
 
 torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
 
@@ -102,6 +102,10 @@ class EncodeInstance:
 
     def refuse(self, room: int, failure: Failure) -> None:
         self._pipe.send(("refuse", room, failure))
+
+    def make_one_more(self, room: int) -> None:
+        """Of a request whose rows are sent item by item."""
+        self._pipe.send(("make_one_more", room))
 
     def ask(self, question: str) -> Any:
         self._pipe.send((question,))
@@ -194,6 +198,8 @@ class _EncodeLoop:
         self._ends: dict[int, tuple[Status, Failure | None]] = {}
         self._made = 0
         """Items that a tower would have been run for."""
+        self._items: dict[int, int] = {}
+        """Of rooms whose rows are sent item by item, how many are made."""
 
     def run(self) -> None:
         poller = zmq.Poller()
@@ -212,7 +218,10 @@ class _EncodeLoop:
 
     def _look_at(self, room: int) -> None:
         for sender, spec in [pair for pair in self._senders if pair[1].room == room]:
-            if sender.poll() is Status.WAITING_FOR_INPUT and not spec.held:
+            if sender.poll() is Status.WAITING_FOR_INPUT and spec.item_by_item and room not in self._items:
+                self._items[room] = 1
+                sender.send_embedding(first_items(make_rows(self._layout, spec), 1))
+            elif sender.poll() is Status.WAITING_FOR_INPUT and not spec.held and not spec.item_by_item:
                 rows = without(make_rows(self._layout, spec), sender.items, sender.held)
                 self._made += len(rows.segments)
                 sender.send_embedding(rows)
@@ -226,6 +235,12 @@ class _EncodeLoop:
             sender = MooncakeEmbeddingSender(self._manager, spec.room)
             self._senders.append((sender, spec))
             sender.init(items_of(make_rows(self._layout, spec), spec))
+
+    def _make_one_more(self, room: int) -> None:
+        for sender, spec in self._senders:
+            if spec.room == room:
+                self._items[room] += 1
+                sender.more_rows(first_items(make_rows(self._layout, spec), self._items[room]))
 
     def _refuse(self, room: int, failure: Failure) -> None:
         MooncakeEmbeddingSender(self._manager, room).refuse(failure)
@@ -286,6 +301,10 @@ class LanguageRank:
         """Sleep on the manager's descriptor, as a scheduler does, until all of them have ended."""
         receivers = list(receivers)
         wait_until(lambda: all(receiver.poll() in ENDED for receiver in receivers), self.manager, timeout)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+        """Looked at when something has changed, as a scheduler does."""
+        wait_until(condition, self.manager, timeout)
 
     def check(self, receivers: Mapping[int, MooncakeEmbeddingReceiver], specs: Iterable[Spec]) -> None:
         """Every bit is what the encode side had."""

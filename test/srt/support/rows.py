@@ -31,6 +31,8 @@ class Spec:
     """Two media rows that a bad encoder would exchange."""
     held: bool = False
     """The encoder never finishes."""
+    item_by_item: bool = False
+    """The encoder makes one item at first, and another each time that it is told to."""
     damage: str = ""
     """One of `DAMAGE`: what a hostile encode instance does to its rows before it sends them."""
     like: int | None = None
@@ -89,6 +91,12 @@ def without(source: SourceRows, items: Sequence[Item], absent: Iterable[int]) ->
     absent = sorted(absent)
     segments = [segment for number, segment in enumerate(source.segments) if number not in absent]
     return replace(source, segments=segments, absent=tuple((number, items[number].runs) for number in absent))
+
+
+def first_items(source: SourceRows, count: int) -> SourceRows:
+    """What an encoder has made that has come so far."""
+    later = source.segments[count:]
+    return replace(source, segments=source.segments[:count], made=later[0][0] if later else None)
 
 
 class Forged(SourceRows):

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from embedding_relay.config import MOONCAKE, SHARED_MEMORY, RelayConfig
 from embedding_relay.memory.layout import Aux
 from support.loopback import (
+    ENDED,
     EncodeInstance,
     LanguageRank,
     assert_all_given_back,
@@ -23,6 +25,8 @@ from support.planes import both_planes, only
 from support.rows import DAMAGE, Spec, difference, make_rows
 
 DEFAULT_1024 = RelayConfig(default_allocate_tokens=1024)
+AS_THEY_COME = RelayConfig(default_allocate_tokens=512, prefix_prefill=True)
+"""The scheduler is told of rows that are copied."""
 LAYOUT = small_layout()
 _rooms = itertools.count(1)
 
@@ -81,6 +85,39 @@ def test_a_hundred_thousand_rows_through_one_block_of_sixteen() -> None:
 def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
     with language_rank(small_layout(blocks=8), DEFAULT_1024) as language:
         language.receive(encode, *requests(64, 2000))
+        assert_all_given_back(encode, language)
+
+
+@both_planes
+def test_rows_travel_as_they_are_made(encode: EncodeInstance) -> None:
+    """The scheduler hears of rows that are in their place while the encoder makes others, wherever offers end."""
+    spec = Spec(next(_rooms), 3000, like=1, item_by_item=True)
+    starts = [start for start, _ in make_rows(LAYOUT, spec).segments]
+    with language_rank(small_layout(blocks=4), AS_THEY_COME) as language:
+        (receiver,) = (receivers := language.start(encode.peer, spec.room)).values()
+        encode.expect(spec)
+        for first_missing in starts[1:]:
+            language.wait_for(lambda row=first_missing: receiver.copied == row)  # type: ignore[misc]
+            assert receiver.poll() not in ENDED
+            assert receiver.target is not None
+            whole = make_rows(LAYOUT, spec)
+            assert torch.equal(receiver.target.items[:first_missing], whole.items[:first_missing])
+            encode.make_one_more(spec.room)
+        language.wait([receiver])
+        language.check(receivers, [spec])
+        assert_all_given_back(encode, language)
+
+
+@only(SHARED_MEMORY)
+def test_a_request_that_is_dropped_between_two_of_its_items_leaves_nothing(encode: EncodeInstance) -> None:
+    spec = Spec(next(_rooms), 3000, like=1, item_by_item=True)
+    with language_rank(small_layout(), AS_THEY_COME) as language:
+        (receiver,) = language.start(encode.peer, spec.room).values()
+        encode.expect(spec)
+        language.wait_for(lambda: receiver.copied > 0)
+        receiver.abort()
+        encode.end_of(spec.room)
+        encode.make_one_more(spec.room)
         assert_all_given_back(encode, language)
 
 
