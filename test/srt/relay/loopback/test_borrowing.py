@@ -43,12 +43,14 @@ class Pair:
     encode: EncodeInstance
     numbers: int = 0
 
-    def ask(self, *rooms: int, later: bool = False) -> tuple[list[MooncakeEmbeddingReceiver], ...]:
+    def ask(
+        self, *rooms: int, later: bool = False, sources: tuple[str, ...] = ()
+    ) -> tuple[list[MooncakeEmbeddingReceiver], ...]:
         """The ends of these rooms at either rank; `later`: the second rank is not there yet."""
         managers = (self.receiving, self.borrowing)
         ends = tuple(
             [
-                MooncakeEmbeddingReceiver(manager, self.encode.peer, room, self.numbers + at)
+                MooncakeEmbeddingReceiver(manager, self.encode.peer, room, self.numbers + at, sources)
                 for at, room in enumerate(rooms)
             ]
             for manager in managers
@@ -96,6 +98,24 @@ def forget(*ends: list[MooncakeEmbeddingReceiver]) -> None:
 
 def ended(*ends: list[MooncakeEmbeddingReceiver]) -> bool:
     return all(end.poll() in ENDED for one in ends for end in one)
+
+
+def test_a_picture_that_comes_again_is_at_both_and_did_not_travel(encode: EncodeInstance) -> None:
+    specs = [Spec(room, 900, like=301, salt=0) for room in (301, 302)]
+    made = make_rows(LAYOUT, specs[0])
+    names = tuple(map(str, range(len(made.segments))))
+    sizes = []
+    with two_ranks(encode) as pair:
+        for spec in specs:
+            ends = pair.ask(spec.room, sources=names)
+            encode.expect(spec)
+            until(lambda ends=ends: ended(*ends))  # type: ignore[misc]
+            for [end] in ends:
+                assert difference(LAYOUT, made, end.rows()) is None
+            sizes.append(ends[0][0].bytes)
+            forget(*ends)
+        assert sizes[0] - sizes[1] == sum(rows.nbytes for _, rows in made.segments)
+        pair.at_rest()
 
 
 @pytest.mark.parametrize(("config", "first_room"), [(ROOMY, 1), (TIGHT, 5)], ids=["one round", "many rounds"])
