@@ -44,7 +44,7 @@ from PIL import Image
 from report import Table
 
 from embedding_relay.admission import Gate, Limits, Refused
-from embedding_relay.config import ADMISSION
+from embedding_relay.config import ADMISSION, ADMISSION_TIMEOUT
 from embedding_relay.media_costs import IMAGE, MediaCosts, sources
 from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.chat_client import chat_body
@@ -188,11 +188,11 @@ def real_host(
 ) -> Iterator[RealHost]:
     from support import servers
 
-    halves = [{ADMISSION: "0"}] * 2 if candidate == UNLIMITED else [{}] * 2
+    halves: list[dict[str, str]] = [{ADMISSION: "0"}] * 2 if candidate == UNLIMITED else [{}] * 2
     if group is None and candidate == LIMITED:
         halves = [{ADMISSION: str(int(options.spare * GIB * part / MIB))} for part in (1 / 2, 1 / 4)]
     made = local_cluster.relay(
-        servers.options(tiny_model.cached(), folder),
+        servers.options(tiny_model.cached(), folder, **{ADMISSION_TIMEOUT: str(options.patience)}),
         encode_environ=halves[0],
         language_environ=halves[1],
         router_arguments=("--disable-retries", "--max-payload-size", str(GIB)),
@@ -314,7 +314,10 @@ async def run(host: Host, options: argparse.Namespace) -> Run:
         while not looking.done() and not answered.done():
             small.append(asyncio.create_task(ask(session, host, question(SMALL_SIDE, [next(seeds)]))))
             await asyncio.wait([looking, answered], timeout=BETWEEN_SMALL_S, return_when="FIRST_COMPLETED")
-        ended = looking.result()[1] if looking.done() else ""
+            if time.monotonic() - started > options.seconds:
+                break
+        late = "" if answered.done() else f"after {options.seconds:g} s"
+        ended = looking.result()[1] if looking.done() else late
         if ended:
             for one in (*burst, *small):
                 one.cancel()
@@ -347,7 +350,7 @@ async def watch(host: Host) -> tuple[int, str]:
 
 def summary(candidate: str, one: Run) -> dict[str, Any]:
     statuses = Counter(outcome.status for outcome in one.burst)
-    refused = [outcome for outcome in one.burst if outcome.status in (503, 413)]
+    refused = [outcome for outcome in one.burst if outcome.status in (503, 400)]
     small = [outcome.seconds for outcome in one.small if outcome.status == 200]
     return {
         "candidate": candidate,
@@ -355,7 +358,7 @@ def summary(candidate: str, one: Run) -> dict[str, Any]:
         "answered": statuses[200],
         "refused": len(refused),
         "with_retry_after": sum(outcome.retry_after is not None for outcome in refused),
-        "other": {str(status): number for status, number in statuses.items() if status not in (200, 503, 413)},
+        "other": {str(status): number for status, number in statuses.items() if status not in (200, 503, 400)},
         "peak_mib": one.peak / MIB,
         "small": len(one.small),
         "small_answered": len(small),
@@ -418,6 +421,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=28)
     parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that a request waits for memory")
+    parser.add_argument("--seconds", type=float, default=300.0, help="after which whoever has no answer is given up")
     parser.add_argument("--spare", type=float, default=8.0, help="GiB that the servers may take")
     report.add_options(parser)
     options = parser.parse_args()

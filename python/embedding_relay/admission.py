@@ -16,7 +16,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, Protocol
 
-from embedding_relay.protocol.errors import TOO_LARGE, UNAVAILABLE, Failure
+from embedding_relay.protocol.errors import BAD_REQUEST, UNAVAILABLE, Failure
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Account:
                 f"this request would take {_mib(cost)} of the memory of this instance,"
                 f" which gives one request no more than {_mib(most)} ({self.limits.name})"
             )
-            raise Refused(Failure(TOO_LARGE, text))
+            raise Refused(Failure(BAD_REQUEST, text))  # of a 413 `sglang-router` makes a 500, which it tries again
         size = self.size_of(cost)
         ticket = Ticket(cost, size, now, tuple(rooms))
         if not self.lines[size] and self._fits(ticket):

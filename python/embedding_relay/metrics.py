@@ -86,7 +86,7 @@ ADMISSION: Final = (
         "counter",
         "admission_refused_total",
         "refused",
-        "Requests that were refused because of what they cost: 503, or 413 if they could never be let in.",
+        "Requests that were refused because of what they cost: 503, or 400 if they could never be let in.",
         label=CLASS,
         in_http=True,
     ),

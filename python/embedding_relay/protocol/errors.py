@@ -46,7 +46,6 @@ class SettingError(RelayError):
 
 BAD_REQUEST: Final = 400
 CONFLICT: Final = 409  # this room number was used before
-TOO_LARGE: Final = 413  # for the memory of an instance, whoever else asks
 MISDIRECTED: Final = 421  # "this session is not registered here": register again, then ask again
 CLIENT_GONE: Final = 499
 INTERNAL: Final = 500

@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from embedding_relay.admission import Gate, Limits, Refused
 from embedding_relay.config import ADMISSION
 from embedding_relay.media_costs import IMAGE as PICTURE
-from embedding_relay.protocol.errors import TOO_LARGE, UNAVAILABLE, Failure
+from embedding_relay.protocol.errors import BAD_REQUEST, UNAVAILABLE, Failure
 from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import admitting, front
 from sglang.srt.disaggregation.multimodal.admitting import BodyGate, Entrance, Gates
@@ -82,9 +82,9 @@ def test_a_request_that_can_never_be_let_in_is_refused_on_both_halves(
     limited(encode, 100)
     with pytest.raises(HTTPException, match=ADMISSION) as caught:
         run(answers(encode, asked()))
-    assert caught.value.status_code == TOO_LARGE
+    assert caught.value.status_code == BAD_REQUEST
     (refusal,) = refusals(encode)
-    assert (refusal.room, refusal.failure.code) == (7, TOO_LARGE)
+    assert (refusal.room, refusal.failure.code) == (7, BAD_REQUEST)
     assert encode.rid_to_state == {}
 
 
@@ -166,6 +166,10 @@ def test_the_prompts_of_one_request_are_counted_together(encode: TokenizerManage
 
 
 def test_text_costs_nothing(encode: TokenizerManagerWithoutScheduler) -> None:
+    """Nor is it the request at which the memory is measured: that of a server's start comes before its neighbours'."""
+    run_and_abort(encode, asked(text="a", image_data=None))
+    assert admitting.entrance_of(encode)._gates is None
+    encode.sent.clear()
     limited(encode, 1)
     run_and_abort(encode, asked(text="a", image_data=None))
 

@@ -126,6 +126,48 @@ def test_a_large_request_is_not_starved_by_small_ones_that_keep_coming(turns: Tu
     assert made >= 10, "the others alone would fill all turns: it is one of a few that wait, and has its share"
 
 
+@pytest.fixture
+def whole() -> Turns:
+    """Of a tower that takes whole requests, and small ones together."""
+    return Turns(VisionTower(None, "cpu", 8))
+
+
+def test_a_small_request_is_not_behind_many_large_ones_that_are_not_divided(whole: Turns) -> None:
+    whole.add([request(number, *[4] * 28) for number in range(60)])
+    encode(whole, whole.next_batch())
+    whole.add([request(100, 4), request(101, 4)])
+    assert [part.number for part in whole.next_batch()] == [100, 101]
+
+
+def test_large_requests_have_half_of_the_tokens_while_small_ones_keep_coming(whole: Turns) -> None:
+    whole.add([request(number, *[4] * 7) for number in range(10)])
+    served = {True: 0, False: 0}
+    for number in range(100, 900, 8):
+        whole.add([request(number + at, 4) for at in range(8)])
+        parts = whole.next_batch()
+        for part in parts:
+            served[part.number >= 100] += 4 * len(part.items)
+        encode(whole, parts)
+        if served[False] == 280:
+            break
+    assert served[False] == 280, "all large ones have had their turn"
+    assert 240 <= served[True] <= 320, "and small ones as much"
+
+
+def test_a_class_that_did_not_wait_has_saved_nothing_up(whole: Turns) -> None:
+    for number in range(50):
+        whole.add([request(number, 4)])
+        encode(whole, whole.next_batch())
+    whole.add([request(number, *[4] * 7) for number in range(50, 60)])
+    whole.add([request(100, 4)])
+    first, second = [], []
+    for order in (first, second):
+        parts = whole.next_batch()
+        order += [part.number for part in parts]
+        encode(whole, parts)
+    assert 100 in (*first, *second)
+
+
 def test_whoever_comes_late_has_no_claim_to_what_others_had_before(turns: Turns) -> None:
     turns.add([request(1, *[4] * 40)])
     for _ in range(20):

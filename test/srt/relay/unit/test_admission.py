@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from embedding_relay.admission import Account, Gate, Limits, Refused, Size, Ticket
-from embedding_relay.protocol.errors import TOO_LARGE, UNAVAILABLE
+from embedding_relay.protocol.errors import BAD_REQUEST, UNAVAILABLE
 
 LIMIT = 3200
 SMALL = LIMIT // 32
@@ -105,7 +105,7 @@ def test_one_that_no_machine_can_take_is_refused_for_good() -> None:
     account = Account(limits(largest=2**33))
     with pytest.raises(Refused, match=r"9,216 MiB .* no more than 8,192 MiB \(THE_SETTING\)") as caught:
         account.enter(9 * 2**30, 0)
-    assert (caught.value.failure.code, caught.value.retry_after) == (TOO_LARGE, None)
+    assert (caught.value.failure.code, caught.value.retry_after) == (BAD_REQUEST, None)
 
 
 def test_a_line_is_so_long_and_no_longer() -> None:

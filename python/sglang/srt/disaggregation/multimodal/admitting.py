@@ -165,8 +165,9 @@ class BodyGate:
             return
         state = scope[_STATE] = HttpState()
         send = _with_retry_after(send, state)
-        gates, length = self._entrance.gates, _length(scope)
-        if gates.bodies is None or gates.refused is None or length < _SMALLEST_BODY:
+        # The memory is measured when the first large request comes: what a server takes for itself, it has by then.
+        gates = Gates() if (length := _length(scope)) < _SMALLEST_BODY else self._entrance.gates
+        if gates.bodies is None or gates.refused is None:
             await self._app(scope, receive, send)
             return
         async with contextlib.AsyncExitStack() as held:
@@ -264,8 +265,9 @@ async def admitted(manager: Any, obj: Any, request: Any, rooms: Sequence[int]) -
     state = _state_of(request)
     if state.refused is not None:
         raise _told(state.refused, state)
-    gate = (entrance := entrance_of(manager)).gates.media
-    if gate is None or not obj.contains_mm_input():
+    entrance = entrance_of(manager)
+    gate = entrance.gates.media if obj.contains_mm_input() else None
+    if gate is None:
         yield
         return
     guess = entrance.costs.guess(await asyncio.to_thread(_sources, obj))

@@ -33,6 +33,8 @@ class EncodeRequest:
         """Items whose rows everybody who needs them has already."""
         self.left = sorted(range(len(self.items)), key=lambda index: _first_row(self.items[index]))
         """Items that are not made yet, in the order of the prompt."""
+        self.size = self.tokens(self.left)
+        """Tokens of all its items."""
         self.share = 0.0
         """How far it is in the turns: see `Turns`."""
         self.source: SourceRows | None = None
@@ -111,6 +113,11 @@ class Turns:
         self.tower = tower
         self.queue: list[EncodeRequest] = []
         self._clock = 0.0
+        self._had = {True: 0.0, False: 0.0}
+        """Tokens of small requests, and of large ones. Who does not wait saves nothing up."""
+
+    def _is_small(self, request: EncodeRequest) -> bool:
+        return request.size <= self.tower.batch_tokens
 
     def add(self, requests: Iterable[EncodeRequest]) -> None:
         for request in requests:
@@ -130,7 +137,8 @@ class Turns:
         free: list[Part] = []
         wanting: list[tuple[EncodeRequest, tuple[int, ...], list[int]]] = []
         waiting = [(one.share, one) for one in self.queue] + [(self._clock, one) for one in others]
-        for _, request in sorted(waiting, key=lambda one: one[0]):
+        first = self._had[True] <= self._had[False]
+        for _, request in sorted(waiting, key=lambda one: (self._is_small(one[1]) is not first, one[0])):
             if request.number in over:
                 continue
             held = request.sender.held
@@ -162,6 +170,9 @@ class Turns:
             tokens = request.tokens(part.items)
             request.share += tokens
             self._clock += tokens / len(self.queue)
+            self._had[self._is_small(request)] += tokens
+        if len({self._is_small(request) for request in self.queue}) == 1:
+            self._had = dict.fromkeys(self._had, max(self._had.values()))
         return [(request, part.items) for request, part in taken]
 
     def pop_finished(self) -> list[EncodeRequest]:
