@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -132,23 +132,14 @@ def running(settings: Settings, logs: Path) -> Iterator[Pair]:
         yield Pair(settings, started)
 
 
-class Undivided(dict[str, LocalProcess]):
-    """By family, the servers that pairs are compared with. Each starts when it is first asked for."""
-
-    def __init__(self, logs: Path, until: ExitStack) -> None:
-        super().__init__()
-        self._logs = logs
-        self._until = until
-
-    def __missing__(self, family: str) -> LocalProcess:
-        (settings,) = (settings for settings in (SMALL, LARGE) if settings.family == family)
-        server = local_cluster.sglang_server(f"undivided-{family}", settings.undivided(self._logs), *free_ports(1))
-        self._until.enter_context(servers.running(LocalCluster("", [[server]])))
-        self[family] = server
-        return server
-
-
 @contextmanager
-def undivided(logs: Path) -> Iterator[Undivided]:
-    with ExitStack() as until:
-        yield Undivided(logs, until)
+def undivided(logs: Path) -> Iterator[dict[str, LocalProcess]]:
+    """By family, the servers that pairs are compared with. They start together: one alone would leave a core idle."""
+    members = {
+        settings.family: local_cluster.sglang_server(
+            f"undivided-{settings.family}", settings.undivided(logs), *free_ports(1)
+        )
+        for settings in (SMALL, LARGE)
+    }
+    with servers.running(LocalCluster("", [list(members.values())])):
+        yield members

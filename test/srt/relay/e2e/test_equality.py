@@ -1,14 +1,12 @@
 """With the plugin, a pair behind the router and SGLang's own split say what one undivided server says.
 
-Same tokens, same log-probabilities. The undivided server of a family is asked first, everything that the others will
-be asked, from an empty prefix cache.
+Same tokens, same log-probabilities. The undivided servers of both families are asked first, everything that the others
+will be asked, from an empty prefix cache.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +33,6 @@ SPLIT_FAMILY = "qwen2_5_vl"  # the family of SGLang's own split
 each_pair = pytest.mark.parametrize(
     "pair", PAIRS, ids=[settings.name for settings in PAIRS], indirect=True, scope="session"
 )
-# Where the undivided server of that family has been asked already.
-with_the_small_pair = pytest.mark.xdist_group(SMALL.name)
 
 
 def questions(family: str, url: str) -> list[Question]:
@@ -95,9 +91,9 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def reference_of(undivided: Mapping[str, LocalProcess]) -> Callable[[str], Reference]:
+def references(undivided: dict[str, LocalProcess]) -> dict[str, Reference]:
     """By family."""
-    return functools.cache(lambda family: ask_reference(family, undivided[family].url))
+    return {family: ask_reference(family, server.url) for family, server in undivided.items()}
 
 
 def ask_reference(family: str, url: str) -> Reference:
@@ -117,31 +113,28 @@ def sglangs_own_split(options: Options) -> LocalCluster:
     return LocalCluster(language.url, [[encoder, language]])
 
 
-@with_the_small_pair
-def test_an_undivided_server_answers(reference_of: Callable[[str], Reference]) -> None:
-    answers = reference_of(SPLIT_FAMILY).of_split
+def test_an_undivided_server_answers(references: dict[str, Reference]) -> None:
+    answers = references[SPLIT_FAMILY].of_split
     assert [answer.status for answer in answers] == [200] * 4
     first, second, both, none = answers
     assert first.logprobs != second.logprobs, "the picture must matter, or no test would see a wrong embedding"
     assert both.prompt_tokens > first.prompt_tokens > none.prompt_tokens
 
 
-@with_the_small_pair
-def test_sglangs_own_split_gives_the_same_answers(reference_of: Callable[[str], Reference], logs: Path) -> None:
-    reference = reference_of(SPLIT_FAMILY)
+def test_sglangs_own_split_gives_the_same_answers(references: dict[str, Reference], logs: Path) -> None:
     options = servers.options(tiny_model.cached(SPLIT_FAMILY), logs / "split", "--disable-radix-cache")
     with servers.running(sglangs_own_split(options)) as cluster:
         answers = split_questions(cluster.url, flush=False)
     assert [answer.status for answer in answers] == [200] * 4
-    for here, there in zip(answers, reference.of_split, strict=True):
+    for here, there in zip(answers, references[SPLIT_FAMILY].of_split, strict=True):
         assert [token for token, _ in here.logprobs] == [token for token, _ in there.logprobs]
         # Two pictures go through the split's tower one by one and through the other's together: the last bits differ.
         assert [value for _, value in here.logprobs] == pytest.approx([value for _, value in there.logprobs], abs=0.05)
 
 
 @each_pair
-def test_same_answers(reference_of: Callable[[str], Reference], pair: Pair) -> None:
-    reference, earlier = reference_of(pair.family), len(stories(pair["language"].log_text()))
+def test_same_answers(references: dict[str, Reference], pair: Pair) -> None:
+    reference, earlier = references[pair.family], len(stories(pair["language"].log_text()))
     assert reference.other_image >= 20 * TOLERANCE, "another image would not be noticed"
     answers = [question.ask(pair.url) for question in reference.questions]
     assert [answer.status for answer in answers] == [200] * len(answers), [answer.body for answer in answers]

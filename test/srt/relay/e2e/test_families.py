@@ -32,11 +32,7 @@ def chosen() -> list[str]:
     return todays(every, A_DAY)
 
 
-# Each starts servers of its own, so they need not be in one process.
-each = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in chosen()]
-
-
-@pytest.mark.parametrize("name", each)
+@pytest.mark.parametrize("name", chosen())
 def test_a_pair_is_equal_to_an_undivided_server(name: str, logs: Path) -> None:
     line = families.compare(name, logs)
     print(line)
