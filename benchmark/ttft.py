@@ -6,16 +6,20 @@
 In each turn the candidates are started one after the other and asked about the same pictures, which no cache knows;
 what is idle beside them costs nothing, because nothing is there. `pair` is asked through SGLang's router, `no router`
 are the same two servers, of which the language instance knows its encode instance (`--encoder-urls`) and is asked
-itself: about other pictures, because its caches know the first. The client is `sglang.bench_serving`. One thread of
-OpenMP in each process. The medians of a point are those of all its requests in all turns, its rates those of the turns.
-`--add` adds to what the folder of an earlier run has: further turns, or other points. What other work takes of the
-machine is noted of each point: where that is much, read no ratio that is near 1.
+itself: about other pictures, because its caches know the first. `as made` is a pair whose rows travel as they are made
+(SGLANG_EMBEDDING_PROGRESSIVE=1), `prefix` one whose language instance begins with them too
+(SGLANG_EMBEDDING_PREFIX_PREFILL=1); they are asked only if they are named. The client is `sglang.bench_serving`. One
+thread of OpenMP in each process. The medians of a point are those of all its requests in all turns, its rates those of
+the turns. `--add` adds to what the folder of an earlier run has: further turns, or other points. What other work takes
+of the machine is noted of each point: where that is much, read no ratio that is near 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -38,12 +42,14 @@ warnings.simplefilter("ignore")
 import report  # noqa: E402
 from report import Figures, Table  # noqa: E402
 
+from embedding_relay.config import PREFIX_PREFILL, PROGRESSIVE  # noqa: E402
 from embedding_relay.tools import local_cluster, tiny_model  # noqa: E402
 from embedding_relay.tools.local_cluster import LocalCluster, Options, sglang_server  # noqa: E402
 from embedding_relay.tools.local_process import free_ports  # noqa: E402
 from support import servers, warm_start  # noqa: E402
 
 UNDIVIDED, SPLIT, PAIR, NO_ROUTER = "undivided", "split", "pair", "no router"
+AS_MADE, PREFIX = "as made", "prefix"
 LARGE: Final = 600
 """Above this side several at once are left out: the tower's mask, which is over a whole batch, would take gigabytes."""
 IDLE_S: Final = 3.0
@@ -100,10 +106,18 @@ def pair(options: Options) -> LocalCluster:
     return LocalCluster(front.url, [[encode, language, front]])
 
 
+def pair_as(progressive: bool, prefix_prefill: bool, options: Options) -> LocalCluster:
+    """Whatever is the default."""
+    settings = {PROGRESSIVE: str(int(progressive)), PREFIX_PREFILL: str(int(prefix_prefill))}
+    return pair(dataclasses.replace(options, environ={**options.environ, **settings}))
+
+
 SERVERS: Final[Mapping[str, tuple[Callable[[Options], LocalCluster], Sequence[str]]]] = {
     UNDIVIDED: (undivided, (UNDIVIDED,)),
     SPLIT: (sglangs_split, (SPLIT,)),
-    PAIR: (pair, (PAIR, NO_ROUTER)),
+    PAIR: (functools.partial(pair_as, False, False), (PAIR, NO_ROUTER)),
+    AS_MADE: (functools.partial(pair_as, True, False), (AS_MADE,)),
+    PREFIX: (functools.partial(pair_as, True, True), (PREFIX,)),
 }
 
 
@@ -248,14 +262,19 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
         ("Of the machine, what other work took meanwhile, in %", others),
     ):
         is_ours = figures_of in (time_to_first, rate)
-        compared = [one for one in candidates if is_ours and SPLIT in candidates and one in (PAIR, NO_ROUTER)]
-        table = Table(title, "pictures", *candidates, *(f"{one} / split" for one in compared))
+        compared = [
+            (one, other)
+            for other, ours in ((SPLIT, (PAIR, NO_ROUTER)), (PAIR, (AS_MADE, PREFIX)))
+            for one in candidates
+            if is_ours and other in candidates and one in ours
+        ]
+        table = Table(title, "pictures", *candidates, *(f"{one} / {other}" for one, other in compared))
         for point in every:
             # An earlier run, to which this one was added, may have had other candidates.
             figures = {one: figures_of(measured, one, point) for one in candidates if (one, point) in measured}
             ratios = [
-                f"{figures[one].median / figures[SPLIT].median:.2f}" if {one, SPLIT} <= figures.keys() else ""
-                for one in compared
+                f"{figures[one].median / figures[other].median:.2f}" if {one, other} <= figures.keys() else ""
+                for one, other in compared
             ]
             table.row(point, *(figures.get(one, "") for one in candidates), *ratios)
 
@@ -322,8 +341,8 @@ def scratch_for_logs(arguments: argparse.Namespace) -> Iterator[None]:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = (UNDIVIDED, SPLIT, PAIR, NO_ROUTER)
-    parser.add_argument("--candidates", nargs="+", choices=every, default=list(every))
+    usual = (UNDIVIDED, SPLIT, PAIR, NO_ROUTER)
+    parser.add_argument("--candidates", nargs="+", choices=(*usual, AS_MADE, PREFIX), default=list(usual))
     parser.add_argument("--sides", type=int, nargs="+", default=[112, 224, 420, 1120])
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 8])
