@@ -98,9 +98,8 @@ def _of_item(item: Any) -> Iterator[bytes]:
 
 
 def _of_tenant(req: Any) -> Iterator[bytes]:
-    """Equal pictures of different tenants are different: nobody learns from how soon an answer comes who has sent what.
-
-    SGLang's own caches are divided in the same way.
+    """Equal pictures of different tenants are different, as SGLang's prefix cache has it: nobody shall learn from the time
+    of an answer what others have sent.
     """
     yield msgspec.json.encode([getattr(req, name, None) for name in ("extra_key", "cache_salt", "lora_id")])
 
