@@ -98,8 +98,8 @@ def _of_item(item: Any) -> Iterator[bytes]:
 
 
 def _of_tenant(req: Any) -> Iterator[bytes]:
-    """Equal pictures of different tenants are different, as SGLang's prefix cache has it: nobody shall learn from the time
-    of an answer what others have sent.
+    """Equal pictures of different tenants are different, as in SGLang's prefix cache: how soon an answer comes shall
+    tell nobody what others have sent.
     """
     yield msgspec.json.encode([getattr(req, name, None) for name in ("extra_key", "cache_salt", "lora_id")])
 
