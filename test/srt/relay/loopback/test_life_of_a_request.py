@@ -26,9 +26,8 @@ from support.rows import LIMITS, Spec, make_rows
 PACKAGE = SOURCE / "embedding_relay"
 PAGE = REPO / "docs/life-of-a-request.md"
 LAYOUT = small_layout()
-# Used before the request comes, or when it does not go well; pairing.py, pulse.py, admission.py and media_costs.py are the
-# HTTP process's,
-# recorder_socket.py and spans.py are for whoever asks about a request,
+# Used before the request comes, or when it does not go well; pairing.py, pulse.py and those of admission are the HTTP
+# process's, recorder_socket.py and spans.py are for whoever asks about a request,
 # doors.py is asked whenever Python imports something, and the last four are those of an instance with several ranks.
 BESIDE = {
     "admission.py",
