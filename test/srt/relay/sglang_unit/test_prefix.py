@@ -131,6 +131,11 @@ def test_items_are_numbered_anew_if_the_first_one_comes_later() -> None:
     assert whole.items[:, 0].tolist() == [-1, 1, 1, -1, 0, 0], "the rows themselves stay as they are"
 
 
+@pytest.mark.parametrize("index", [-2, 2])
+def test_rows_of_an_item_that_cannot_be_are_no_prefix(index: int) -> None:
+    assert prefix.first_rows(received(changed(columns(*ROWS), "items", 2, 0, index)), 6) is None
+
+
 def test_the_position_behind_a_prefix_is_the_one_after_its_largest() -> None:
     small = changed(columns(*ROWS), "mrope", 3, 0, 40)
     rows = prefix.first_rows(received(small), 6)
@@ -208,6 +213,30 @@ def test_one_prefix_at_a_time_and_the_next_has_enough_more(
     ends(begins(scheduler))
     scheduler.turn()
     assert queued(scheduler) == []
+
+
+def test_rows_of_an_item_that_goes_on_are_no_reason_to_begin_again(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread
+) -> None:
+    ends(begun(scheduler, transfer))
+    rows_come(transfer, 7, 10)
+    scheduler.turn()
+    assert queued(scheduler) == []
+
+
+@pytest.mark.parametrize("room", [{"is_decided": True}, {"waiting": []}])
+def test_a_prompt_that_is_whole_or_that_nobody_wants_is_not_begun_with(
+    scheduler: SchedulerWithoutModel, role: LanguageRole, room: dict[str, Any]
+) -> None:
+    receiver = SimpleNamespace(room=7, target=received(columns(*ROWS)), copied=6)
+    one = SimpleNamespace(receiver=receiver, waiting=[request("a", 7)], is_decided=False, prefix=None, prefilled=0)
+    assert role.prefixes is not None
+    vars(one).update(room)
+    role.prefixes.advance([one])  # type: ignore[list-item]
+    assert queued(scheduler) == []
+    vars(one).update(is_decided=False, waiting=[request("a", 7)])
+    role.prefixes.advance([one])  # type: ignore[list-item]
+    assert queued(scheduler) == ["6 rows"]
 
 
 def test_whoever_waits_for_the_device_goes_first(
@@ -354,11 +383,19 @@ def test_a_prompt_that_will_be_too_long_is_not_begun_with(
     assert queued(scheduler) == []
 
 
+def cache(*, sharing: bool = True, swa: bool = False, mamba: bool = False) -> Any:
+    return SimpleNamespace(
+        supports_prefix_sharing=lambda: sharing, supports_swa=lambda: swa, supports_mamba=lambda: mamba
+    )
+
+
 REASONS: dict[str, tuple[dict[str, Any], int]] = {
     "several ranks": ({}, 2),
     "generates no tokens": ({"is_generation": False}, 1),
     "speculatively": ({"spec_algorithm": SimpleNamespace(is_none=lambda: False)}, 1),
-    "radix cache is off": ({"tree_cache": SimpleNamespace(supports_prefix_sharing=lambda: False)}, 1),
+    "radix cache is off": ({"tree_cache": cache(sharing=False)}, 1),
+    "more than one kind": ({"tree_cache": cache(swa=True)}, 1),
+    "keeps more than one": ({"tree_cache": cache(mamba=True)}, 1),
     "chunked prefill is off": ({"chunked_prefill_size": None}, 1),
 }
 
