@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -10,9 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
+from PIL import Image
 
+from embedding_relay.available_memory import available_bytes
+from embedding_relay.config import ADMISSION
 from embedding_relay.tools.chat_client import Answer, ask, chat_body, data_uri, post
 from embedding_relay.tools.local_cluster import HOST
 from embedding_relay.tools.local_process import free_ports
@@ -68,6 +74,14 @@ def test_a_text_beyond_the_context_length(pair: Pair) -> None:
 def test_images_beyond_the_context_length(pair: Pair) -> None:
     """The text alone would fit: only the encode half can know."""
     refused(ask(pair.url, [squares(pair.family, 36, 36, 2)], "what"), 400, str(CONTEXT))
+
+
+def test_pictures_that_would_take_more_memory_than_the_machine_has(pair: Pair) -> None:
+    """Small on the wire, large once they are decoded: nothing is, because their headers say so."""
+    blank = data_uri(Image.new("1", (13_000, 13_000)))
+    each = 13_000**2 * 6  # as `media_costs` has it, and a few more pictures than that would take
+    many = [blank] * (available_bytes() // each + 2)
+    refused(ask(pair.url, many, "what"), 400, "memory", ADMISSION)
 
 
 def test_what_only_the_language_half_refuses(pair: Pair) -> None:
@@ -192,6 +206,17 @@ def test_a_client_that_goes_away(pair: Pair) -> None:
     wait_until(lambda: "room=5 status=Failed" in pair["language"].log_text(), DEADLINE - 2)
 
 
+def retry_after(pair: Pair, half: str, port: int, room: int) -> int:
+    """Of an answer 503: in how many seconds the client may come back."""
+    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
+    body = json.dumps(chat_body([squares(pair.family, 4, 4, 4)], "what", **where)).encode()
+    headers = {"Content-Type": "application/json"}
+    with pytest.raises(HTTPError, match="503") as told:
+        urlopen(Request(f"{pair[half].url}/v1/chat/completions", body, headers), timeout=DEADLINE)
+    with told.value as answer:
+        return int(answer.headers["Retry-After"])
+
+
 @pytest.mark.parametrize("half", ["encode", "language"])
 def test_more_requests_than_may_wait(pair: Pair, half: str) -> None:
     """Rows that nobody sends, or nobody asks for, are awaited by as many requests as may wait; the next one is not."""
@@ -202,6 +227,7 @@ def test_more_requests_than_may_wait(pair: Pair, half: str) -> None:
         wait_until(lambda: numbers_of(pair[half])["parked_requests"] == MOST_WAITING)
         whole = ask(pair.url, [squares(pair.family, 4, 4, 7)], "what")
         refused(whole, 503, f"{MOST_WAITING} requests are waiting at this {half} instance")
+        assert 1 <= retry_after(pair, half, port, first + MOST_WAITING) <= 60
         assert ask(pair.url, [], "text only").status == 200
         assert not any(one.done() for one in waiting), "the others were still waiting"
         for one in waiting:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import pytest
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
+from fastapi.testclient import TestClient
 
 from embedding_relay.admission import Gate, Limits, Refused
 from embedding_relay.config import ADMISSION
@@ -20,6 +21,7 @@ from embedding_relay.protocol.errors import BAD_REQUEST, UNAVAILABLE, Failure
 from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import admitting, front
 from sglang.srt.disaggregation.multimodal.admitting import BodyGate, Entrance, Gates
+from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
 from support import tokenizing
 from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
@@ -344,6 +346,26 @@ def test_what_is_small_or_no_request_is_let_by(length: int, method: str, headers
         assert (await server.ask(length, method, **headers))["status"] == 200
 
     run(asyncio.wait_for(scenario(), 30))
+
+
+@pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")  # SGLang's own
+@pytest.mark.parametrize("runs_already", [False, True])
+def test_sglangs_application_says_when_to_come_back(
+    encode: TokenizerManagerWithoutScheduler, runs_already: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's own handlers answer, and keep no header of an exception. A tokenizer worker's server runs already."""
+    application = FastAPI(exception_handlers=http_server.app.exception_handlers)
+
+    @application.post("/busy")
+    async def busy() -> None:
+        raise HTTPException(UNAVAILABLE, "busy", {"Retry-After": "9"})
+
+    if runs_already:
+        application.middleware_stack = application.build_middleware_stack()
+    monkeypatch.setattr(http_server, "app", application)
+    admitting.start(encode)
+    posted = TestClient(application).post("/busy")
+    assert (posted.status_code, posted.headers["Retry-After"]) == (UNAVAILABLE, "5")
 
 
 def test_a_request_whose_body_was_refused_is_refused_to_both_halves(
