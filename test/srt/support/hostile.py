@@ -391,20 +391,22 @@ class AttackedWorld:
         self.schedule.finish()
 
 
-def run_attack(choices: Choices, steps: int = 80) -> AttackedWorld:
+def run_attack(choices: Choices, steps: int = 80, keeps_rows: bool = False) -> AttackedWorld:
     """Nothing goes wrong but the stranger, so every honest room succeeds."""
-    attacked = AttackedWorld(choices, _shape(choices))
+    attacked = AttackedWorld(choices, _shape(choices, keeps_rows))
     _attack_at_random(attacked, choices, steps, attacked.go_on)
     attacked.finish_honestly()
     return attacked
 
 
-def run_attack_with_faults(choices: Choices, steps: int = 80, knows_all: bool = False) -> AttackedWorld:
+def run_attack_with_faults(
+    choices: Choices, steps: int = 80, knows_all: bool = False, keeps_rows: bool = False
+) -> AttackedWorld:
     """Writes fail and land late too, and requests are cancelled. Tables are small, so that their bounds are met."""
     timing = msgspec.structs.replace(
         TIMING, max_sessions=3, max_unexpected_rooms=2, max_unexpected_blocks=6, max_remembered=50
     )
-    attacked = AttackedWorld(choices, _shape(choices), knows_all, timing)
+    attacked = AttackedWorld(choices, _shape(choices, keeps_rows), knows_all, timing)
     _attack_at_random(attacked, choices, steps, attacked.mishap)
     attacked.finish()
     return attacked
@@ -430,12 +432,12 @@ def _attack_at_random(attacked: AttackedWorld, choices: Choices, steps: int, now
             attacked.attack()
 
 
-def run_insider_attack(choices: Choices, steps: int = 80) -> AttackedWorld:
+def run_insider_attack(choices: Choices, steps: int = 80, keeps_rows: bool = False) -> AttackedWorld:
     """The stranger knows everything and may forge any message: nothing breaks, and everyone gets an answer."""
-    return run_attack_with_faults(choices, steps, knows_all=True)
+    return run_attack_with_faults(choices, steps, knows_all=True, keeps_rows=keeps_rows)
 
 
-def _shape(choices: Choices) -> Shape:
+def _shape(choices: Choices, keeps_rows: bool) -> Shape:
     ranks = choices.number(1, 2)
     return Shape(
         block_size=choices.number(1, 4),
@@ -443,4 +445,6 @@ def _shape(choices: Choices) -> Shape:
         language_blocks=tuple(choices.number(1, 5) for _ in range(ranks)),
         defaults=tuple((None, 1, 3, 8, 20)[choices.number(0, 4)] for _ in range(ranks)),
         encodes=choices.number(1, 2),
+        keeps_rows=keeps_rows,
+        steps_of_tower=3 if keeps_rows else 1,
     )

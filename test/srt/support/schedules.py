@@ -122,7 +122,7 @@ def pictures_of(room: int, start: int, stop: int) -> list[Picture]:
             split = 1 + number % (rows - 1)
         end = start + rows + bool(split)
         if end > stop:
-            pictures.append(Picture(100 + room, 0, ((start, stop),), is_kept=False))
+            pictures.append(Picture(100 + room % 1000, 0, ((start, stop),), is_kept=False))
             break
         runs = ((start, start + split), (start + split + 1, end)) if split else ((start, end),)
         pictures.append(Picture(number, int(room % 5 == 0), runs))

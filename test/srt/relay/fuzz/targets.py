@@ -85,15 +85,18 @@ def frames_of_anything(data: bytes) -> int:
 
 
 def attack(data: bytes) -> int:
-    return run_attack(FuzzedFirst(data)).messages
+    choices = FuzzedFirst(data)
+    return run_attack(choices, keeps_rows=bool(choices.number(0, 1))).messages
 
 
 def attack_with_faults(data: bytes) -> int:
-    return run_attack_with_faults(FuzzedFirst(data)).messages
+    choices = FuzzedFirst(data)
+    return run_attack_with_faults(choices, keeps_rows=bool(choices.number(0, 1))).messages
 
 
 def insider(data: bytes) -> int:
-    return run_insider_attack(FuzzedFirst(data)).messages
+    choices = FuzzedFirst(data)
+    return run_insider_attack(choices, keeps_rows=bool(choices.number(0, 1))).messages
 
 
 def received_rows(data: bytes) -> int:

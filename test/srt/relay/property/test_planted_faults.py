@@ -50,6 +50,7 @@ from embedding_relay.testing.world import World
 from support.effort import unhurried
 from support.hostile import AttackedWorld, Seeded, run_attack, run_attack_with_faults
 from support.schedules import (
+    LANDS_LATE,
     TIMING,
     Shape,
     run_chaos,
@@ -458,6 +459,18 @@ def invented_rooms_without_bound(patch: Patch) -> None:
     patch.setattr(UnexpectedRooms, "one_too_many", lambda self: None)
 
 
+def rooms_that_are_only_promised_for_without_bound(patch: Patch) -> None:
+    def take_have(self: EncodeRoom, message: Have, session: Session, now: float) -> list[EncodeEffect]:
+        was_known = self.asked or self.expected
+        effects = original(self, message, session, now)
+        if not was_known:
+            self._shared.unexpected.discard(self.room)
+        return effects
+
+    original = EncodeRoom.take_have
+    patch.setattr(EncodeRoom, "take_have", take_have)
+
+
 def sessions_without_bound(patch: Patch) -> None:
     patch.setattr(Admission, "_make_space", lambda self, session_id: [])
 
@@ -779,6 +792,24 @@ def forged_offers(seed: int) -> World:
     return attacked.world
 
 
+def misdirected_aborts(seed: int) -> World:
+    """Writes fail and land late, and a stranger asks for the acknowledgement to be sent to a rank of the room."""
+    rng = random.Random(seed)
+    attacked = AttackedWorld(Seeded(seed), Shape(1, 4, (4, 4), (3, 3), 1))
+    attacked.schedule.warm_up()
+    for _ in range(20):
+        attacked.start()
+        attacked.schedule.spoil_write(rng.randrange(2), LANDS_LATE)
+        for _ in range(12):
+            attacked.go_on()
+        room, rank = rng.choice(list(attacked.world.truths)[-3:]), rng.choice(attacked.world.languages)
+        attacked.attack_encode(codec.encode(Abort(room, rank.address, "stranger-1:1")))
+        if rng.random() < 0.5:
+            attacked.schedule.land_late()
+    attacked.finish()
+    return attacked.world
+
+
 # Every lookup takes its time, and two ranks have few blocks.
 lookups = functools.partial(
     run_orderly, warm=0.0, shape=lambda rng: Shape(2, 4, (rng.randint(1, 2), rng.randint(1, 2)), (3, 3), 2)
@@ -873,8 +904,9 @@ FAULTS = [
     Planted(only_the_first_block_of_an_offer_claimed, forged_offers, ("S2",)),
     Planted(proof_taken_for_proof_about_whoever_has_the_session_now, few_sessions, ("session",)),
     Planted(answer_sent_to_an_address_that_a_stranger_chose, attack, ("attack",)),
-    Planted(acknowledgement_sent_to_an_address_that_a_stranger_chose, attack_with_faults, ("S3",)),
+    Planted(acknowledgement_sent_to_an_address_that_a_stranger_chose, misdirected_aborts, ("S3",)),
     Planted(invented_rooms_without_bound, attack_with_faults, ("bounds",)),
+    Planted(rooms_that_are_only_promised_for_without_bound, attack_with_faults, ("bounds",)),
     Planted(sessions_without_bound, attack_with_faults, ("bounds",)),
     Planted(block_indices_not_checked, attack_with_faults, ("S3", "bounds", "refused")),
 ]
