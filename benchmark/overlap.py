@@ -6,8 +6,8 @@
 
 A pair on two hosts: network namespaces of this machine, with a link whose rate is limited (`tc`), which needs root. The
 device is simulated by waiting (`waits.py`): each call of the tower and each prefill takes a given time, far above what
-the tiny model takes by itself. Rows are those of Qwen3-VL-8B in float32: 64 KiB with three inner layers. Requests come one
-at a time, with pictures that no cache knows.
+the tiny model takes by itself. Rows are those of Qwen3-VL-8B in float32: 64 KiB with three inner layers. Requests come
+one at a time, with pictures that no cache knows.
 
 Candidates are the same pair with other settings: `neither` hands over rows when all are made, `progressive` those of
 each picture when they are made (SGLANG_EMBEDDING_PROGRESSIVE), `with prefill` also prefills the prompt up to the last
