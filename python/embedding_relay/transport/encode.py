@@ -52,16 +52,27 @@ class MooncakeEmbeddingSender(RoomEnd):
         self._is_ours = True
         self.items: tuple[Item, ...] = ()
         # Written by the control thread.
-        self.held: tuple[int, ...] = ()
-        """Items, by their number, whose rows every language rank of the room has: they need not be made. More may come,
-        and none is taken back.
-        """
+        self._held: tuple[int, ...] = ()
         # For the log line; written by the control thread.
         self.expected_at = 0.0
         self.submitted_at: float | None = None
         self.rows = self.rounds = self.bytes = 0
         self.offers = self.asked_from = 0
         """How many were noted, and the row that the last of them begins with."""
+        # Written by the scheduler.
+        self.has_forgotten = False
+        """Its items are made, whoever has their rows."""
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Items, by their number, whose rows every language rank of the room has: they need not be made. More may come,
+        and none is taken back but by `forget_items`.
+        """
+        return () if self.has_forgotten else self._held
+
+    @held.setter
+    def held(self, items: tuple[int, ...]) -> None:
+        self._held = items
 
     def init(self, items: tuple[Item, ...] = ()) -> None:
         """This instance's half of the request has arrived. `items`: all that are in its prompt; none of one whose rows
@@ -83,6 +94,12 @@ class MooncakeEmbeddingSender(RoomEnd):
         """More rows are there than were sent: `source` has all so far, those that were sent among them."""
         if self._is_ours:
             self._manager.more_rows(self.room, source)
+
+    def forget_items(self) -> None:
+        """Before any rows are sent: what will be made of its items is not what their keys say."""
+        self.has_forgotten = True
+        if self._is_ours:
+            self._manager.forget_items(self.room)
 
     def refuse(self, failure: Failure) -> None:
         """No rows will come: the language side hears it at once, or as soon as it asks."""
@@ -114,6 +131,8 @@ class NoTransfer:
     def send_embedding(self, room: int, source: SourceRows) -> None: ...
 
     def more_rows(self, room: int, source: SourceRows) -> None: ...
+
+    def forget_items(self, room: int) -> None: ...
 
     def refuse(self, room: int, failure: Failure) -> None: ...
 
@@ -201,6 +220,9 @@ class EncodeManager(MooncakeEmbeddingManager):
     def more_rows(self, room: int, source: SourceRows) -> None:
         source.check(self.layout)
         self._loop.post(functools.partial(self._more_rows, room, source))
+
+    def forget_items(self, room: int) -> None:
+        self._loop.post(lambda now: self._core.forget_items(room))
 
     def refuse(self, room: int, failure: Failure) -> None:
         self._loop.post(lambda now: self._run(self._core.refuse(room, failure, now), now))

@@ -316,6 +316,9 @@ class TransferWithoutThread:
         """What was handed over of a room, each time everything that was made so far."""
         return [more for asked, other, more in self.asked if other == room and asked in ("send", "more")]
 
+    def forget_items(self, room: int) -> None:
+        self.asked.append(("forget", room, None))
+
     def promise(self, room: int, *items: int) -> None:
         """Every language rank has the rows of these items, by their numbers."""
         (sender,) = [more for asked, other, more in self.asked if (asked, other) == ("expect", room)]

@@ -39,6 +39,12 @@ class PromptItems:
         for promised in self._promised.values():
             promised &= self._keys
 
+    def forget(self) -> None:
+        """What was known of the items does not hold any more: all rows are sent, whoever has promised to have them."""
+        self.all, self._keys, self._runs = (), frozenset(), []
+        self._promised.clear()
+        self._held_by_all.clear()
+
     @property
     def end(self) -> int:
         return self._runs[-1][1] if self._runs else 0

@@ -106,6 +106,12 @@ class EncodeSide:
             return [DropRows(room)]
         return [*self._room(room, now).submit(total_rows, absent, ready, now), *self._serve_queue()]
 
+    def forget_items(self, room: int) -> None:
+        """The rows of its items will be others than those with their keys, unless they have been handed over already."""
+        known = self._rooms.get(room)
+        if known is not None and known.total is None:
+            known.items.forget()
+
     def more_rows(self, room: int, ready: int, now: float, absent: Iterable[int] = ()) -> list[EncodeEffect]:
         """Every row before `ready` exists now, but for those of the items that are absent."""
         known = self._rooms.get(room)

@@ -579,6 +579,39 @@ def test_an_update_in_the_same_turn_comes_before_the_tower(
     assert sent(transfer, 2) == 2
 
 
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_rows_that_older_weights_made_are_not_left_out_for_their_promise(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, update: tuple[Any, ...], is_begun: bool
+) -> None:
+    """A language rank has them, and says so to the end. It may have been decided in the same turn to leave them out."""
+    scheduler.turn(request("a", 1, pictures=2), PauseGenerationReqInput(mode="in_place"))
+    transfer.promise(1, 0, 1)
+    if is_begun:
+        transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn(*update)
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    transfer.promise(1, 0, 1)
+    scheduler.turn(KEEP_DEVICE_CACHE)
+    scheduler.turn()
+    assert transfer.rooms("forget") == [1]
+    (source,) = transfer.sources(1)
+    assert (source.absent, len(source.segments)) == ((), 2)
+
+
+def test_what_was_to_be_left_out_is_made_if_the_weights_change_in_the_same_turn(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, role: EncodeRole
+) -> None:
+    scheduler.turn(request("a", 1, pictures=2))
+    transfer.promise(1, 0, 1)
+    transfer.stands(1, Status.WAITING_FOR_INPUT)
+    scheduler.turn(NEW_WEIGHTS)
+    scheduler.turn()
+    assert transfer.rooms("forget") == [1]
+    source = transfer.sources(1)[-1]
+    assert (source.absent, source.made, len(source.segments)) == ((), None, 2)
+
+
 def test_a_flush_forgets_the_rows_of_pictures(
     scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model
 ) -> None:

@@ -21,6 +21,8 @@ GROUP: Final = 4
 
 
 class Sender:
+    has_forgotten = False
+
     def __init__(self) -> None:
         self.room = 7
         self.held: tuple[int, ...] = ()

@@ -171,6 +171,35 @@ def test_when_everything_is_made_the_encoder_is_told_no_more() -> None:
     assert only(side.receive(have(KEY), 0.0), HeldByAll) == []
 
 
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_items_that_are_forgotten_are_sent_whatever_was_and_is_promised(is_asked: bool) -> None:
+    side = side_that_knows()
+    side.expect(ROOM, 0.0, ITEMS)
+    side.receive(have(KEY), 0.0)
+    if is_asked:
+        side.receive(offer(20, 0, 1, 2, 3, 4), 0.0)
+    side.forget_items(ROOM)
+    side.forget_items(ROOM + 1)
+    effects = [] if is_asked else side.receive(offer(20, 0, 1, 2, 3, 4), 0.0)
+    effects += side.receive(have(KEY, OTHER_KEY), 0.0)
+    assert (only(effects, HeldByAll), [one for one in sent(effects) if isinstance(one, Manifest)]) == ([], [])
+    [chunk] = only(side.submit(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    assert chunk.destinations[0].left_out == ()
+    assert sent(side.transferred(ROOM, 1, {}, 0.0)) == [StatusReport(ROOM, Status.SUCCESS, 20)]
+
+
+def test_what_has_been_handed_over_stays_what_it_is() -> None:
+    side = side_that_knows()
+    side.expect(ROOM, 0.0, ITEMS)
+    side.receive(have(KEY), 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    side.submit(ROOM, 20, 0.0, absent=(0,), ready=1)
+    side.forget_items(ROOM)
+    side.transferred(ROOM, 1, {}, 0.0)
+    [chunk] = only(side.more_rows(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    assert chunk.destinations[0].left_out == ((2, 5),)
+
+
 # ---- promises that are worth nothing
 
 

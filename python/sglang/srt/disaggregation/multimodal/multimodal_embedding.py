@@ -243,6 +243,9 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         super().weights_changed()
         if self.bootstrap_queue.keys is not None:
             self.bootstrap_queue.keys.renew()
+        for request in (*self.bootstrap_queue.queue, *self.turns.queue):
+            if not request.has_begun:
+                request.sender.forget_items()  # keys, and what was promised by them, are of rows of the old weights
 
     def tables(self) -> dict[str, int]:
         queues = (self.bootstrap_queue.queue, self.turns.queue, self.inflight, self.before_reachable)

@@ -163,6 +163,12 @@ class Turns:
         """Each request of a batch with its items, but for those that are over since it was decided."""
         by_number = {request.number: request for request in self.queue}
         taken = [(by_number[part.number], part) for part in parts if part.number in by_number]
+        # Decided before the weights changed: what was to be left out is made in a later turn.
+        taken = [
+            (request, Part(part.number, part.items) if request.sender.has_forgotten else part)
+            for request, part in taken
+            if part.items or not request.sender.has_forgotten
+        ]
         for request, part in taken:
             request.leave_out(part.left_out)
             self.tower.totals["media_items"] += len(part.left_out)
