@@ -107,7 +107,7 @@ class EncodeSide:
         return [*self._room(room, now).submit(total_rows, absent, ready, now), *self._serve_queue()]
 
     def forget_items(self, room: int) -> None:
-        """The rows of its items will be others than those with their keys, unless they have been handed over already."""
+        """Its rows will be others than those with the keys of its items, unless they have been handed over already."""
         known = self._rooms.get(room)
         if known is not None and known.total is None:
             known.items.forget()
