@@ -57,7 +57,7 @@ def test_workers_that_sweep_at_once_live_on(service: BatchService) -> None:
 
 def test_more_splits_than_threads(stub: StubEndpoint, tmp_path: Path) -> None:
     """Each lease is renewed meanwhile, so none is begun twice."""
-    with batch_service(tmp_path, stub.url, "--lease-seconds", "1", workers=1, saving_seconds=1.5) as service:
+    with batch_service(tmp_path, stub.url, "--lease-seconds", "4", workers=1, saving_seconds=4.5) as service:
         ids = [service.upload(sheet_of(["many"]))["session_id"] for _ in range(9)]
         for session_id in ids:
             service.post("/api/tasks/split", {"session_id": session_id})
