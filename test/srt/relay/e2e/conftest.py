@@ -31,10 +31,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         fork_server()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Behind pytest's own order. Servers end while the next ones start, so those that take most memory stand apart."""
     other_day = [item for item in items if not _is_for_today(item)]
     config.hook.pytest_deselected(items=other_day)
     items[:] = [item for item in items if item not in other_day]
+    items.sort(key=lambda item: item.path.name == "test_three_stages.py")  # else next to test_ranks.py
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SECONDS))
