@@ -48,8 +48,9 @@ from support import servers, warm_start
 from support.namespaces import Host, hosts
 
 STAGES: Final = (TOWER, WIRE, PREFILL)
-SIDE: Final = 512
-"""Of a picture in pixels: 256 tokens."""
+PATCH: Final = 16
+SIDE: Final = 16 * PATCH
+"""Of a picture in pixels: 256 tokens, one for each patch."""
 FAMILY: Final = "wide"
 BURST: Final = "512kb"
 POOL: Final = {
@@ -115,7 +116,8 @@ def limit(host: Host, rate: float) -> None:
 def wide_model(folder: Path) -> Path:
     """Rows as wide as those of Qwen3-VL-8B, from a tower and for a language model that are small.
 
-    In float32, which many processors multiply faster than bfloat16.
+    In float32, which many processors multiply faster than bfloat16; and without merged patches, because on a CPU a pass
+    over all pictures compares each patch with every other.
     """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -124,9 +126,8 @@ def wide_model(folder: Path) -> Path:
     def build(ids: common.Ids, vocabulary: int, _: common.Size) -> Any:
         narrow = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 32}
         text = common.text(ids, vocabulary, size, rope_parameters=common.mrope()) | narrow
-        vision = common.qwen_vision(
-            size, patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=[1, 2, 3]
-        )
+        more = {"num_position_embeddings": 2304, "deepstack_visual_indexes": [1, 2, 3], "spatial_merge_size": 1}
+        vision = common.qwen_vision(size, patch_size=PATCH, **more)
         places = {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
         return Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(
@@ -140,7 +141,8 @@ def wide_model(folder: Path) -> Path:
             )
         )
 
-    tiny_model.FAMILIES[FAMILY] = dataclasses.replace(qwen.FAMILIES["qwen3_vl"], build=build)
+    processor = qwen._qwen_processor("Qwen3VLProcessor", PATCH, "Qwen3VL", merge_size=1)
+    tiny_model.FAMILIES[FAMILY] = dataclasses.replace(qwen.FAMILIES["qwen3_vl"], build=build, processor=processor)
     return tiny_model.make(folder / FAMILY, FAMILY)
 
 
