@@ -258,6 +258,7 @@ def show(found: Mapping[str, Any], at_once: int) -> None:
     table("Processor time of the servers for one request in ms", lambda mine: Figures.of(map(processor_ms, mine)))
     table("Pictures through the tower, of those asked for", in_tower)
     table("MB of rows that moved, and of all bytes", moved)
+    table("Requests that reached an encoder, of all", reached)
     table("Not answered", lambda mine: sum(one["failed"] for one in mine))
     table("Of the machine, what other work took meanwhile, in %", lambda mine: Figures.of(map(others, mine)))
     show_goals(levels, every)
@@ -274,6 +275,12 @@ def others(run: Mapping[str, Any]) -> float:
 
 def in_tower(mine: Runs) -> str:
     return f"{sum(one['encoded'] for one in mine):g} of {sum(one['shown'] for one in mine):g}"
+
+
+def reached(mine: Runs) -> str:
+    """SGLang's split also answers what its encoder has not seen, as while it takes a busy encoder for a dead one."""
+    asked = sum(count for one in mine for name, count in one.items() if name.startswith("asked"))
+    return f"{asked:g} of {sum(len(one['first_ms']) + one['failed'] for one in mine)}"
 
 
 def moved(mine: Runs) -> str:

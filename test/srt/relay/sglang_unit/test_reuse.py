@@ -127,7 +127,7 @@ def test_turns_are_compared_with_the_turn_that_had_the_same_requests(reuse: Any)
 
 
 def test_tables_say_whether_the_goals_are_reached(reuse: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    levels = [run("split", 1, 2.0, bytes=0), run("pair", 1, 3.0), run("no row cache", 1, 4.0)]
+    levels = [run("split", 1, 2.0, bytes=0), run("pair", 1, 3.0, **{"asked 0": 1}), run("no row cache", 1, 4.0)]
     kinds = [
         run(name, 1, 0, kind=kind, first_ms=[ms], encoded=0, row_bytes=0.0, bytes=sent, **{"asked 0": 4, "asked 1": 5})
         for name, sent in (("split", 0), ("pair", 700))
@@ -140,6 +140,7 @@ def test_tables_say_whether_the_goals_are_reached(reuse: Any, capsys: pytest.Cap
     assert "| 0 % | not counted | 5.00 of 6.00 | 5.00 of 6.00 |" in printed
     assert "| 0.30 | 1.50 | 0 of 1 | 0 | 700 | 4 + 5 |" in printed
     assert "| 0.30 | 1.50 | 0 of 1 | not counted | not counted | 4 + 5 |" in printed
+    assert "| 0 % | 0 of 1 | 1 of 1 | 0 of 1 |" in printed  # reached an encoder
     assert reuse.plot(levels, 8).count("<polyline") == 3
 
 
