@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from embedding_relay.tools import tiny_model
+from embedding_relay.tools.chat_client import data_uri, picture
 from embedding_relay.tools.local_process import free_ports
 from sglang.srt import runtime_context
-from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.disaggregation.multimodal import front
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+GOOD = data_uri(picture(56, 56, seed=1))
 MAX_PROMPT = 1000
 
 
@@ -146,3 +149,15 @@ def serving(mode: str, **more: Any) -> Iterator[TokenizerManagerWithoutScheduler
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def asked(**request: Any) -> GenerateReqInput:
+    """A request with a picture, of a pair."""
+    where = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
+    defaults = {"text": f"{IMAGE}a", "image_data": [GOOD], "sampling_params": {"max_new_tokens": 4}}
+    return GenerateReqInput(**{**defaults, **where, **request})
+
+
+def refusals(manager: TokenizerManagerWithoutScheduler) -> list[Any]:
+    """What the scheduler is told for the other half, as it reads it."""
+    return [told for one in manager.sent if isinstance(one, AbortReq) and (told := front.refusal_in(one)) is not None]

@@ -22,11 +22,10 @@ from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import admitting, front
 from sglang.srt.disaggregation.multimodal.admitting import BodyGate, Entrance, Gates
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from support import tokenizing
-from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
+from support.tokenizing import GOOD, IMAGE, TokenizerManagerWithoutScheduler, answers, asked, refusals, run
 
-GOOD = data_uri(picture(56, 56, seed=1))
 PREPARED = 56 * 56 * 3 * 4 * 2 + 24
 """Of that picture: three float32 a pixel, twice because the tower takes pairs of frames of a video, and its grid."""
 MIB = 2**20
@@ -62,16 +61,6 @@ def limited(manager: TokenizerManagerWithoutScheduler, limit: int, **more: Any) 
 
 
 # ---- media
-
-
-def asked(**request: Any) -> GenerateReqInput:
-    where = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
-    defaults = {"text": f"{IMAGE}a", "image_data": [GOOD], "sampling_params": {"max_new_tokens": 4}}
-    return GenerateReqInput(**{**defaults, **where, **request})
-
-
-def refusals(manager: TokenizerManagerWithoutScheduler) -> list[Any]:
-    return [told for one in manager.sent if isinstance(one, AbortReq) and (told := front.refusal_in(one)) is not None]
 
 
 def taken(one: Gate) -> int:

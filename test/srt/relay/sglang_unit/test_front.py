@@ -15,14 +15,12 @@ import pytest
 from fastapi import HTTPException
 
 from embedding_relay.protocol.errors import BAD_GATEWAY, BAD_REQUEST, INTERNAL, UNAVAILABLE, Failure
-from embedding_relay.tools.chat_client import data_uri, picture
 from sglang.srt.disaggregation.multimodal import front, request_notes
-from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from support import tokenizing
-from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, Watch, answers, run
+from support.tokenizing import GOOD, IMAGE, TokenizerManagerWithoutScheduler, Watch, answers, asked, refusals, run
 
-GOOD = data_uri(picture(56, 56, seed=1))
 BAD = "data:image/png;base64,AAAA"
 
 
@@ -44,17 +42,6 @@ def fresh(manager: TokenizerManagerWithoutScheduler) -> Watch:
     manager.rid_to_state.clear()
     front._with_scheduler.clear()
     return manager.watch_nobody()
-
-
-def asked(**request: Any) -> GenerateReqInput:
-    where = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
-    defaults = {"text": f"{IMAGE}a", "image_data": [GOOD], "sampling_params": {"max_new_tokens": 4}}
-    return GenerateReqInput(**{**defaults, **where, **request})
-
-
-def refusals(manager: TokenizerManagerWithoutScheduler) -> list[Any]:
-    """What the scheduler is told for the other half, as it reads it."""
-    return [told for one in manager.sent if isinstance(one, AbortReq) and (told := front.refusal_in(one)) is not None]
 
 
 def abort(failure: Failure) -> Any:

@@ -27,7 +27,7 @@ from sglang.srt.observability import trace as sglangs_trace
 from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.runtime_context import get_serving
 from support import tokenizing
-from support.tokenizing import IMAGE, TokenizerManagerWithoutScheduler, answers, run
+from support.tokenizing import TokenizerManagerWithoutScheduler, answers, run
 
 GOOD = data_uri(picture(56, 56, seed=1))
 ROOM = (1 << 62) + 5
@@ -53,9 +53,7 @@ def manager(encode: TokenizerManagerWithoutScheduler) -> TokenizerManagerWithout
 
 
 def asked(**request: Any) -> GenerateReqInput:
-    where = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": ROOM}
-    defaults = {"text": f"{IMAGE}a", "image_data": [GOOD], "sampling_params": {"max_new_tokens": 4}}
-    return GenerateReqInput(**{**defaults, **where, **request})
+    return tokenizing.asked(bootstrap_room=ROOM, **request)
 
 
 def abort(rid: str) -> Any:
