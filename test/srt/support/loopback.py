@@ -23,6 +23,7 @@ from embedding_relay.observer import Nobody, Numbers, Summary
 from embedding_relay.protocol.errors import Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status, is_final
+from embedding_relay.registry.client import RegistryError, look_up
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
@@ -175,6 +176,7 @@ def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) ->
     registry.start()
     manager = EncodeManager.open(layout, config, host=HOST, bootstrap=Address(HOST, registry.port))
     manager.start()
+    _wait_until_announced(Address(HOST, registry.port), config)
     pipe.send(registry.port)
     _EncodeLoop(pipe, layout, manager).run()
     manager.close()
@@ -185,6 +187,20 @@ def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) ->
         pipe.send(str(error))
     else:
         pipe.send(None)
+
+
+def _wait_until_announced(registry: Address, config: RelayConfig) -> None:
+    """A rank tells its registry by itself, as soon as it can."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            look_up(registry, 0, config.keys.registry if config.keys else None)
+        except RegistryError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class _EncodeLoop:

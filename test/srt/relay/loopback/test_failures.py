@@ -38,10 +38,12 @@ from support.planes import both_planes, only
 from support.rows import LIMITS, Spec
 
 LAYOUT = small_layout()
-# Seconds, not minutes: every deadline is waited for.
+# A peer that is dead is missed within seconds. The other deadlines are far away: on a busy machine nothing is quick.
 QUICK = RelayConfig(
-    bootstrap_timeout=2, waiting_timeout=4, heartbeat_interval=0.5, heartbeat_max_failures=3, write_timeout=5
+    bootstrap_timeout=60, waiting_timeout=60, heartbeat_interval=0.5, heartbeat_max_failures=3, write_timeout=5
 )
+# For tests that wait for a deadline to pass.
+IMPATIENT = dataclasses.replace(QUICK, bootstrap_timeout=2)
 _rooms = itertools.count(1)
 
 
@@ -55,6 +57,12 @@ def encode() -> Iterator[EncodeInstance]:
 def language(encode: EncodeInstance) -> Iterator[LanguageRank]:
     with language_rank(LAYOUT, QUICK) as rank:
         yield rank
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[EncodeInstance]:
+    with encode_instance(LAYOUT, IMPATIENT) as instance:
+        yield instance
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_an_abort_is_acknowledged_and_then_the_blocks_are_free(
     receivers = language.start(encode.peer, room)
     encode.expect(Spec(room, 2000, held=True))
     receiver = receivers[room]
-    wait_until(lambda: receiver.poll() is Status.WAITING_FOR_INPUT, language.manager, 5)
+    wait_until(lambda: receiver.poll() is Status.WAITING_FOR_INPUT, language.manager, 30)
     receiver.abort()
     receiver.abort()
     language.wait([receiver])
@@ -112,7 +120,7 @@ def test_an_abort_in_the_middle_of_a_transfer(encode: EncodeInstance, room: int)
     with language_rank(small_layout(blocks=1), QUICK) as tight:
         receivers = tight.start(encode.peer, room)
         encode.expect(Spec(room, 200_000))
-        wait_until(lambda: receivers[room].poll() is Status.TRANSFERRING, tight.manager, 5)
+        wait_until(lambda: receivers[room].poll() is Status.TRANSFERRING, tight.manager, 30)
         receivers[room].abort(Failure(503, "the language instance is full"))
         tight.wait(receivers.values())
         assert encode.end_of(room) == (Status.FAILED, Failure(503, "the language instance is full"))
@@ -130,7 +138,7 @@ def test_what_the_encode_side_refuses_fails_on_the_language_side(
     else:
         receivers = language.start(encode.peer, room)
         encode.expect(Spec(room, 100, held=True))
-        wait_until(lambda: receivers[room].poll() is Status.WAITING_FOR_INPUT, language.manager, 5)
+        wait_until(lambda: receivers[room].poll() is Status.WAITING_FOR_INPUT, language.manager, 30)
         encode.refuse(room, refusal)
         language.wait(receivers.values())
         failure = receivers[room].failure()
@@ -161,47 +169,47 @@ def test_a_room_is_used_once_at_a_time(encode: EncodeInstance, language: Languag
 
 def test_a_room_that_gets_no_block_in_time(encode: EncodeInstance, room: int) -> None:
     """The holder's encoder takes its time; the one behind it is told why it failed."""
-    # Before the other side says that its own half of that request did not come.
-    sooner = dataclasses.replace(QUICK, bootstrap_timeout=1)
+    sooner = dataclasses.replace(QUICK, bootstrap_timeout=4)
     with language_rank(small_layout(blocks=1), sooner) as tight:
         tight.receive(encode, Spec(next(_rooms), 100))  # more than one room at a time is for instances that deliver
         holder = tight.start(encode.peer, room)
         encode.expect(Spec(room, 100, held=True))
-        wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
+        wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 30)
         waiting = next(_rooms)
-        assert failure_of(tight, encode.peer, waiting) == Failure(503, "no receive blocks within 1 s")
+        assert failure_of(tight, encode.peer, waiting) == Failure(503, "no receive blocks within 4 s")
         holder[room].abort()
         assert_all_given_back(tight)
 
 
 def test_a_language_side_that_nobody_expects_is_told_so(
-    encode: EncodeInstance, language: LanguageRank, room: int
+    impatient: EncodeInstance, language: LanguageRank, room: int
 ) -> None:
-    failure = failure_of(language, encode.peer, room)
+    failure = failure_of(language, impatient.peer, room)
     assert failure.code == 503
     assert "did not reach the encode instance within 2 s" in failure.text
-    assert_all_given_back(encode, language)
+    assert_all_given_back(impatient, language)
 
 
-def test_a_request_that_no_language_side_has(encode: EncodeInstance, room: int) -> None:
-    encode.expect(Spec(room, 100))
+def test_a_request_that_no_language_side_has(impatient: EncodeInstance, room: int) -> None:
+    impatient.expect(Spec(room, 100))
     failure = Failure(503, f"no language instance has asked for room {room} within 2 s")
-    assert encode.end_of(room) == (Status.FAILED, failure)
-    assert_all_given_back(encode)
+    assert impatient.end_of(room) == (Status.FAILED, failure)
+    assert_all_given_back(impatient)
 
 
-def test_registries_that_cannot_be_reached(language: LanguageRank) -> None:
-    started = time.monotonic()
+def test_registries_that_cannot_be_reached() -> None:
     receivers = {}
-    for peer in ("127.0.0.1:1", "no-such-host.invalid:80", "x" * 100 + ":80", "nonsense"):
-        receivers[peer] = language.start(peer, next(_rooms)).popitem()[1]
-    language.wait(receivers.values())
-    for peer, receiver in receivers.items():
-        failure = receiver.failure()
-        assert failure is not None
-        assert (failure.code, peer in failure.text) == (502, True), failure
-    assert time.monotonic() - started < 8
-    assert_all_given_back(language)
+    with language_rank(LAYOUT, IMPATIENT) as language:
+        started = time.monotonic()
+        for peer in ("127.0.0.1:1", "no-such-host.invalid:80", "x" * 100 + ":80", "nonsense"):
+            receivers[peer] = language.start(peer, next(_rooms)).popitem()[1]
+        language.wait(receivers.values())
+        for peer, receiver in receivers.items():
+            failure = receiver.failure()
+            assert failure is not None
+            assert (failure.code, peer in failure.text) == (502, True), failure
+        assert time.monotonic() - started < 8
+        assert_all_given_back(language)
 
 
 @both_planes
@@ -211,7 +219,7 @@ def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeIn
         doomed_instance = EncodeInstance(LAYOUT, QUICK)
         doomed = language.start(doomed_instance.peer, room)
         doomed_instance.expect(Spec(room, 500_000))
-        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 5)
+        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 30)
         started = time.monotonic()
         doomed_instance.kill()
         language.wait(doomed.values())
@@ -240,7 +248,7 @@ def test_blocks_of_a_dead_encode_instance_wait_for_what_it_had_sent(room: int, m
         doomed_instance = EncodeInstance(LAYOUT, QUICK)
         doomed = language.start(doomed_instance.peer, room)
         doomed_instance.expect(Spec(room, 500_000))
-        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 5)
+        wait_until(lambda: doomed[room].poll() is Status.TRANSFERRING, language.manager, 30)
         doomed_instance.kill()
         language.wait(doomed.values())
         settle(language.manager.metrics, lambda _: len(looks) >= 2, patience=10)
@@ -256,11 +264,10 @@ def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
 ) -> None:
     """Its control plane lives. Something takes connections where its engine should be, and answers nothing."""
     rooms = [room, next(_rooms)]
-    patient = dataclasses.replace(QUICK, bootstrap_timeout=60, waiting_timeout=60)
-    with socket.create_server((HOST, 0)) as silent, encode_instance(LAYOUT, patient) as encode:
+    with socket.create_server((HOST, 0)) as silent, encode_instance(LAYOUT, QUICK) as encode:
         session_id = f"{HOST}:{silent.getsockname()[1]}"
         monkeypatch.setattr(MooncakeDataPlane, "session_id", session_id)
-        with language_rank(small_layout(blocks=8), patient) as dead:
+        with language_rank(small_layout(blocks=8), QUICK) as dead:
             started = time.monotonic()
             receivers = dead.start(encode.peer, *rooms)
             encode.expect(*(Spec(number, 2000) for number in rooms))
@@ -276,9 +283,10 @@ def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
 
 @both_planes
 def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: EncodeInstance, room: int) -> None:
+    before = encode.metrics().totals["bytes"]
     dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, room)
     encode.expect(Spec(room, 500_000))
-    settle(encode.metrics, lambda m: m.totals["bytes"] > 100_000 and m.sizes["rooms"] == 1)
+    settle(encode.metrics, lambda m: m.totals["bytes"] > before + 100_000 and m.sizes["rooms"] == 1)
     dying.kill()
     status, failure = encode.end_of(room)
     assert status is Status.FAILED
@@ -289,9 +297,9 @@ def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: E
 
 
 def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room: int) -> None:
-    holder, patient = next(_rooms), dataclasses.replace(QUICK, bootstrap_timeout=60, waiting_timeout=60)
-    with encode_instance(LAYOUT, patient) as encode:
-        dying = LanguageProcess(small_layout(blocks=1), patient, encode.peer, holder, room)
+    holder = next(_rooms)
+    with encode_instance(LAYOUT, QUICK) as encode:
+        dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, holder, room)
         settle(encode.metrics, lambda m: m.sizes["rooms"] == 2)  # one is asked for, the other announced
         encode.expect(Spec(holder, 100, held=True), Spec(room, 100, held=True))
         dying.kill()
@@ -299,16 +307,16 @@ def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room:
             status, failure = encode.end_of(waiting)
             assert status is Status.FAILED
             assert failure is not None
-            assert (failure.code, f"was silent for {patient.timing.silence:g} s" in failure.text) == (502, True)
+            assert (failure.code, f"was silent for {QUICK.timing.silence:g} s" in failure.text) == (502, True)
         assert_all_given_back(encode)
 
 
 def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(room: int) -> None:
-    holder, brief = next(_rooms), dataclasses.replace(QUICK, bootstrap_timeout=60, first_word_timeout=0.5)
+    holder, brief = next(_rooms), dataclasses.replace(QUICK, first_word_timeout=2)
     with encode_instance(LAYOUT, brief) as encode, language_rank(small_layout(blocks=1), brief) as tight:
         holding = tight.start(encode.peer, holder)
         encode.expect(Spec(holder, 100, held=True))
-        wait_until(lambda: holding[holder].poll() is Status.WAITING_FOR_INPUT, tight.manager, 5)
+        wait_until(lambda: holding[holder].poll() is Status.WAITING_FOR_INPUT, tight.manager, 30)
         waiting = tight.start(encode.peer, room)
         lonely = next(_rooms)
         encode.expect(Spec(room, 100), Spec(lonely, 100))
@@ -324,7 +332,7 @@ def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(ro
 def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_over(room: int) -> None:
     """S3 from end to end: it is stopped before a write of 32 MiB, and goes on when the sender has given up."""
     wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
-    patient = dataclasses.replace(QUICK, heartbeat_interval=1.0, bootstrap_timeout=20)
+    patient = dataclasses.replace(QUICK, heartbeat_interval=1.0)
     with encode_instance(wide, patient) as encode:
         stopped = LanguageProcess(wide, patient, encode.peer, warm, room, rows=2048)
         encode.expect(Spec(warm, 100))
@@ -363,7 +371,7 @@ def test_a_stopped_language_rank_is_written_to_and_has_its_rows_when_it_goes_on(
 
 @only(SHARED_MEMORY)
 def test_a_language_rank_that_is_stopped_before_the_first_write_fails_its_room_within_seconds(room: int) -> None:
-    patient = dataclasses.replace(QUICK, heartbeat_interval=5.0, bootstrap_timeout=20)
+    patient = dataclasses.replace(QUICK, heartbeat_interval=5.0)
     with encode_instance(LAYOUT, patient) as encode:
         stopped = LanguageProcess(LAYOUT, patient, encode.peer, room)
         settle(encode.metrics, lambda m: m.sizes["rooms"] == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import socket
@@ -42,7 +43,9 @@ from support.loopback import (
 from support.rows import Spec
 
 LAYOUT = small_layout()
-QUICK = RelayConfig(bootstrap_timeout=3, waiting_timeout=20, heartbeat_interval=2, heartbeat_max_failures=3)
+# What a stranger asks for is forgotten within seconds. Those whose rows shall arrive meanwhile have time.
+QUICK = RelayConfig(bootstrap_timeout=3, waiting_timeout=60, heartbeat_interval=2, heartbeat_max_failures=3)
+PATIENT = dataclasses.replace(QUICK, bootstrap_timeout=60)
 _rooms = itertools.count(1 << 40)
 
 
@@ -89,8 +92,14 @@ def encode() -> Iterator[EncodeInstance]:
 
 
 @pytest.fixture(scope="module")
-def language(encode: EncodeInstance) -> Iterator[LanguageRank]:
-    with language_rank(small_layout(blocks=6), QUICK) as rank:
+def patient() -> Iterator[EncodeInstance]:
+    with encode_instance(LAYOUT, PATIENT) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def language() -> Iterator[LanguageRank]:
+    with language_rank(small_layout(blocks=6), PATIENT) as rank:
         yield rank
 
 
@@ -119,16 +128,16 @@ def raw_noise(to: Address, rng: random.Random) -> None:
 
 
 def test_rooms_under_way_do_not_notice_a_flood(
-    encode: EncodeInstance, language: LanguageRank, stranger: Stranger
+    patient: EncodeInstance, language: LanguageRank, stranger: Stranger
 ) -> None:
-    where = encode.ask("address")
+    where = patient.ask("address")
     long = Spec(next(_rooms), 200_000)
-    receivers = language.start(encode.peer, long.room)
-    encode.expect(long)
-    wait_until(lambda: receivers[long.room].poll() is Status.TRANSFERRING, language.manager, 10)
+    receivers = language.start(patient.peer, long.room)
+    patient.expect(long)
+    wait_until(lambda: receivers[long.room].poll() is Status.TRANSFERRING, language.manager, 30)
     known = words(language, where, long.room)
     lines = [line for file in sorted(CORPUS.glob("*.txt")) for line in read_corpus(file, known) if line.frames]
-    rng, undecodable = random.Random(1), encode.metrics().events[Event.UNDECODABLE]
+    rng, undecodable = random.Random(1), patient.metrics().events[Event.UNDECODABLE]
     specs = [long]
     sent = 0
     for turn in range(25):
@@ -142,14 +151,14 @@ def test_rooms_under_way_do_not_notice_a_flood(
         raw_noise(language.manager.address, rng)
         if turn % 5 == 0:
             specs.append(Spec(next(_rooms), rng.randint(1, 3000)))
-            receivers |= language.start(encode.peer, specs[-1].room)
-            encode.expect(specs[-1])
+            receivers |= language.start(patient.peer, specs[-1].room)
+            patient.expect(specs[-1])
     assert sent > 4000
     language.wait(receivers.values(), timeout=60)
     language.check(receivers, specs)
-    settle(encode.metrics, lambda m: m.events[Event.UNDECODABLE] >= undecodable + 1000, patience=10)
+    settle(patient.metrics, lambda m: m.events[Event.UNDECODABLE] >= undecodable + 1000, patience=10)
     assert language.manager.metrics().events[Event.UNDECODABLE] > 1000
-    assert_all_given_back(encode, language)
+    assert_all_given_back(patient, language)
 
 
 def test_frames_that_are_too_long_cost_only_their_sender(
@@ -212,7 +221,7 @@ def test_a_session_whose_engine_is_none_costs_its_own_request_and_holds_up_nobod
         encode.expect(*(Spec(offer.room, 1) for offer in offers.values()))
         started = time.monotonic()
         language.receive(encode, Spec(next(_rooms), 2000))
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5, "a silent engine is given up after six seconds"
         failures = {report.room: report.failure for report in (stranger.hear() for _ in offers)}
         for session_id, offer in offers.items():
             failure = failures[offer.room]
@@ -242,17 +251,17 @@ def test_a_session_cannot_be_taken_from_a_living_process(encode: EncodeInstance,
 
 
 def test_invented_addresses_cost_a_bounded_number_of_sockets(
-    encode: EncodeInstance, language: LanguageRank, stranger: Stranger
+    patient: EncodeInstance, language: LanguageRank, stranger: Stranger
 ) -> None:
-    where = encode.ask("address")
+    where = patient.ask("address")
     under_way, later = Spec(next(_rooms), 100_000), Spec(next(_rooms), 2000)
-    receivers = language.start(encode.peer, under_way.room)
-    encode.expect(under_way)
+    receivers = language.start(patient.peer, under_way.room)
+    patient.expect(under_way)
     for number in range(4000):
         address = Address(f"127.0.{number % 250}.{1 + number // 250}", 1 + number)
         stranger.say(where, Ping(address, "stranger:1", "x"))
     language.wait(receivers.values())
     language.check(receivers, [under_way])
-    language.receive(encode, later)
-    settle(encode.metrics, lambda m: 0 < m.sizes["connections"] <= MAX_STRANGERS + 1)
-    assert_all_given_back(encode, language)
+    language.receive(patient, later)
+    settle(patient.metrics, lambda m: 0 < m.sizes["connections"] <= MAX_STRANGERS + 1)
+    assert_all_given_back(patient, language)

@@ -50,7 +50,7 @@ from support.target import Target
 OURS, OTHER = Keys.of(b"ours" * 8), Keys.of(b"others" * 8)
 KEY = OURS.registry
 LAYOUT = small_layout()
-OPEN = RelayConfig(bootstrap_timeout=5, waiting_timeout=5, heartbeat_interval=0.2, default_allocate_tokens=1024)
+OPEN = RelayConfig(bootstrap_timeout=30, waiting_timeout=30, heartbeat_interval=0.5, default_allocate_tokens=1024)
 SECURE = dataclasses.replace(OPEN, keys=OURS)
 RANK = EncodeRank(0, HOST, 1234, "abc", LAYOUT.handshake())
 # An address of this machine that is neither the usual one nor all of them.
@@ -144,7 +144,7 @@ def test_whoever_listens_on_the_way_reads_nothing_of_a_message(config: RelayConf
             language.receive(encode, Spec(room, 2000))
             held = language.start(encode.peer, room + 1)
             encode.expect(Spec(room + 1, 100, held=True))
-            wait_until(lambda: held[room + 1].poll() is Status.WAITING_FOR_INPUT, language.manager, 5)
+            wait_until(lambda: held[room + 1].poll() is Status.WAITING_FOR_INPUT, language.manager, 30)
             held[room + 1].abort()
             assert encode.end_of(room + 1)[0] is Status.FAILED
             assert_all_given_back(encode, language)
