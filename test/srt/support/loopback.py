@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import zmq
@@ -266,15 +266,16 @@ class _EncodeLoop:
         [link] = self._manager.plane._links  # type: ignore[attr-defined]
         session_id, pointer, write = link._session_id, self._manager._buffers.pointers[0], link.write_in_turn
 
-        def write_after_rejection(pieces: Iterable[Sequence[Entry]]) -> Iterator[None]:
+        def write_after_rejection(pieces: Iterable[Sequence[Entry]]) -> NoReturn:
             link.write_in_turn = write
             pieces = list(pieces)
             where = [pieces[0][0].destination]
-            # A rejection does not always make it refuse what comes next.
-            while not link._engine.batch_transfer_sync_write(session_id, [pointer], where, [64]):
-                what = [pointer] * TOO_MANY_ENTRIES, where * TOO_MANY_ENTRIES, [64] * TOO_MANY_ENTRIES
-                assert link._engine.batch_transfer_sync_write(session_id, *what) == -1
-            yield from write(pieces)
+            what = [pointer] * TOO_MANY_ENTRIES, where * TOO_MANY_ENTRIES, [64] * TOO_MANY_ENTRIES
+            while True:  # a rejection does not always make it refuse what comes next, nor for long
+                while not link._engine.batch_transfer_sync_write(session_id, [pointer], where, [64]):
+                    assert link._engine.batch_transfer_sync_write(session_id, *what) == -1
+                for _ in write(pieces):
+                    pass
 
         link.write_in_turn = write_after_rejection
         self._pipe.send(None)
