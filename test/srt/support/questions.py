@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from typing import Any
 
 from PIL.Image import Image
@@ -38,6 +40,13 @@ class Question:
 
     def ask(self, url: str, **options: Any) -> Answer:
         return post(f"{url}/v1/chat/completions", self.body(**options))
+
+    def send(self, url: str) -> HTTPConnection:
+        """Nobody waits for the answer."""
+        connection = HTTPConnection(url.removeprefix("http://"))
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(self.body()), headers)
+        return connection
 
 
 def squares(family: str, wide: int, high: int, seed: int) -> Image:
