@@ -70,6 +70,10 @@ class Point(NamedTuple):
             return 3
         return max(3 if quick else 10, self.at_once * (2 if quick or self.side > 300 else 4))
 
+    def before(self, quick: bool) -> int:
+        """Requests that are not measured: what several of them make of a batch is compiled when it first occurs."""
+        return 0 if quick or self.side > 300 else 12 * self.at_once
+
     def __str__(self) -> str:
         return f"{self.side}²{f' x {self.images}' if self.images > 1 else ''}, {self.at_once} at once"
 
@@ -229,6 +233,8 @@ def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle:
                 seeds = itertools.count(1000 * (2 * turn + number) + 1)
                 ask(url, model, Point(112, 1, 4), 8, next(seeds))  # connections, first passes of the models
                 for point in points(arguments):
+                    if before := point.before(arguments.quick):
+                        ask(url, model, point, before, next(seeds))
                     requests = point.requests(arguments.quick)
                     run = ask_and_note(cluster, url, model, point, requests, next(seeds))
                     measured.setdefault((candidate, point), []).append(run)

@@ -229,7 +229,14 @@ class LanguageManager(MooncakeEmbeddingManager):
         self._receivers[receiver.room] = receiver
         self.recorder.note(receiver.room, recorder.PARKED, now)
         held = self._repeats.begin(receiver.room, receiver.sources)
-        effects = self._core.request(receiver.room, receiver.bootstrap_addr, now, hint_rows=hint_rows, held=held)
+        effects = self._core.request(
+            receiver.room,
+            receiver.bootstrap_addr,
+            now,
+            hint_rows=hint_rows,
+            held=held,
+            items=len(receiver.sources),
+        )
         self._run(effects, now)
 
     def peer_resolved(self, peer: str, rank: EncodeRank, now: float) -> None:

@@ -44,6 +44,8 @@ class Peer:
     """Before that: the room that tries it."""
     held: int = 0
     """Blocks of its rooms, those in quarantine included."""
+    held_by_many: int = 0
+    """Those of rooms with many items."""
     quarantined: int = 0
     overdue: int = 0
     """Its rooms whose blocks have been in quarantine for too long."""
@@ -51,6 +53,8 @@ class Peer:
     unanswered: int = 0
     """Pings since it was last heard."""
     queued: set[int] = dataclasses.field(default_factory=set)
+    queued_with_many: set[int] = dataclasses.field(default_factory=set)
+    """Those of the queued rooms that have many items."""
     announced: set[int] = dataclasses.field(default_factory=set)
     """Those of the queued rooms that this instance has been told of."""
     under_way: set[int] = dataclasses.field(default_factory=set)
@@ -150,7 +154,7 @@ class Peers:
         self.forget_if_useless(peer)
 
     def _leave(self, peer: Peer, room: int) -> None:
-        for rooms in (peer.queued, peer.announced, peer.under_way, peer.untold):
+        for rooms in (peer.queued, peer.queued_with_many, peer.announced, peer.under_way, peer.untold):
             rooms.discard(room)
         if peer.trial == room:
             peer.trial = None

@@ -88,7 +88,12 @@ class Shared:
     def held_back(self) -> int:
         """Rooms of the queue that get no block even if some are free, because their peer may have no more."""
         found = (peer for peer in self.peers if peer.queued and peer.address is not None)
-        return sum(len(peer.queued) for peer in found if not self.share.left(peer))
+        return sum(len(self._held_back_of(peer)) for peer in found)
+
+    def _held_back_of(self, peer: Peer) -> set[int]:
+        if not self.share.left(peer):
+            return peer.queued
+        return set() if self.share.at_first(peer, many_items=True) else peer.queued_with_many
 
     @property
     def servable(self) -> int:
@@ -112,10 +117,19 @@ class LanguageRoom:
     """From the queue through offers and copies to its end, and then to the proof that nothing more can land."""
 
     def __init__(
-        self, room: int, peer: Peer, wanted_rows: int, kept: Iterable[str], shared: Shared, now: float
+        self,
+        room: int,
+        peer: Peer,
+        wanted_rows: int,
+        kept: Iterable[str],
+        shared: Shared,
+        now: float,
+        *,
+        many_items: bool = False,
     ) -> None:
         self.room = room
         self.peer = peer
+        self.many_items = many_items
         self.wanted_rows = wanted_rows
         self.kept = tuple(kept)
         """Keys of items that may turn out to be in the prompt, and whose rows are kept here until the room is over."""
@@ -152,6 +166,8 @@ class LanguageRoom:
         self._trial_ends = math.inf
         shared.rooms[room] = shared.queue[room] = self
         peer.queued.add(room)
+        if many_items:
+            peer.queued_with_many.add(room)
         shared.alarms.set(room, self._deadline)
 
     @property
@@ -231,12 +247,16 @@ class LanguageRoom:
         ]
 
     def _lease(self, count: int) -> tuple[int, ...]:
-        self.peer.held += count
+        self._count_held(count)
         return self._shared.pool.lease(count, self.room)
 
     def _give_back(self, blocks: tuple[int, ...]) -> None:
         self._shared.pool.give_back(blocks, self.room)
-        self.peer.held -= len(blocks)
+        self._count_held(-len(blocks))
+
+    def _count_held(self, more: int) -> None:
+        self.peer.held += more
+        self.peer.held_by_many += more if self.many_items else 0
 
     def _say(self, offers: Iterable[Offer]) -> list[LanguageEffect]:
         return [self._send(self._info(offer)) for offer in offers]
@@ -561,7 +581,7 @@ class LanguageRoom:
             return []
         if self.blocks:
             self._shared.pool.release_quarantine(self.room)
-            self.peer.held -= len(self.blocks)
+            self._count_held(-len(self.blocks))
             self.peer.quarantined -= len(self.blocks)
             self.peer.overdue -= self.overdue
         return self._forget()

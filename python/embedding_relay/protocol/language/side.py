@@ -10,7 +10,7 @@ from embedding_relay.protocol.effects import LanguageEffect, Note, Send, StatusC
 from embedding_relay.protocol.ended import EndedRooms
 from embedding_relay.protocol.errors import BAD_GATEWAY, CLIENT_GONE, CONFLICT, Failure, LocalError
 from embedding_relay.protocol.language.peers import Peer, PeerCheck, Peers
-from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
+from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare, has_many
 from embedding_relay.protocol.language.room import SMALLEST_HALF, LanguageRoom, Shared
 from embedding_relay.protocol.messages import (
     AbortAck,
@@ -63,10 +63,18 @@ class LanguageSide:
     # ---- from this instance
 
     def request(
-        self, room: int, peer: str, now: float, *, hint_rows: int | None = None, held: Iterable[str] = ()
+        self,
+        room: int,
+        peer: str,
+        now: float,
+        *,
+        hint_rows: int | None = None,
+        held: Iterable[str] = (),
+        items: int = 1,
     ) -> list[LanguageEffect]:
         """Get the rows of a room from the encode instance whose registry is at `peer`.
 
+        `items`: how many pictures, videos and sounds its prompt has.
         `held`: keys of items that it may have, whose rows are here and are kept until the room is over.
         """
         shared, known = self._shared, self._rooms.get(room)
@@ -81,7 +89,8 @@ class LanguageSide:
             return [StatusChanged(room, Status.FAILED, Failure(CONFLICT, f"room {room} was used before"))]
         wanted = hint_rows or shared.reservation.rows(len(self._rooms) + 1)
         source = self._peers.for_new_room(peer, now)
-        LanguageRoom(room, source, max(1, min(wanted, shared.max_rows)), held, shared, now)
+        wanted = max(1, min(wanted, shared.max_rows))
+        LanguageRoom(room, source, wanted, held, shared, now, many_items=has_many(items))
         if source.address is None:
             return self._peers.look_up(source)
         return [*self._serve_queue(now), *self._announce(source, now)]
@@ -117,7 +126,7 @@ class LanguageSide:
     # ---- the queue
 
     def _serve_queue(self, now: float) -> list[LanguageEffect]:
-        """First come, first served for the first block, except for rooms whose peer may have no more.
+        """First come, first served for the first block, except for rooms that may have none of what is left of a share.
 
         With several ranks, a room must not lose its place to a later one only because its peer is still being looked
         up here: on another rank it may be the other way round, and each would hold what the other waits for. So one
@@ -133,7 +142,7 @@ class LanguageSide:
             if peer.address is None:
                 left_for_earlier += left_for_each
                 continue
-            if not (share := shared.share.left(peer)):
+            if not (share := shared.share.at_first(peer, many_items=room.many_items)):
                 continue
             if pool.free <= left_for_earlier:
                 break

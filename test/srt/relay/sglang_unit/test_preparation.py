@@ -5,6 +5,8 @@ SGLang's tokenizer manager, processor and loaders are real; support/tokenizing.p
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import io
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,53 @@ import pytest
 import torch
 
 from embedding_relay.media_sources import MediaSources, NotAccepted
-from sglang.srt.disaggregation.multimodal import preparation
+from sglang.srt.disaggregation.multimodal import admitting, preparation
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.multimodal.processors.executor import MultimodalProcessorExecutor
 from sglang.srt.utils import ImageData
 from support.preparing import GOOD, GOOD_URI, PNG, refusal, uri
 from support.tokenizing import IMAGE, VIDEO, TokenizerManagerWithoutScheduler
 
 MODE = "encode"
+
+
+def test_small_requests_pass_large_ones_that_wait_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own executor, with one thread; what a request costs is what admission has guessed."""
+    served: list[str] = []
+    costs = {"large": 1 << 30, "small": 1 << 20}
+    asking = contextvars.ContextVar[str]("asking")
+    monkeypatch.setattr(admitting, "cost_of_this", lambda: costs[asking.get().split()[0]])
+
+    def process(name: str, processor: object) -> str:
+        served.append(name)
+        return name
+
+    async def ask(executor: MultimodalProcessorExecutor, name: str) -> str:
+        asking.set(name)
+        return await preparation.process_in_turn(MultimodalProcessorExecutor.run, executor, process, name)
+
+    async def work() -> None:
+        executor = MultimodalProcessorExecutor(dict, 1)
+        names = [*(f"large {number}" for number in range(8)), "small"]
+        assert await asyncio.gather(*(ask(executor, name) for name in names)) == names
+        executor.shutdown()
+
+    asyncio.run(work())
+    # One is in the thread and one behind it when the others come.
+    assert served == ["large 0", "large 1", "small", *(f"large {number}" for number in range(2, 8))]
+
+
+def test_a_processor_that_stops_an_iteration_fails_its_request() -> None:
+    def process(processor: object) -> None:
+        raise StopIteration
+
+    async def work() -> None:
+        executor = MultimodalProcessorExecutor(dict, 1)
+        with pytest.raises(RuntimeError, match="came to an end of its media too early"):
+            await preparation.process_in_turn(MultimodalProcessorExecutor.run, executor, process)
+        executor.shutdown()
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("medium", ["image", "video", "audio"])

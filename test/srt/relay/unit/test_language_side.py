@@ -133,6 +133,11 @@ def offered(effects: Sequence[LanguageEffect]) -> list[int]:
     return [message.room for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)]
 
 
+def blocks_offered(effects: Sequence[LanguageEffect]) -> tuple[int, ...]:
+    offers = [message for message in sent(effects) if isinstance(message, TransferEmbeddingInfo)]
+    return offers[0].dst_embedding_indices if offers else ()
+
+
 def find_second(side: LanguageSide, *rooms: int, now: float = 0.0) -> list[LanguageEffect]:
     """Rooms are requested from another peer, which is found."""
     for room in rooms:
@@ -259,6 +264,47 @@ def test_a_peer_leaves_an_eighth_of_the_pool_to_others() -> None:
     assert [bool(offered(side.request(room, SECOND, 1.0))) for room in (101, 102, 103)] == [True, True, False]
     side.receive(report(Status.SUCCESS, 4, room=1), 2.0)
     assert offered(side.copied(1, 4, 4, 2.0)) == [15], "the first of those that wait"
+
+
+def test_requests_with_many_items_leave_an_eighth_to_those_with_few() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    assert sum(bool(offered(side.request(room, PEER, 1.0, items=5))) for room in range(1, 20)) == 12
+    assert side.sizes()["held_back"] == 7
+    assert [bool(offered(side.request(room, PEER, 1.0, items=4))) for room in (31, 32, 33)] == [True, True, False]
+    assert side.sizes()["held_back"] == 8, "now all that the peer may have is held"
+    side.receive(report(Status.SUCCESS, 4, room=31), 2.0)
+    assert offered(side.copied(31, 4, 4, 2.0)) == [33], "what one with few had is nothing for those with many"
+    side.receive(report(Status.SUCCESS, 4, room=1), 2.0)
+    assert offered(side.copied(1, 4, 4, 2.0)) == [13], "the first of those that wait"
+
+
+def test_those_with_few_items_divide_what_the_others_leave_them() -> None:
+    side = language_side_with_proven_peer(blocks=512, default=256)
+    many = [len(blocks_offered(side.request(room, PEER, 1.0, items=28))) for room in range(1, 10)]
+    assert many == [64] * 6 + [0] * 3
+    few = [len(blocks_offered(side.request(room, PEER, 1.0))) for room in range(11, 61)]
+    assert few[:4] == [8, 7, 6, 5]
+    assert sum(few) <= 64
+    assert sum(map(bool, few)) > 20, "many small requests find blocks beside each other"
+    assert side.sizes()["blocks_free"] >= 64, "and an eighth is there for other peers"
+
+
+def test_blocks_of_a_request_with_many_items_that_failed_count_until_they_come_back() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    for room in range(1, 14):
+        side.request(room, PEER, 1.0, items=9)
+    side.cancel(1, 2.0)
+    assert side.sizes()["held_back"] == 1
+    assert offered(side.receive(AbortAck(1), 3.0)) == [13]
+
+
+def test_one_with_many_items_that_leaves_the_queue_holds_nobody_back() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    for room in range(1, 15):
+        side.request(room, PEER, 1.0, items=9)
+    assert side.sizes()["held_back"] == 2
+    side.cancel(14, 2.0)
+    assert side.sizes()["held_back"] == 1
 
 
 def test_growth_stays_within_the_share_and_is_not_stopped_by_rooms_that_are_held_back() -> None:

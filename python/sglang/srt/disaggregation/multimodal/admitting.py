@@ -232,6 +232,11 @@ class Admitted:
         """By room, until its tower has run."""
         self._rows = 0
 
+    @property
+    def prepared_bytes(self) -> int:
+        """As far as anybody can guess."""
+        return self._guess.prepared
+
     def prepared(self, room: int | None, inputs: Any, config: Any) -> None:
         """One of its prompts is ready: when all are, their cost is known and no guess any more."""
         for item in inputs.mm_items if inputs is not None else ():
@@ -287,6 +292,11 @@ async def admitted(manager: Any, obj: Any, request: Any, rooms: Sequence[int]) -
         finally:
             for room in rooms:
                 _by_room.pop(room, None)
+
+
+def cost_of_this() -> int:
+    """Bytes that the media of the request that this task is about are expected to become; 0 where nobody has asked."""
+    return one.prepared_bytes if (one := _current.get()) is not None else 0
 
 
 def note_prepared(tokenized: Any, config: Any) -> None:

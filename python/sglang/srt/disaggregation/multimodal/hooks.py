@@ -204,12 +204,12 @@ async def tokenize(original: Original, manager: Any, obj: Any) -> Any:
             return await original(manager, obj)
 
 
-def process_in_thread(original: Original, *args: Any) -> Any:
+async def process_in_turn(original: Original, executor: Any, function: Original, *args: Any, **kwargs: Any) -> Any:
     if modes.current() is None:
-        return original(*args)
+        return await original(executor, function, *args, **kwargs)
     from sglang.srt.disaggregation.multimodal import preparation
 
-    return preparation.run_in_thread(original, *args)
+    return await preparation.process_in_turn(original, executor, function, *args, **kwargs)
 
 
 def guard_media_session(session: Any) -> Any:
@@ -425,8 +425,8 @@ HOOKS: Final = (
     Hook(f"{_TOKENIZER_MANAGER}._handle_abort_finish_reason", tell_of_abort, HookType.AROUND),
     Hook(f"{_TOKENIZER_MANAGER}._tokenize_one_request", tokenize, HookType.AROUND),
     Hook(
-        "sglang.srt.multimodal.processors.executor.MultimodalProcessorExecutor._run",
-        process_in_thread,
+        "sglang.srt.multimodal.processors.executor.MultimodalProcessorExecutor.run",
+        process_in_turn,
         HookType.AROUND,
     ),
     Hook("sglang.srt.utils.common.get_mm_http_session", guard_media_session, HookType.AFTER),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from embedding_relay.config import RelayConfig
+from embedding_relay.fair_line import FairLine
 from embedding_relay.media_sources import MediaSources
 from sglang.srt.disaggregation.multimodal import admitting, faults, forwarding, modes, precomputed, request_notes
 from sglang.srt.disaggregation.multimodal.request_notes import Note
@@ -49,14 +50,25 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
         raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
 
 
-def run_in_thread(original: Callable[..., Any], *args: Any) -> Any:
-    """Around the work of a thread of SGLang's image processing, whose result an event loop waits for.
+async def process_in_turn(
+    original: Callable[..., Any], executor: Any, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Around SGLang's image processing, which has few threads: a small request is not behind all large ones."""
+    async with _line_of(executor).turn(admitting.cost_of_this()):
+        return await original(executor, functools.partial(_without_stop_iteration, function), *args, **kwargs)
 
-    A StopIteration, which a prompt with too many placeholders brings about, cannot be set as the outcome of a future:
-    the request would wait for ever.
+
+@functools.cache
+def _line_of(executor: Any) -> FairLine:
+    return FairLine(executor._executor._max_workers + 1)  # one is there already when a thread has become free
+
+
+def _without_stop_iteration(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A StopIteration, which a prompt with too many placeholders brings about, cannot be the outcome of a future: the
+    request would wait for ever.
     """
     try:
-        return original(*args)
+        return function(*args, **kwargs)
     except StopIteration as error:
         raise RuntimeError("SGLang's processor came to an end of its media too early") from error
 
