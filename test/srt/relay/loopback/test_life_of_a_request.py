@@ -31,6 +31,7 @@ LAYOUT = small_layout()
 # doors.py is asked whenever Python imports something, and the last four are those of an instance with several ranks.
 BESIDE = {
     "admission.py",
+    "fair_line.py",
     "media_costs.py",
     "config.py",
     "doors.py",

@@ -62,7 +62,7 @@ class MultimodalLanguageRequest:
 
 
 class MultimodalLanguagePreallocQueue:
-    """Rooms that have no receive blocks yet; the manager serves them first come, first served."""
+    """Rooms that have no receive blocks yet; the manager serves them in order, those with few items apart."""
 
     def __init__(
         self, manager: AnyLanguageManager, on_end: Callable[[int, Failure | None], None] | None = None
