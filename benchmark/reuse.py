@@ -1,7 +1,7 @@
 """What it is worth that a picture is sent once: SGLang's own split and pairs of this plugin see pictures again.
 
     .venv/bin/python benchmark/reuse.py [--candidates split pair ...] [--reuse 0 0.3 0.7] [--requests 48] [--at-once 8]
-                                        [--shrink 16] [--turns 1] [--add] [--quick] [--out FOLDER]
+                                        [--shrink 8] [--turns 1] [--add] [--quick] [--out FOLDER]
 
 The requests are those of `trace.py`, so many at once, each sent when one before it was answered. `--reuse` is the share
 of pictures that an earlier request has shown. Candidates of a turn get the same requests, one candidate after the
@@ -373,7 +373,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--reuse", type=float, nargs="+", default=sorted(GOALS))
     parser.add_argument("--requests", type=int, default=48, help="of each share in a turn")
     parser.add_argument("--at-once", type=int, default=8)
-    parser.add_argument("--shrink", type=int, default=16, help="divides all numbers of tokens of the trace")
+    parser.add_argument("--shrink", type=int, default=8, help="divides all numbers of tokens of the trace")
     parser.add_argument("--pictures", type=int, default=9, help="that are asked about again; an odd number")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--add", action="store_true", help="to what --out has already")

@@ -41,11 +41,11 @@ class Question:
     def ask(self, url: str, **options: Any) -> Answer:
         return post(f"{url}/v1/chat/completions", self.body(**options))
 
-    def send(self, url: str) -> HTTPConnection:
+    def send(self, url: str, **options: Any) -> HTTPConnection:
         """Nobody waits for the answer."""
         connection = HTTPConnection(url.removeprefix("http://"))
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(self.body()), headers)
+        connection.request("POST", "/v1/chat/completions", json.dumps(self.body(**options)), headers)
         return connection
 
 

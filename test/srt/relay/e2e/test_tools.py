@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import secrets
 import subprocess
 import sys
 import urllib.error
@@ -20,7 +21,7 @@ import pytest
 
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import ask, data_uri, post
-from embedding_relay.tools.local_cluster import COMMON_ENVIRON
+from embedding_relay.tools.local_cluster import COMMON_ENVIRON, HOST
 from support.pairs import LARGE, Pair
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories, token_ids
@@ -33,6 +34,7 @@ register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 REQUESTS = 12
 BURST = 200
 FEW = 4
+BOOTSTRAP_PORT = "--disaggregation-bootstrap-port"
 RELAY = str(Path(sys.executable).with_name("sglang-relay"))
 
 # Two tokenizer workers at each half, and a pool that a burst has to wait for.
@@ -228,6 +230,27 @@ def show_few_at_a_time(questions: list[Question]) -> Iterator[Question]:
         pictures = question.parts[:-1]
         for at in range(0, len(pictures), FEW):
             yield Question("few", (*pictures[at : at + FEW], "look"))
+
+
+def test_one_picture_is_answered_while_requests_with_many_hold_all_blocks_that_they_may(pair: Pair) -> None:
+    """Of these only the language halves are sent, so they would wait until their deadline, five minutes away."""
+    command, language = pair["encode"].command, pair["language"]
+    where = {"bootstrap_host": HOST, "bootstrap_port": int(command[command.index(BOOTSTRAP_PORT) + 1])}
+    many = Question("many", (*(squares(pair.family, 2, 2, 600 + at) for at in range(6)), "compare"))
+    one, another = (Question("one", (squares(pair.family, 5, 5, seed), "what")) for seed in (610, 611))
+    assert one.ask(pair.url).ok, "before it has delivered, an encode instance has one room at a time"
+    clients = [many.send(language.url, **where, bootstrap_room=secrets.randbits(62)) for _ in range(5)]
+    try:
+        wait_until(lambda: numbers_of(language)["waiting_rooms"] == 2)  # three have two blocks each, of eight
+        answer = another.ask(pair.url)
+        assert answer.ok, answer.body
+        assert answer.seconds < 60
+        assert numbers_of(language)["waiting_rooms"] == 2
+    finally:
+        for client in clients:
+            client.close()
+    for half in ("encode", "language"):
+        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
 
 
 def test_two_hundred_at_once(pair: Pair) -> None:
