@@ -202,7 +202,11 @@ def real_host(
         try:
             yield host
         finally:
+            pids = [pid for member in made.members for pid in member.group_members()]
             made.stop(grace=0)
+            for pid in pids:  # pixels on their way to the scheduler, which SGLang removes when they have arrived
+                for left in Path("/dev/shm").glob(f"sgl_shm_mm_{pid}_*"):
+                    left.unlink(missing_ok=True)
             if group is not None:
                 group.set_limit(UNLIMITED_BYTES)
 

@@ -69,15 +69,18 @@ class MooncakeEmbeddingReceiver(RoomEnd):
         room: int,
         number: int | None = None,
         sources: Sequence[str] = (),
+        items: int = 1,
     ) -> None:
         """`number`: by which all ranks of this instance know the room; without one, nobody wants its rows.
 
         `sources`: what the client calls the pictures of the prompt, in order; equal ones are probably equal pictures.
+        `items`: how many pictures, videos and sounds it has.
         """
         super().__init__(room)
         self.bootstrap_addr = bootstrap_addr
         self.number = number
         self.sources = sources
+        self.items = items
         self._manager = manager
         self._is_ours = False
         # Written by the control thread.
@@ -235,7 +238,7 @@ class LanguageManager(MooncakeEmbeddingManager):
             now,
             hint_rows=hint_rows,
             held=held,
-            items=len(receiver.sources),
+            items=receiver.items,
         )
         self._run(effects, now)
 

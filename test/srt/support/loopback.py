@@ -271,11 +271,12 @@ class _EncodeLoop:
             pieces = list(pieces)
             where = [pieces[0][0].destination]
             what = [pointer] * TOO_MANY_ENTRIES, where * TOO_MANY_ENTRIES, [64] * TOO_MANY_ENTRIES
-            while True:  # a rejection does not always make it refuse what comes next, nor for long
+            for _ in range(1000):  # a rejection does not always make it refuse what comes next, nor for long
                 while not link._engine.batch_transfer_sync_write(session_id, [pointer], where, [64]):
                     assert link._engine.batch_transfer_sync_write(session_id, *what) == -1
                 for _ in write(pieces):
                     pass
+            raise AssertionError("no rejection has made the engine refuse a write")
 
         link.write_in_turn = write_after_rejection
         self._pipe.send(None)

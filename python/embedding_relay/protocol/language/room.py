@@ -93,7 +93,14 @@ class Shared:
     def _held_back_of(self, peer: Peer) -> set[int]:
         if not self.share.left(peer):
             return peer.queued
-        return set() if self.share.at_first(peer, many_items=True) else peer.queued_with_many
+        return set() if self.left_for_many(peer) else peer.queued_with_many
+
+    def left_for_many(self, peer: Peer) -> int:
+        return self.share.left_for_many(peer, sum(one.held_by_many for one in self.peers))
+
+    def first_blocks(self, room: LanguageRoom) -> int:
+        """How many it may have now, that has none."""
+        return self.left_for_many(room.peer) if room.many_items else self.share.first_for_few(room.peer)
 
     @property
     def servable(self) -> int:
@@ -291,7 +298,8 @@ class LanguageRoom:
     def _refill(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Go on with the blocks in hand: fewer if fewer will do, more if nobody else could want them, never waiting."""
         shared, needed = self._shared, self.needed_blocks()
-        more = min(needed - len(blocks), shared.pool.free - 1, shared.share.left(self.peer))
+        left = shared.left_for_many(self.peer) if self.many_items else shared.share.left(self.peer)
+        more = min(needed - len(blocks), shared.pool.free - 1, left)
         if needed < len(blocks):
             self._give_back(blocks[needed:])
             return blocks[:needed]

@@ -142,7 +142,7 @@ class LanguageSide:
             if peer.address is None:
                 left_for_earlier += left_for_each
                 continue
-            if not (share := shared.share.at_first(peer, many_items=room.many_items)):
+            if not (share := shared.first_blocks(room)):
                 continue
             if pool.free <= left_for_earlier:
                 break

@@ -143,6 +143,12 @@ def test_long_data_is_told_apart_by_its_beginning_middle_and_end(at: int) -> Non
     assert len({*sources(image_data=[data, changed, data + "a", data])}) == 3
 
 
+def test_items_of_all_kinds_count() -> None:
+    request = GenerateReqInput(text="", image_data=[GOOD_URI, GOOD_URI], audio_data=["a"], video_data="v")
+    assert preparation.items_of(request) == 4
+    assert preparation.items_of(GenerateReqInput(text="", image_data=GOOD_URI)) == 1
+
+
 def test_what_nobody_can_name_has_no_name() -> None:
     assert sources(image_data=[{"format": "processor_output"}, GOOD]) == ("", "")
     assert sources(image_data=["x"], video_data=["y"]) == ()

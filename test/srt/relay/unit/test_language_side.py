@@ -289,6 +289,34 @@ def test_those_with_few_items_divide_what_the_others_leave_them() -> None:
     assert side.sizes()["blocks_free"] >= 64, "and an eighth is there for other peers"
 
 
+def test_one_with_many_items_that_grows_leaves_what_is_for_those_with_few() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    for room in range(1, 15):
+        side.request(room, PEER, 1.0, items=28)
+    side.receive(report(Status.TRANSFERRING, 4, room=1), 1.0)
+    assert len(offer_in(side.copied(1, 4, 1000, 1.0)).dst_embedding_indices) == 1
+    assert offered(side.request(31, PEER, 2.0)) == [31]
+
+
+def test_those_with_many_items_leave_an_eighth_whoever_their_peers_are() -> None:
+    side = language_side_with_proven_peer(blocks=16, default=4)
+    find_second(side, 100)
+    side.receive(report(Status.SUCCESS, 4, room=100), 1.0)
+    side.copied(100, 4, 4, 1.0)
+    first = [bool(offered(side.request(room, PEER, 1.0, items=9))) for room in range(1, 15)]
+    second = [bool(offered(side.request(room, SECOND, 1.0, items=9))) for room in range(101, 110)]
+    assert (sum(first), sum(second)) == (12, 2)
+    assert side.sizes()["held_back"] == 2 + 7
+    assert offered(side.request(31, PEER, 1.0)) == [31]
+    assert offered(side.request(131, SECOND, 1.0)) == [131]
+
+
+def test_a_large_request_with_one_item_leaves_an_eighth_of_a_share() -> None:
+    side = language_side_with_proven_peer(blocks=512, default=100_000, max_rows=100_000)
+    offers = [len(blocks_offered(side.request(room, PEER, 1.0))) for room in (1, 2, 3)]
+    assert offers == [384, 8, 7]
+
+
 def test_blocks_of_a_request_with_many_items_that_failed_count_until_they_come_back() -> None:
     side = language_side_with_proven_peer(blocks=16, default=4)
     for room in range(1, 14):

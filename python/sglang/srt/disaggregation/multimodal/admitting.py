@@ -225,7 +225,7 @@ class Admitted:
         self._gate = gate
         self._ticket = ticket
         self._guess = guess
-        self._left = prompts
+        self._prompts = self._left = prompts
         self._prepared: dict[str, int] = {}
         """By modality."""
         self._media: dict[int | None, int] = {}
@@ -234,8 +234,8 @@ class Admitted:
 
     @property
     def prepared_bytes(self) -> int:
-        """As far as anybody can guess."""
-        return self._guess.prepared
+        """Of each of its prompts, as far as anybody can guess."""
+        return self._guess.prepared // self._prompts
 
     def prepared(self, room: int | None, inputs: Any, config: Any) -> None:
         """One of its prompts is ready: when all are, their cost is known and no guess any more."""
@@ -295,7 +295,7 @@ async def admitted(manager: Any, obj: Any, request: Any, rooms: Sequence[int]) -
 
 
 def cost_of_this() -> int:
-    """Bytes that the media of the request that this task is about are expected to become; 0 where nobody has asked."""
+    """Bytes that the media of the prompt that this task is about are expected to become; 0 where nobody has asked."""
     return one.prepared_bytes if (one := _current.get()) is not None else 0
 
 

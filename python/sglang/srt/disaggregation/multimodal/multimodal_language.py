@@ -81,8 +81,8 @@ class MultimodalLanguagePreallocQueue:
     def add(self, recv_req: Any, half: EncodeHalf) -> MultimodalLanguageRequest:
         room = half.room
         number = next(self._numbers)
-        sources = request_notes.read(recv_req).sources
-        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room, number, sources)
+        note = request_notes.read(recv_req)
+        receiver = MooncakeEmbeddingReceiver(self.manager, peer_of(half), room, number, note.sources, note.items)
         request = MultimodalLanguageRequest(receiver, number)
         if self._on_end is not None:
             receiver.on_end = functools.partial(self._on_end, request.number)

@@ -54,8 +54,12 @@ async def process_in_turn(
     original: Callable[..., Any], executor: Any, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Around SGLang's image processing, which has few threads: a small request is not behind all large ones."""
-    async with _line_of(executor).turn(admitting.cost_of_this()):
+    async with _line_of(executor).turn(max(_LEAST_COST, admitting.cost_of_this())):
         return await original(executor, functools.partial(_without_stop_iteration, function), *args, **kwargs)
+
+
+# Of one turn, in bytes: what costs nothing would pass all others for ever.
+_LEAST_COST: Final = 1 << 16
 
 
 @functools.cache
@@ -132,7 +136,7 @@ async def tokenize_text_only(original: Callable[..., Any], manager: Any, obj: An
     # SGLang's own encoder split uses this field for the same question: do rows come from elsewhere?
     tokenized.need_wait_for_mm_inputs = True
     # SGLang would answer at once with the ids that it has: placeholders. A late answer has none instead.
-    request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids), sources_of(obj)))
+    request_notes.write(tokenized, Note(encode_half, bool(obj.return_prompt_token_ids), sources_of(obj), items_of(obj)))
     obj.return_prompt_token_ids = False
     return tokenized
 
@@ -165,6 +169,12 @@ def sources_of(obj: Any) -> tuple[str, ...]:
     ((kind, media),) = given
     tenant = [kind, *(getattr(obj, field, None) for field in ("extra_key", "cache_salt", "lora_path"))]
     return tuple(_digest(repr(tenant), one) for one in (media if isinstance(media, list) else [media]))
+
+
+def items_of(obj: Any) -> int:
+    """Pictures, videos and sounds of a prompt."""
+    given = [media for field in _MEDIA_FIELDS if (media := getattr(obj, field, None))]
+    return sum(len(media) if isinstance(media, list) else 1 for media in given)
 
 
 def _digest(tenant: str, media: Any) -> str:

@@ -28,6 +28,8 @@ class Note(msgspec.Struct, frozen=True):
     wants_prompt_ids: bool = False
     sources: tuple[str, ...] = ()
     """Digests of what the client sent or named as its pictures, videos or sounds, in order, if they are of one kind."""
+    items: int = 1
+    """How many there are, of all kinds."""
 
 
 def write(tokenized: Any, note: Note) -> None:
