@@ -61,19 +61,22 @@ class PeerShare:
         """How many more it may have now."""
         return 0 if self.why_none(peer) else max(0, self.most - peer.held)
 
-    def left_for_many(self, peer: Peer, held_by_all: int) -> int:
-        """How many more a room with many items may have. `held_by_all`: blocks of such rooms, whoever their peer is.
+    def left_for_many(self, peer: Peer, held_by_many: int) -> int:
+        """How many more a room with many items may have. `held_by_many`: blocks of such rooms, whoever their peer is.
 
         Blocks are held while pictures wait for the tower, and how long that takes nobody knows beforehand. So a request
         with few pictures finds some, however many requests with many pictures are there.
         """
-        of_this, of_all = self.most - self._an_eighth - peer.held_by_many, self.most - held_by_all
+        of_this, of_all = self.most - self._an_eighth - peer.held_by_many, self.most - held_by_many
         return max(0, min(self.left(peer), of_this, of_all))
 
-    def first_for_few(self, peer: Peer) -> int:
-        """How many a room with few items may have at first: of the last eighth an eighth, so that many find some."""
+    def first_for_few(self, peer: Peer, held_by_many: int) -> int:
+        """How many a room with few items may have at first. `held_by_many`: as in `left_for_many`.
+
+        What those with many leave is divided: of the last eighth each takes an eighth, so that many find some.
+        """
         left = self.left(peer)
-        return min(left, max(1, left // _SHARES, left - self._an_eighth))
+        return min(left, max(1, left // _SHARES, left - self._an_eighth)) if held_by_many else left
 
     def why_none(self, peer: Peer) -> str:
         """What is wrong with the peer, so that its rooms get no blocks; empty if nothing is."""

@@ -96,11 +96,17 @@ class Shared:
         return set() if self.left_for_many(peer) else peer.queued_with_many
 
     def left_for_many(self, peer: Peer) -> int:
-        return self.share.left_for_many(peer, sum(one.held_by_many for one in self.peers))
+        return self.share.left_for_many(peer, self._held_by_many)
 
     def first_blocks(self, room: LanguageRoom) -> int:
         """How many it may have now, that has none."""
-        return self.left_for_many(room.peer) if room.many_items else self.share.first_for_few(room.peer)
+        if room.many_items:
+            return self.left_for_many(room.peer)
+        return self.share.first_for_few(room.peer, self._held_by_many)
+
+    @property
+    def _held_by_many(self) -> int:
+        return sum(peer.held_by_many for peer in self.peers)
 
     @property
     def servable(self) -> int:

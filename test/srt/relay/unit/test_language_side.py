@@ -311,10 +311,16 @@ def test_those_with_many_items_leave_an_eighth_whoever_their_peers_are() -> None
     assert offered(side.request(131, SECOND, 1.0)) == [131]
 
 
-def test_a_large_request_with_one_item_leaves_an_eighth_of_a_share() -> None:
+def test_a_large_request_with_one_item_beside_one_with_many_leaves_an_eighth_of_a_share() -> None:
     side = language_side_with_proven_peer(blocks=512, default=100_000, max_rows=100_000)
+    side.request(9, PEER, 1.0, items=9, hint_rows=4)
     offers = [len(blocks_offered(side.request(room, PEER, 1.0))) for room in (1, 2, 3)]
-    assert offers == [384, 8, 7]
+    assert offers == [383, 8, 7]
+
+
+def test_among_requests_with_few_items_each_has_what_is_left() -> None:
+    side = language_side_with_proven_peer(blocks=512, default=256)
+    assert [len(blocks_offered(side.request(room, PEER, 1.0))) for room in range(1, 9)] == [64] * 7 + [0]
 
 
 def test_blocks_of_a_request_with_many_items_that_failed_count_until_they_come_back() -> None:
