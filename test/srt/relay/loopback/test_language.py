@@ -314,10 +314,10 @@ def test_a_room_is_asked_for_with_what_its_client_calls_its_pictures(manager: An
     source = make_rows(LAYOUT, Spec(room=1, total=5))
     item = keep(manager, source)
     manager._repeats._cache.remember("picture", item.key)
-    MooncakeEmbeddingReceiver(manager, "peer:1", 3, sources=("picture",)).start()
+    MooncakeEmbeddingReceiver(manager, "peer:1", 3, sources=("picture",), items=7).start()
     manager._loop._run_calls()
-    name, room, peer, _, _, held = manager._core.told.pop()
-    assert (name, room, peer, held) == ("request", 3, "peer:1", (item.key,))
+    name, room, peer, _, _, held, items = manager._core.told.pop()
+    assert (name, room, peer, held, items) == ("request", 3, "peer:1", (item.key,), 7)
 
 
 def test_rows_that_are_kept_are_copied_from_there(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
