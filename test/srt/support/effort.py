@@ -23,4 +23,4 @@ def effort(daily: int = DAILY, steps: int = 50) -> settings:
 
 
 # The time limit of a test is for a few hundred schedules.
-unhurried = pytest.mark.timeout(120 if SCHEDULES <= DAILY else 0)
+unhurried = pytest.mark.timeout(400 if SCHEDULES <= DAILY else 0)
