@@ -13,6 +13,8 @@ from embedding_relay.tools import local_cluster, tiny_model
 from embedding_relay.tools.local_cluster import LocalCluster
 from embedding_relay.tools.local_process import LocalProcess, free_ports
 from support import adapters, servers
+from support.patience import wait_until
+from support.server_numbers import not_at_rest, numbers_of
 
 # What a test reads: numbers at rest, and whether a prefix was in the cache.
 REPORT: Final = ("--enable-metrics", "--enable-cache-report")
@@ -121,8 +123,19 @@ class Pair:
     def family(self) -> str:
         return self.settings.family
 
+    @property
+    def bootstrap_port(self) -> int:
+        """Of the encode instance."""
+        command = self["encode"].command
+        return int(command[command.index("--disaggregation-bootstrap-port") + 1])
+
     def __getitem__(self, name: str) -> LocalProcess:
         return self.cluster[name]
+
+    def wait_until_at_rest(self) -> None:
+        """Nothing is left of any request, on either half."""
+        for server in (self["encode"], self["language"]):
+            wait_until(lambda server=server: not not_at_rest(numbers_of(server)))  # type: ignore[misc]
 
 
 @contextmanager

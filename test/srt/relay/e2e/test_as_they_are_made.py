@@ -25,7 +25,7 @@ from support import servers
 from support.pairs import REPORT, Pair, Settings
 from support.patience import wait_until
 from support.questions import Question, difference, squares
-from support.server_numbers import not_at_rest, numbers_of
+from support.server_numbers import numbers_of
 from support.sglang_ci import register_cpu_ci, run_tests
 
 register_cpu_ci(est_time=90, suite="base-c-test-cpu")
@@ -138,8 +138,7 @@ def test_clients_that_leave_in_the_middle_leave_nothing(undivided: LocalProcess,
     wait_until(lambda: numbers_of(pair["language"])["prefix_prefills_total"] > begun)
     for client in clients:
         client.close()
-    for half in HALVES:
-        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+    pair.wait_until_at_rest()
     question = about(3)
     assert difference(question.ask(pair.url), question.ask(undivided.url)) < TOLERANCE
 

@@ -27,7 +27,7 @@ from embedding_relay.tools.local_process import LocalProcess
 from support.pairs import ADAPTER, CHUNK, DEADLINE, MOST_RUNNING, MOST_WAITING, SMALL, Pair
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories, token_ids
-from support.server_numbers import not_at_rest, numbers_of, scheduler_of
+from support.server_numbers import numbers_of, scheduler_of
 from support.sglang_ci import register_cpu_ci, run_tests
 
 register_cpu_ci(est_time=600, suite="base-c-test-cpu")
@@ -85,8 +85,7 @@ def both(undivided: dict[str, LocalProcess], pair: Pair) -> Both:
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_left(pair: Pair) -> Iterator[None]:
     yield
-    for half in ("encode", "language"):
-        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+    pair.wait_until_at_rest()
 
 
 def generate(place: Place, text: str | list[list[int]], images: Any, new: int = 8, **options: Any) -> Answer:
@@ -529,8 +528,7 @@ def test_clients_that_leave_while_their_rows_travel(pair: Pair) -> None:
     failed = [reason for status, reason in ended(language, log) if status == "Failed"]
     assert failed, "all of them were over before they left"
     assert all("aborted" in reason for reason in failed), failed
-    for half in ("encode", "language"):
-        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+    pair.wait_until_at_rest()
 
 
 def ended(language: LocalProcess, since: int) -> list[tuple[str, str]]:

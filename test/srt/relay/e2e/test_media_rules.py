@@ -51,9 +51,7 @@ def refused(answer: Answer, status: int, words: str) -> None:
 
 def to_both(pair: Pair, path: str, body: dict[str, Any], **fields: Any) -> tuple[Answer, Answer]:
     """What the router does, without what it does about failures: encode half and language half."""
-    command = pair["encode"].command
-    port = int(command[command.index("--disaggregation-bootstrap-port") + 1])
-    where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": next(rooms)}
+    where = {"bootstrap_host": HOST, "bootstrap_port": pair.bootstrap_port, "bootstrap_room": next(rooms)}
     body = {**body, "parameters": where} if "instances" in body else {**body, **where}
     with ThreadPoolExecutor(2) as clients:
         encode, language = clients.map(lambda half: post(f"{pair[half].url}{path}", body), ("encode", "language"))

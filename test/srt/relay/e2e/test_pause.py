@@ -26,7 +26,7 @@ from support import servers
 from support.pairs import Pair, Settings
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares
-from support.server_numbers import not_at_rest, numbers_of
+from support.server_numbers import numbers_of
 from support.sglang_ci import register_cpu_ci, run_tests
 
 register_cpu_ci(est_time=240, suite="base-c-test-cpu")
@@ -61,8 +61,7 @@ def left_as_it_was(reference: LocalProcess, pair: Pair) -> Iterator[None]:
     yield
     for half in HALVES:
         command(pair[half], "continue_generation")
-    for half in HALVES:
-        wait_until(lambda half=half: not_at_rest(numbers_of(pair[half])) == [])
+    pair.wait_until_at_rest()
     question = new_question()
     assert difference(question.ask(pair.url), question.ask(reference.url)) < TOLERANCE
 
@@ -103,9 +102,7 @@ class Parked:
 
 
 def send(clients: ThreadPoolExecutor, pair: Pair, half: str, question: Question, room: int) -> Future[Answer]:
-    command = pair["encode"].command
-    port = int(command[command.index("--disaggregation-bootstrap-port") + 1])
-    body = question.body(bootstrap_host=HOST, bootstrap_port=port, bootstrap_room=room)
+    body = question.body(bootstrap_host=HOST, bootstrap_port=pair.bootstrap_port, bootstrap_room=room)
     return clients.submit(post, f"{pair[half].url}/v1/chat/completions", body)
 
 

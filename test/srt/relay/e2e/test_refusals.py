@@ -121,11 +121,6 @@ def test_text_needs_no_room_on_the_language_instance(pair: Pair) -> None:
     assert ask(pair["language"].url, [], "hello").status == 200
 
 
-def bootstrap_port(pair: Pair) -> int:
-    command = pair["encode"].command
-    return int(command[command.index("--disaggregation-bootstrap-port") + 1])
-
-
 def to_half_alone(pair: Pair, half: str, port: int, room: int, timeout: float = 300, **options: object) -> Answer:
     where = {"bootstrap_host": HOST, "bootstrap_port": port, "bootstrap_room": room}
     url = f"{pair[half].url}/v1/chat/completions"
@@ -134,7 +129,7 @@ def to_half_alone(pair: Pair, half: str, port: int, room: int, timeout: float = 
 
 def test_what_the_schedulers_refuse_without_queueing_it(pair: Pair) -> None:
     """Beam search. Each half is refused by its own SGLang, or told by the other, whichever comes first."""
-    where = {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port(pair), "bootstrap_room": 8}
+    where = {"bootstrap_host": HOST, "bootstrap_port": pair.bootstrap_port, "bootstrap_room": 8}
     picture = {
         "text": "<|vision_start|><|image_pad|><|vision_end|>",
         "image_data": data_uri(squares(pair.family, 4, 4, 8)),
@@ -170,7 +165,7 @@ def alone(pair: Pair) -> Alone:
             ask_half("language", nobody, room=1),
             ask_half("language", nobody, room=11, stream=True),
             ask_half("language", silence, room=2),
-            ask_half("language", bootstrap_port(pair), room=3),
+            ask_half("language", pair.bootstrap_port, room=3),
             ask_half("encode", 1, room=4),
         ]
         return Alone(nobody, silence, *(answer.result() for answer in waiting))
@@ -202,7 +197,7 @@ def test_an_encode_half_without_its_language_half(alone: Alone) -> None:
 def test_a_client_that_goes_away(pair: Pair) -> None:
     """It waits for rows that nobody sends; when it hangs up, the room is dropped long before its deadline."""
     with pytest.raises(TimeoutError):
-        to_half_alone(pair, "language", bootstrap_port(pair), room=5, timeout=0.5)
+        to_half_alone(pair, "language", pair.bootstrap_port, room=5, timeout=0.5)
     wait_until(lambda: "room=5 status=Failed" in pair["language"].log_text(), DEADLINE - 2)
 
 
@@ -221,7 +216,7 @@ def retry_after(pair: Pair, half: str, port: int, room: int) -> int:
 def test_more_requests_than_may_wait(pair: Pair, half: str) -> None:
     """Rows that nobody sends, or nobody asks for, are awaited by as many requests as may wait; the next one is not."""
     first = 100 if half == "encode" else 200
-    port, name = bootstrap_port(pair), "relay-encode" if half == "encode" else "relay"
+    port, name = pair.bootstrap_port, "relay-encode" if half == "encode" else "relay"
     with ThreadPoolExecutor(MOST_WAITING) as clients:
         waiting = [clients.submit(to_half_alone, pair, half, port, first + at) for at in range(MOST_WAITING)]
         wait_until(lambda: numbers_of(pair[half])["parked_requests"] == MOST_WAITING)

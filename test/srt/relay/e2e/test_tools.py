@@ -25,7 +25,7 @@ from embedding_relay.tools.local_cluster import COMMON_ENVIRON, HOST
 from support.pairs import LARGE, Pair
 from support.patience import wait_until
 from support.questions import TOLERANCE, Question, difference, squares, stories, token_ids
-from support.server_numbers import not_at_rest, numbers_of
+from support.server_numbers import numbers_of
 from support.sglang_ci import register_cpu_ci, run_tests
 from support.warm_start import WarmProcess
 
@@ -34,7 +34,6 @@ register_cpu_ci(est_time=120, suite="base-c-test-cpu")
 REQUESTS = 12
 BURST = 200
 FEW = 4
-BOOTSTRAP_PORT = "--disaggregation-bootstrap-port"
 RELAY = str(Path(sys.executable).with_name("sglang-relay"))
 
 # Two tokenizer workers at each half, and a pool that a burst has to wait for.
@@ -234,8 +233,7 @@ def show_few_at_a_time(questions: list[Question]) -> Iterator[Question]:
 
 def test_one_picture_is_answered_while_requests_with_many_hold_all_blocks_that_they_may(pair: Pair) -> None:
     """Of these only the language halves are sent, so they would wait until their deadline, five minutes away."""
-    command, language = pair["encode"].command, pair["language"]
-    where = {"bootstrap_host": HOST, "bootstrap_port": int(command[command.index(BOOTSTRAP_PORT) + 1])}
+    language, where = pair["language"], {"bootstrap_host": HOST, "bootstrap_port": pair.bootstrap_port}
     many = Question("many", (*(squares(pair.family, 2, 2, 600 + at) for at in range(6)), "compare"))
     one, another = (Question("one", (squares(pair.family, 5, 5, seed), "what")) for seed in (610, 611))
     assert one.ask(pair.url).ok, "before it has delivered, an encode instance has one room at a time"
@@ -249,8 +247,7 @@ def test_one_picture_is_answered_while_requests_with_many_hold_all_blocks_that_t
     finally:
         for client in clients:
             client.close()
-    for half in ("encode", "language"):
-        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+    pair.wait_until_at_rest()
 
 
 def test_two_hundred_at_once(pair: Pair) -> None:
@@ -275,8 +272,7 @@ def test_two_hundred_at_once(pair: Pair) -> None:
         f" worst wait for a block {max(story.wait_ms for story in told) / 1000:.1f} s,"
         f" worst answer {max(answer.seconds for answer in answers):.1f} s, most rounds {max(s.rounds for s in told)}"
     )
-    for half in ("encode", "language"):
-        wait_until(lambda half=half: not not_at_rest(numbers_of(pair[half])))  # type: ignore[misc]
+    pair.wait_until_at_rest()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,10 +53,6 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def run(work: Coroutine[object, object, None]) -> None:
-    asyncio.run(work)
-
-
 def test_without_a_line_nobody_waits() -> None:
     async def work() -> None:
         bench = Bench(2)
@@ -66,7 +61,7 @@ def test_without_a_line_nobody_waits() -> None:
         assert bench.served == ["first", "second"]
         await bench.finish_all()
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_equal_ones_are_served_in_the_order_in_which_they_came() -> None:
@@ -77,7 +72,7 @@ def test_equal_ones_are_served_in_the_order_in_which_they_came() -> None:
         await bench.finish_all()
         assert bench.served == ["0", "1", "2", "3", "4"]
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_a_small_one_waits_for_those_that_are_served_and_not_for_those_that_wait() -> None:
@@ -91,7 +86,7 @@ def test_a_small_one_waits_for_those_that_are_served_and_not_for_those_that_wait
         await bench.finish_all()
         assert len(bench.served) == 21
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_a_giant_has_its_share_though_small_ones_keep_coming() -> None:
@@ -109,7 +104,7 @@ def test_a_giant_has_its_share_though_small_ones_keep_coming() -> None:
         assert GIANT <= number <= 4 * GIANT
         await bench.finish_all()
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_who_leaves_while_it_waits_holds_up_nobody() -> None:
@@ -125,7 +120,7 @@ def test_who_leaves_while_it_waits_holds_up_nobody() -> None:
         assert bench.served[-1] == "later"
         await bench.finish_all()
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_who_is_cancelled_just_when_its_turn_comes_gives_its_place_back() -> None:
@@ -145,7 +140,7 @@ def test_who_is_cancelled_just_when_its_turn_comes_gives_its_place_back() -> Non
         assert bench.served[-1] == "later"
         await bench.finish_all()
 
-    run(work())
+    asyncio.run(work())
 
 
 def test_what_fails_gives_its_place_back() -> None:
@@ -164,7 +159,7 @@ def test_what_fails_gives_its_place_back() -> None:
         assert bench.served == ["next"]
         await bench.finish_all()
 
-    run(work())
+    asyncio.run(work())
 
 
 @given(
@@ -199,4 +194,4 @@ def test_never_more_than_there_are_places_and_all_are_served(
         assert {name for name in bench.tasks if name not in cancelled} <= set(bench.served)
         assert all(task.done() for task in bench.tasks.values())
 
-    run(work())
+    asyncio.run(work())
