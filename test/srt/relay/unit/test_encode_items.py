@@ -252,6 +252,27 @@ def test_no_session_has_more_promised_than_a_prompt_has_items() -> None:
     items.promise(SESSION, (KEY,))
     items.expect((ITEM,))
     assert items.leave_out(SESSION, {}, 0, 9) == ()
+    items.promise(SESSION, (KEY,))
+    assert items.leave_out(SESSION, {}, 0, 9) == ITEM.runs, "what is not in the prompt does not count any more"
+
+
+def test_an_item_that_goes_to_somebody_is_not_absent_though_it_is_promised_later() -> None:
+    items, decided = PromptItems(), dict[int, bool]()
+    items.expect((ITEM, OTHER))
+    assert items.leave_out(SESSION, decided, 0, 4) == ()
+    items.promise(SESSION, (KEY, OTHER_KEY))
+    assert items.newly_held_by_all({SESSION: decided}) == (1,)
+
+
+def test_who_is_let_go_has_promised_nothing() -> None:
+    items = PromptItems()
+    items.expect((ITEM,))
+    items.promise(SESSION, (KEY,))
+    items.promise("another", (KEY,))
+    items.keep_only([SESSION])
+    assert items.sessions == {SESSION}
+    items.forget()
+    assert items.sessions == set()
 
 
 def test_a_refused_session_promises_nothing() -> None:
