@@ -169,3 +169,26 @@ def test_attention_is_divided_only_if_its_mask_hides_the_requests_from_each_othe
     passes = SharedPasses()
     passes.encode(attend, [[SimpleNamespace(feature=torch.randn(rows, 8))] for rows in (2, 4)])
     assert passes.are_equal == hides
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv3d", "scaled_dot_product_attention"])
+def test_a_model_that_has_taken_a_function_from_elsewhere_takes_one_request_at_a_time(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if its bits were equal so far."""
+    from_elsewhere, kept = getattr(functional, name), dict(vars(functional))
+    shape = {"conv2d": (1, 1, 1, 8), "conv3d": (1, 1, 1, 1, 8)}.get(name, (1, 8))
+
+    def encode(items: list[Any]) -> torch.Tensor:
+        for item in items:
+            rows = item.feature.reshape(-1, *shape[1:])
+            more = [rows[:1]] * (2 if name.startswith("scaled") else 1)
+            from_elsewhere(rows, *more)
+            getattr(functional, name)(rows, *more)
+        return torch.cat([item.feature for item in items])
+
+    passes = SharedPasses()
+    passes.encode(encode, [[SimpleNamespace(feature=torch.randn(rows, 8))] for rows in (2, 4)])
+    assert not passes.are_equal
+    assert f"it calls {name} in a way of its own" in caplog.text
+    assert vars(functional) == kept

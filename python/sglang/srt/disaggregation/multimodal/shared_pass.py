@@ -8,6 +8,8 @@ time with small pictures, is done once for all: norms, activations, positions, a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -20,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[list[Any]], torch.Tensor]
+Function = Callable[..., Any]
 
-_CONVOLUTIONS: Final = {functional.conv2d: 4, functional.conv3d: 5}
+_CONVOLUTIONS: Final = {"conv2d": 4, "conv3d": 5}
 """And how many dimensions their input has if the first of them is the patches."""
 
 _COMPARED: Final = 4
@@ -43,14 +46,21 @@ class SharedPasses:
             return encode(requests[0])
         if not self.are_equal:
             return torch.cat([encode(items) for items in requests])
+        is_compared = self._compared < _COMPARED
         rows, difference = None, ""
         try:
-            # What SGLang compiles would be compiled anew for every mode; on this platform that changes no result.
-            with torch.compiler.set_stance("force_eager"), _EachRequestForItself(patches):
+            # What SGLang compiles holds torch's functions fast; on this platform that changes no result.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                _EachRequestForItself(patches) as each,
+                _Watch(each) if is_compared else contextlib.nullcontext(),
+            ):
                 rows = encode([item for items in requests for item in items])
+            if each.passed_by:
+                difference = f"it calls {' and '.join(sorted(each.passed_by))} in a way of its own"
         except Exception as error:  # by one of the requests, which fails alone as well, or by the pass in common
             difference = f"the pass failed ({type(error).__name__}: {error})"
-        if rows is not None and self._compared == _COMPARED:
+        if rows is not None and not is_compared:
             return rows
         alone = torch.cat([encode(items) for items in requests])
         self._compared += 1
@@ -66,33 +76,56 @@ class SharedPasses:
         return alone
 
 
-class _EachRequestForItself(TorchFunctionMode):  # type: ignore[misc]  # torch is left out of the type check
+class _EachRequestForItself:
+    """Meanwhile the functions that give a request other bits beside others treat each for itself.
+
+    They are replaced where everybody finds them. A mode of torch would see them wherever they are called from, but all
+    other functions too, and that takes as long as two pictures of the smallest size.
+    """
+
     def __init__(self, patches: Sequence[int]) -> None:
-        super().__init__()
         self._patches = patches
         self._seen: torch.Tensor | None = None
         """The last mask that hides the requests from each other: one is made for many layers."""
+        self.plain: dict[str, Function] = {}
+        self.is_inside = False
+        """One of the plain functions was called by its replacement."""
+        self.passed_by: set[str] = set()
+        """Names of functions that were called without."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is functional.linear and args:
-            return self._by_rows(function, range(args[0].ndim - 1), args, kwargs)
-        if function in _CONVOLUTIONS and args and args[0].ndim == _CONVOLUTIONS[function]:
-            return self._by_rows(function, range(1), args, kwargs)
-        if function is functional.scaled_dot_product_attention and len(args) == 3:
-            return self._attention(args, kwargs)
-        return function(*args, **kwargs)
+    def __enter__(self) -> _EachRequestForItself:
+        replacements = {"linear": self._linear, "scaled_dot_product_attention": self._attention}
+        replacements |= {name: functools.partial(self._convolution, name) for name in _CONVOLUTIONS}
+        for name, replacement in replacements.items():
+            self.plain[name] = getattr(functional, name)
+            setattr(functional, name, replacement)
+        return self
 
-    def _by_rows(self, function: Any, leading: Iterable[int], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def __exit__(self, *_: object) -> None:
+        for name, plain in self.plain.items():
+            setattr(functional, name, plain)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.is_inside = True
+        try:
+            return self.plain[name](*args, **kwargs)
+        finally:
+            self.is_inside = False
+
+    def _linear(self, *args: Any, **kwargs: Any) -> Any:
+        return self._by_rows("linear", range(args[0].ndim - 1) if args else (), args, kwargs)
+
+    def _convolution(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        has_patches = args and args[0].ndim == _CONVOLUTIONS[name]
+        return self._by_rows(name, range(1) if has_patches else (), args, kwargs)
+
+    def _by_rows(self, name: str, leading: Iterable[int], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """`leading`: dimensions of the first argument whose entries are all treated alike, and apart."""
-        rows, *rest = args
         for dimension in leading:
-            if (lengths := self._lengths(rows.shape[dimension])) is not None:
-                parts = torch.split(rows, lengths, dimension)
-                return torch.cat([function(part, *rest, **kwargs) for part in parts], dimension)
-        return function(*args, **kwargs)
+            if (lengths := self._lengths(args[0].shape[dimension])) is not None:
+                parts = torch.split(args[0], lengths, dimension)
+                return torch.cat([self._call(name, part, *args[1:], **kwargs) for part in parts], dimension)
+        return self._call(name, *args, **kwargs)
 
     def _lengths(self, rows: int) -> list[int] | None:
         """Of each request, where there is a row for every patch, or one for so many patches."""
@@ -102,15 +135,15 @@ class _EachRequestForItself(TorchFunctionMode):  # type: ignore[misc]  # torch i
         merged = total // rows
         return None if any(one % merged for one in self._patches) else [one // merged for one in self._patches]
 
-    def _attention(self, args: Sequence[torch.Tensor], kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attn_mask")
-        total = sum(self._patches)
-        if mask is None or not self._hides_others(mask) or args[0].shape[-2] != total:
-            return functional.scaled_dot_product_attention(*args, **kwargs)
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        name, mask = "scaled_dot_product_attention", kwargs.get("attn_mask")
+        is_over_all = len(args) == 3 and args[0].shape[-2] == sum(self._patches)
+        if mask is None or not is_over_all or not self._hides_others(mask):
+            return self._call(name, *args, **kwargs)
         outputs = []
         for start, stop in pairwise(accumulate(self._patches, initial=0)):
             own = kwargs | {"attn_mask": mask[..., start:stop, start:stop]}
-            outputs.append(functional.scaled_dot_product_attention(*(one[..., start:stop, :] for one in args), **own))
+            outputs.append(self._call(name, *(one[..., start:stop, :] for one in args), **own))
         return torch.cat(outputs, dim=-2)
 
     def _hides_others(self, mask: torch.Tensor) -> bool:
@@ -125,3 +158,17 @@ class _EachRequestForItself(TorchFunctionMode):  # type: ignore[misc]  # torch i
             return False
         self._seen = mask
         return True
+
+
+class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch is left out of the type check
+    """Sees a model that has taken one of the functions from elsewhere. Its bits might differ some day only."""
+
+    def __init__(self, each: _EachRequestForItself) -> None:
+        super().__init__()
+        self._each = each
+        self._names = {plain: name for name, plain in each.plain.items()}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if not self._each.is_inside and (name := self._names.get(function)) is not None:
+            self._each.passed_by.add(name)
+        return function(*args, **(kwargs or {}))
