@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from embedding_relay import recorder
+from embedding_relay.gathering import Gathering
 from embedding_relay.protocol.errors import BAD_REQUEST, CLIENT_GONE, INTERNAL, UNAVAILABLE, Failure
 from embedding_relay.protocol.status import Status
+from sglang.srt.disaggregation.multimodal import request_notes
 from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message
 from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
 from sglang.srt.disaggregation.multimodal.multimodal_embedding import EncodeRole
+from sglang.srt.disaggregation.multimodal.request_notes import Note
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
 from sglang.srt.managers.io_struct import (
@@ -859,3 +862,35 @@ def test_what_the_tower_failed_with_is_in_the_log_and_not_in_the_answer(
     assert answer.code == INTERNAL
     assert "/usr" not in answer.text
     assert "libvision.so" in caplog.text
+
+
+def test_small_requests_wait_for_those_on_their_way_no_longer_than_they_may(
+    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, model: Model, role: EncodeRole
+) -> None:
+    """And the scheduler, which no message wakes when they do not come, sleeps no longer."""
+    now = 1000.0
+    role.tower.batch_tokens = 100
+    role.turns.gathering = Gathering(lambda: now)
+    role.turns.gathering.passed(1 / 64, 1 / 64)
+
+    def come(name: str, room: int, behind: int) -> None:
+        coming = request(name, room, pictures=1, seed=room)
+        request_notes.write(coming, Note(behind=behind))
+        scheduler.turn(coming)
+        transfer.stands(room, Status.WAITING_FOR_INPUT)
+        scheduler.turn()
+
+    come("a", 7, 1)
+    assert model.calls == 0
+    assert not role.has_work()
+    assert role.longest_sleep_ms == 16
+    come("b", 8, 0)
+    assert transfer.rooms("send") == [7, 8]
+    assert role.longest_sleep_ms == 1000
+
+    come("c", 9, 1)
+    assert transfer.rooms("send") == [7, 8]
+    now += 1 / 64  # nobody came
+    assert role.has_work()
+    scheduler.turn()
+    assert transfer.rooms("send") == [7, 8, 9]

@@ -9,13 +9,14 @@ import asyncio
 import contextvars
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from embedding_relay.media_sources import MediaSources, NotAccepted
-from sglang.srt.disaggregation.multimodal import admitting, preparation
+from sglang.srt.disaggregation.multimodal import admitting, preparation, request_notes, small_tensors
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.multimodal.processors.executor import MultimodalProcessorExecutor
 from sglang.srt.utils import ImageData
@@ -96,6 +97,48 @@ def test_a_picture_is_prepared_as_without_us(manager: TokenizerManagerWithoutSch
     GOOD.save(buffer, "PNG")
     prepared = manager.prepare(text=f"{IMAGE}a", image_data=[uri(buffer.getvalue())])
     assert prepared.input_ids.count(manager.mm_processor.mm_tokens.image_token_id) == 4
+
+
+def test_what_the_processor_says_beside_the_pixels_goes_as_bytes(manager: TokenizerManagerWithoutScheduler) -> None:
+    inputs = manager.prepare(text=f"{IMAGE}a", image_data=[GOOD_URI]).mm_inputs
+    item = inputs.mm_items[0]
+    assert {type(item.image_grid_thw), type(inputs.mrope_positions)} == {small_tensors.SmallTensor}
+    assert type(item.feature) is torch.Tensor
+
+
+def test_the_scheduler_hears_how_many_no_larger_ones_are_behind_a_request(
+    manager: TokenizerManagerWithoutScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may let them share a pass. One that fails is behind nobody any more."""
+    cost = contextvars.ContextVar("cost", default=0)
+    monkeypatch.setattr(admitting, "cost_of_this", cost.get)
+
+    async def begin(own: int, outcome: asyncio.Future[Any]) -> int:
+        async def as_long_as_the_test_says(*_: Any) -> Any:
+            return await outcome
+
+        cost.set(own)
+        obj = GenerateReqInput(text=f"{IMAGE}a", image_data=[GOOD_URI])
+        return request_notes.read(await preparation.tokenize(as_long_as_the_test_says, manager, obj)).behind
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        outcomes = [loop.create_future() for _ in range(4)]
+        first, second, large, fails = (
+            asyncio.create_task(begin(own, outcome)) for own, outcome in zip((5, 5, 9, 5), outcomes, strict=True)
+        )
+        await asyncio.sleep(0)
+        outcomes[0].set_result(SimpleNamespace(mm_inputs=None))
+        assert await first == 2
+        outcomes[3].set_exception(ValueError("no picture"))
+        with pytest.raises(ValueError, match="no picture"):
+            await fails
+        outcomes[2].set_result(SimpleNamespace(mm_inputs=None))
+        assert await large == 1
+        outcomes[1].set_result(SimpleNamespace(mm_inputs=None))
+        assert await second == 0
+
+    asyncio.run(work())
 
 
 def test_pictures_whose_hash_the_caller_names_are_a_tenant_of_their_own(

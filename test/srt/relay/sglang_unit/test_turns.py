@@ -321,3 +321,61 @@ def test_a_request_that_failed_hands_nothing_over_any_more(asks_for_more: bool, 
     one.take(one.left, [rows(4) for _ in one.left])
     one.hand_over()
     assert len(one.sender.given) == 1  # type: ignore[attr-defined]
+
+
+# ---- a pass of small requests waits for those that are on their way
+
+
+@pytest.fixture
+def busy() -> Turns:
+    """Passes take nine tokens, and an hour beside other work: what waits for one that is to come, waits."""
+    turns = Turns(VisionTower(None, "cpu", 9))
+    turns.gathering.passed(3600.0, 0.0)
+    turns.gathering.came(3)
+    return turns
+
+
+def test_a_pass_with_room_waits_for_one_that_is_on_its_way(busy: Turns) -> None:
+    busy.add([request(1, 3)])
+    assert numbers(busy.next_batch()) == []
+    busy.add([request(2, 3)])
+    assert numbers(busy.next_batch()) == []
+    busy.add([request(3, 3)])
+    assert numbers(busy.next_batch()) == [(1, (0,)), (2, (0,)), (3, (0,))], "there is no room for one more"
+
+
+@pytest.mark.parametrize("sizes", [(5,), (9,), (10,)])
+def test_a_pass_without_room_for_one_more_like_these_begins(busy: Turns, sizes: tuple[int, ...]) -> None:
+    busy.add([request(1, *sizes)])
+    assert numbers(busy.next_batch()) == [(1, (0,))]
+
+
+def test_a_pass_behind_which_others_wait_already_begins(busy: Turns) -> None:
+    busy.add([request(1, 3), request(2, 8)])
+    assert numbers(busy.next_batch()) == [(1, (0,))]
+
+
+def test_nobody_waits_for_one_that_does_not_come(busy: Turns) -> None:
+    busy.add([request(1, 3)])
+    assert numbers(busy.next_batch()) == []
+    busy.gathering.came(0)
+    assert numbers(busy.next_batch()) == [(1, (0,))]
+
+
+def test_what_needs_no_tower_does_not_wait_for_those_that_do(busy: Turns) -> None:
+    held, waiting = request(1, 3), request(2, 3)
+    held.sender.held = (0,)
+    busy.add([held, waiting])
+    assert busy.next_batch() == (Part(1, (), (0,)),)
+
+
+def test_where_passes_are_not_shared_nothing_waits(busy: Turns) -> None:
+    for tower in (VisionTower(None, "cuda", 9), VisionTower(None, "cpu", 1)):
+        busy.tower = tower
+        busy.queue.clear()
+        busy.add([request(1, 3)])
+        assert numbers(busy.next_batch()) == [(1, (0,))]
+    passes = VisionTower(None, "cpu", 9)
+    passes._passes.are_equal = False
+    busy.tower = passes
+    assert numbers(busy.next_batch()) == [(1, (0,))]

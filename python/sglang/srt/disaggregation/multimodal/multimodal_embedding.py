@@ -18,7 +18,7 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.transport.encode import NoTransfer
 from sglang.srt.disaggregation.mooncake.conn_multimodal import EncodeManager, MooncakeEmbeddingSender
-from sglang.srt.disaggregation.multimodal import compatibility, media, modes, tracing
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes, tracing
 from sglang.srt.disaggregation.multimodal.admitting import encoded_message
 from sglang.srt.disaggregation.multimodal.front import Refusal, reason_of
 from sglang.srt.disaggregation.multimodal.item_keys import ItemKeys
@@ -80,6 +80,8 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
             MooncakeEmbeddingSender(self.manager, recv_req.bootstrap_room).refuse(failure)
             self.answer_with_failure(recv_req, failure)
             return True
+        if recv_req.mm_inputs is not None:
+            self.turns.gathering.came(request_notes.read(recv_req).behind)
         # Not earlier: the server in front of us gives a client that asked for them their (empty) places.
         recv_req.return_logprob = False
         return False
@@ -144,6 +146,11 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         may_begin = sum(one.bytes for one in has_rows) < self.max_bytes_in_flight
         return self.turns.next_batch(others, over, may_begin=may_begin)
 
+    @property
+    def longest_sleep_ms(self) -> int:
+        left = self.turns.gathering.seconds_left() if self.turns.queue else 0.0
+        return min(super().longest_sleep_ms, int(left * 1000) + 1) if left else super().longest_sleep_ms
+
     def _parked(self) -> list[EncodeRequest]:
         return [*self.bootstrap_queue.queue, *self.turns.queue, *self.inflight]
 
@@ -174,7 +181,7 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
 
     def _encode_together(self, work: Sequence[tuple[EncodeRequest, tuple[int, ...]]]) -> None:
         """Of each request these items, by their indexes."""
-        began_at = time.monotonic()
+        began_at, computed = time.monotonic(), time.thread_time()
         for request, items in work:
             if items:
                 self.recorder.note(request.sender.room, recorder.TOWER_BEGAN, began_at)
@@ -189,6 +196,8 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
                     self.recorder.note(request.sender.room, recorder.TOWER_ENDED, rows=made)
                 request.take(items, embeddings)
             send_embedding_chunk([request for request, _ in work])
+            if any(items for _, items in work):
+                self.turns.gathering.passed(time.monotonic() - began_at, time.thread_time() - computed)
             self.manager.observer.encoded(self.tower.totals)
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             rooms = [request.sender.room for request, _ in work]

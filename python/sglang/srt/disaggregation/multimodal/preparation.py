@@ -14,7 +14,15 @@ from typing import Any, Final
 from embedding_relay.config import RelayConfig
 from embedding_relay.fair_line import FairLine
 from embedding_relay.media_sources import MediaSources
-from sglang.srt.disaggregation.multimodal import admitting, faults, forwarding, modes, precomputed, request_notes
+from sglang.srt.disaggregation.multimodal import (
+    admitting,
+    faults,
+    forwarding,
+    modes,
+    precomputed,
+    request_notes,
+    small_tensors,
+)
 from sglang.srt.disaggregation.multimodal.request_notes import Note
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
@@ -32,6 +40,8 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     if not obj.contains_mm_input():
         return await original(manager, obj)
     _shorten_logs()
+    cost = admitting.cost_of_this()
+    _costs_being_prepared.append(cost)
     try:
         for field in _MEDIA_FIELDS:
             if (media := getattr(obj, field)) is not None:
@@ -41,13 +51,22 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
         tokenized = await original(manager, obj)
         precomputed.check_rows(tokenized.mm_inputs, manager.model_config)
         admitting.note_prepared(tokenized, manager.model_config)
+        if tokenized.mm_inputs is not None:
+            small_tensors.make_small(tokenized.mm_inputs)
         if getattr(obj, "mm_hashes", None):
             # Whoever names the hash of a picture may name that of another one: rows are not shared with those who do
             # not. Here this field serves nothing else, as there is no prefix cache.
             tokenized.extra_key = f"{tokenized.extra_key or ''} with hashes of the caller"
-        return tokenized
     except Exception as error:
         raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
+    finally:
+        _costs_being_prepared.remove(cost)
+    request_notes.write(tokenized, Note(behind=sum(other <= cost for other in _costs_being_prepared)))
+    return tokenized
+
+
+_costs_being_prepared: Final[list[int]] = []
+"""Of each request of this process that is on its way to the scheduler and has not left."""
 
 
 async def process_in_turn(

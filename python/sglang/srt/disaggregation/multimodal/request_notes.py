@@ -30,6 +30,8 @@ class Note(msgspec.Struct, frozen=True):
     """Digests of what the client sent or named as its pictures, videos or sounds, in order, if they are of one kind."""
     items: int = 1
     """How many there are, of all kinds."""
+    behind: int = 0
+    """Encode: requests no larger than this one that are being prepared."""
 
 
 def write(tokenized: Any, note: Note) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
+from embedding_relay.gathering import Gathering
 from embedding_relay.memory.buffers import SourceRows
 from embedding_relay.memory.device import Synchronizes
 from sglang.srt.disaggregation.mooncake.conn_multimodal import MooncakeEmbeddingSender
@@ -112,6 +113,7 @@ class Turns:
     def __init__(self, tower: VisionTower) -> None:
         self.tower = tower
         self.queue: list[EncodeRequest] = []
+        self.gathering = Gathering()
         self._clock = 0.0
         self._had = {True: 0.0, False: 0.0}
         """Tokens of small requests, and of large ones. Who does not wait saves nothing up."""
@@ -157,12 +159,24 @@ class Turns:
                 yield [items[index] for index in parts[-1].items]
 
         together = len(self.tower.next_batch(groups()))
+        if not together:
+            self.gathering.nothing_waits()
+        elif together == len(wanting) and self._waits_for_more([request for request, _, _ in wanting], parts):
+            return tuple(free)
         return (*free, *parts[:together])
+
+    def _waits_for_more(self, requests: Sequence[EncodeRequest], parts: Sequence[Part]) -> bool:
+        """A pass of these has room for one more like them, and others are on their way."""
+        tokens = sum(request.tokens(part.items) for request, part in zip(requests, parts, strict=True))
+        has_room = tokens * (len(parts) + 1) <= self.tower.gathered_tokens * len(parts)
+        return has_room and self.gathering.seconds_left() > 0
 
     def take(self, parts: Sequence[Part]) -> list[tuple[EncodeRequest, tuple[int, ...]]]:
         """Each request of a batch with its items, but for those that are over since it was decided."""
         by_number = {request.number: request for request in self.queue}
         taken = [(by_number[part.number], part) for part in parts if part.number in by_number]
+        if any(part.items for part in parts):
+            self.gathering.nothing_waits()
         # Decided before the weights changed: what was to be left out is made in a later turn.
         taken = [
             (request, Part(part.number, part.items) if request.sender.has_forgotten else part)
