@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPResponse
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPResponse
 from os import kill
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -133,6 +136,28 @@ def same_chat(ours: Answer, theirs: Answer) -> None:
     assert ours.status == theirs.status == 200, (ours.body, theirs.body)
     assert difference(ours, theirs) < TOLERANCE
     assert ours.body["usage"] == theirs.body["usage"]
+
+
+def test_an_idle_connection_is_not_closed_under_a_router_that_sends_on_it(pair: Pair) -> None:
+    """SGLang closes its connections after five seconds. A router keeps them longer, and loses what it sends then."""
+    connections = [
+        HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+        for parts in (urlsplit(pair[half].url) for half in ("encode", "language"))
+    ]
+    with ExitStack() as closing_all:
+        for connection in connections:
+            closing_all.callback(connection.close)
+            assert asked_on(connection) == HTTPStatus.OK
+        time.sleep(7)  # being idle is what is tested
+        for connection in connections:
+            assert asked_on(connection) == HTTPStatus.OK
+
+
+def asked_on(connection: HTTPConnection) -> int:
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    response.read()
+    return response.status
 
 
 def test_the_flags_are_in_force(both: Both) -> None:

@@ -13,6 +13,7 @@ from embedding_relay.protocol.errors import SettingError
 from sglang.srt import platforms
 from sglang.srt.disaggregation.multimodal import server_settings
 from sglang.srt.disaggregation.multimodal.cpu_platform import RelayCpuPlatform
+from sglang.srt.environ import envs
 
 ON_CORES = RelayCpuPlatform()
 ON_A_CARD = SimpleNamespace(device_type="cuda")
@@ -98,6 +99,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, mode: str, **sizes: Any) -> dict[st
     monkeypatch.setattr(server_settings, "resolving_view", lambda asked: asked)
     monkeypatch.setattr(server_settings, "declare_resolution", lambda _asked, _source, **what: declared.update(what))
     monkeypatch.setattr(server_settings.modes, "of", lambda _asked: mode)
+    monkeypatch.setattr(os, "environ", {**os.environ})
     server_settings.settle(arguments)
     return declared
 
@@ -138,6 +140,16 @@ def test_sglangs_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch, mode
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(SettingError, match="SGLANG_RUST_SERVER"):
         settled(monkeypatch, mode)
+
+
+@pytest.mark.parametrize("mode", ["encode", "language"])
+@pytest.mark.parametrize(("said", "seconds"), [({}, 120), ({"SGLANG_TIMEOUT_KEEP_ALIVE": "7"}, 7)])
+def test_idle_connections_outlive_those_of_routers_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, mode: str, said: dict[str, str], seconds: int
+) -> None:
+    monkeypatch.setattr(os, "environ", said)
+    settled(monkeypatch, mode)
+    assert envs.SGLANG_TIMEOUT_KEEP_ALIVE.get() == seconds
 
 
 # ---- an instance that knows its encode instances

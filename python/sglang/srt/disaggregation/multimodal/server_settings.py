@@ -26,6 +26,11 @@ _SOURCE: Final = "embedding_relay"
 # An encode instance keeps no KV cache, but SGLang cannot run with a pool of nothing.
 _ENCODE_KV_TOKENS: Final = 16
 
+# Seconds after which an idle connection is closed. If a server closes it in the moment in which a router sends the half
+# of a request on it, that half is lost, and the other waits. So the one in front shall be the first to close: idle
+# connections of `sglang-router` and of what else is built on common libraries live for 90 seconds at most.
+_KEEP_ALIVE_S: Final = 120
+
 _UNSUPPORTED: Final = {
     "attn_cp_size": (1, "--attn-cp-size"),
     "encoder_only": (False, "--encoder-only"),
@@ -59,6 +64,8 @@ def settle(server_args: Any) -> None:
     if not cfg.host:
         raise SettingError("--host must name an address; 0.0.0.0 or :: is for all of them")
     RelayConfig.from_environment()
+    if not envs.SGLANG_TIMEOUT_KEEP_ALIVE.is_set():
+        envs.SGLANG_TIMEOUT_KEEP_ALIVE.set(_KEEP_ALIVE_S)
     if mode == modes.ENCODE:
         declare_resolution(
             server_args,
