@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from multiprocessing.connection import Connection
 
 from embedding_relay.config import RelayConfig
@@ -11,6 +10,7 @@ from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.observer import Numbers
 from support.forks import fork, spare_the_collector
 from support.loopback import language_rank, on_the_plane
+from support.signals import send_signal
 
 
 class LanguageProcess:
@@ -34,7 +34,7 @@ class LanguageProcess:
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        send_signal(self.process.pid, number)
 
     def kill(self) -> None:
         self.process.kill()

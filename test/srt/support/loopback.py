@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from embedding_relay.transport.manager import MooncakeEmbeddingManager
 from support.forks import fork, spare_the_collector
 from support.leftovers import Leftovers, import_mooncake
 from support.rows import LIMITS, Spec, difference, first_items, items_of, make_rows, without
+from support.signals import send_signal
 
 torch.set_num_threads(1)  # two processes on two cores; and no pool of native threads that looks like a leak
 
@@ -127,7 +127,7 @@ class EncodeInstance:
 
     def signal(self, number: int) -> None:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        send_signal(self._process.pid, number)
 
     def kill(self) -> None:
         self._killed = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from multiprocessing.connection import Connection
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.plane import Entry, Region
 from support.forks import fork
+from support.signals import send_signal
 
 SIZE = 64 << 20
 
@@ -36,7 +36,7 @@ class Target:
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        send_signal(self.process.pid, number)
 
     def close(self) -> None:
         self.process.kill()

@@ -31,6 +31,7 @@ from support.row_sharing import (
     other_process,
     until,
 )
+from support.signals import send_signal
 
 
 class Host:
@@ -385,7 +386,7 @@ def test_a_lender_closes_though_a_borrower_is_stopped() -> None:
         rows = filled(lender, 100, 7)
         lender.lend(0, rows)
         assert pipe.recv() is True
-        os.kill(process.pid, signal.SIGSTOP)
+        send_signal(process.pid, signal.SIGSTOP)
         for number in range(1, 3000):  # more than its socket holds
             lender.lend(number, rows)
         lender.close()

@@ -35,6 +35,7 @@ from support.segment_processes import (
     process,
     write_for_ever,
 )
+from support.signals import send_signal
 
 ALONE = CopyThreads(1)
 
@@ -429,8 +430,7 @@ def test_a_stopped_writer_may_still_write_and_a_killed_one_cannot(owned: Owned) 
     segment, memory = owned
     with process(write_for_ever, segment.name, address_of(memory)) as (writer, _):
         assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGSTOP)
-        until(lambda: _is_stopped(writer.pid))
+        send_signal(writer.pid, signal.SIGSTOP)
         stopped_at = memory[:]
         assert segment.may_be_written_by("a1")
         os.kill(writer.pid, signal.SIGCONT)
@@ -441,11 +441,6 @@ def test_a_stopped_writer_may_still_write_and_a_killed_one_cannot(owned: Owned) 
         proven_at = memory[:]
         time.sleep(0.05)
         assert memory[:] == proven_at
-
-
-def _is_stopped(pid: int | None) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def test_memory_outlives_its_owner_for_those_who_have_mapped_it(ones: int) -> None:
