@@ -17,6 +17,9 @@ _WEIGHT: Final = 0.2
 # had the core meanwhile. Where cores are idle a pass that waits is a pass later, and nobody has gained.
 _TIMES_WAITED: Final = 6
 
+# And never longer, whatever passes were seen to take.
+_LONGEST: Final = 0.2
+
 
 class Gathering:
     """Waits for each that is on its way as long as a pass takes: that is saved if it comes, and lost if it does not."""
@@ -29,7 +32,7 @@ class Gathering:
         self._took = self._waited = 0.0
 
     def came(self, behind: int) -> None:
-        """A request is here, and so many that may go with it were being prepared when it left for here."""
+        """A small request is here, and so many that may go with it were being prepared when it left for here."""
         self._behind, self._came_at = behind, self._clock()
 
     def seconds_left(self) -> float:
@@ -39,15 +42,15 @@ class Gathering:
         now = self._clock()
         if self._waits_since is None:
             self._waits_since = now
-        for_all = self._waits_since + self._took + _TIMES_WAITED * self._waited
-        return max(0.0, min(self._came_at + self._took, for_all) - now)
+        for_all = min(_LONGEST, self._took + _TIMES_WAITED * self._waited)
+        return max(0.0, min(self._came_at + self._took, self._waits_since + for_all) - now)
 
     def nothing_waits(self) -> None:
         """Any more, because a pass begins, or yet."""
         self._waits_since = None
 
     def passed(self, took: float, computed: float) -> None:
-        """Seconds of a pass, and those of them in which this thread had a core."""
+        """Seconds of a pass of small requests, and those of them in which this thread had a core."""
         weight = _WEIGHT if self._took else 1.0
         self._took += weight * (took - self._took)
         self._waited += weight * (max(0.0, took - computed) - self._waited)

@@ -6,6 +6,7 @@ transfer are stand-ins.
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -894,3 +895,26 @@ def test_small_requests_wait_for_those_on_their_way_no_longer_than_they_may(
     assert role.has_work()
     scheduler.turn()
     assert transfer.rooms("send") == [7, 8, 9]
+
+
+def test_what_a_pass_took_and_how_much_of_it_was_computing_is_learned(
+    scheduler: SchedulerWithoutModel,
+    transfer: TransferWithoutThread,
+    role: EncodeRole,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned: list[tuple[float, float]] = []
+    encode = role.tower.encode
+
+    def wait_and_encode(groups: list[list[Any]]) -> Any:
+        time.sleep(0.05)  # as if other work had the core
+        return encode(groups)
+
+    role.tower.batch_tokens = 100
+    monkeypatch.setattr(role.tower, "encode", wait_and_encode)
+    monkeypatch.setattr(role.turns.gathering, "passed", lambda *seconds: learned.append(seconds))
+    scheduler.turn(request("a", 7, pictures=1))
+    transfer.stands(7, Status.WAITING_FOR_INPUT)
+    scheduler.turn()
+    [(took, computed)] = learned
+    assert computed < 0.05 <= took

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,8 @@ def test_what_arrives_is_the_tensor_and_plain(tensor: torch.Tensor) -> None:
     assert (arrived.dtype, arrived.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(torch.nan_to_num(arrived, nan=5.0), torch.nan_to_num(tensor, nan=5.0))
     arrived.zero_()  # it has memory of its own, to write to
+    assert type(copied := copy.deepcopy(tensor.as_subclass(SmallTensor))) is torch.Tensor
+    assert torch.equal(torch.nan_to_num(copied, nan=5.0), torch.nan_to_num(tensor, nan=5.0))
 
 
 def test_what_cannot_be_told_by_its_bytes_goes_as_before() -> None:

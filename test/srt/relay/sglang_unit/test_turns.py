@@ -11,6 +11,7 @@ from typing import Any, Final
 import pytest
 import torch
 
+from embedding_relay.gathering import Gathering
 from sglang.srt.disaggregation.multimodal.roles import Part
 from sglang.srt.disaggregation.multimodal.tower import VisionTower
 from sglang.srt.disaggregation.multimodal.turns import EncodeRequest, Turns
@@ -328,9 +329,10 @@ def test_a_request_that_failed_hands_nothing_over_any_more(asks_for_more: bool, 
 
 @pytest.fixture
 def busy() -> Turns:
-    """Passes take nine tokens, and an hour beside other work: what waits for one that is to come, waits."""
+    """Passes take nine tokens, and time stands still: what waits for one that is to come, waits."""
     turns = Turns(VisionTower(None, "cpu", 9))
-    turns.gathering.passed(3600.0, 0.0)
+    turns.gathering = Gathering(lambda: 0.0)
+    turns.gathering.passed(1.0, 1.0)
     turns.gathering.came(3)
     return turns
 
@@ -379,3 +381,31 @@ def test_where_passes_are_not_shared_nothing_waits(busy: Turns) -> None:
     passes._passes.are_equal = False
     busy.tower = passes
     assert numbers(busy.next_batch()) == [(1, (0,))]
+
+
+def test_what_cannot_share_a_pass_does_not_wait_for_one(busy: Turns) -> None:
+    sound, old = request(1, 3), request(2, 3)
+    sound.items[0].modality = Modality.AUDIO
+    old.items[0].feature = torch.zeros(1, 3, 4, 4)  # a picture, and not its patches
+    for one in (sound, old):
+        busy.queue.clear()
+        busy.add([one])
+        assert numbers(busy.next_batch()) == [(one.number, (0,))]
+
+
+def test_a_request_that_has_begun_does_not_wait(busy: Turns) -> None:
+    """Its language half holds blocks."""
+    one = request(1, 3)
+    one.hand_over()
+    busy.add([one])
+    assert numbers(busy.next_batch()) == [(1, (0,))]
+
+
+def test_only_small_requests_say_what_waiting_saves(busy: Turns) -> None:
+    busy.gathering = Gathering(lambda: 0.0)
+    busy.came(request(1, 10), 3)
+    busy.passed([request(2, 3), request(3, 10)], 1.0, 1.0)
+    busy.passed([request(2, 3)], 0.125, 0.125)
+    assert busy.gathering.seconds_left() == 0
+    busy.came(request(4, 3), 3)
+    assert busy.gathering.seconds_left() == 0.125

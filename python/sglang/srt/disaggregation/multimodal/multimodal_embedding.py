@@ -80,8 +80,6 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
             MooncakeEmbeddingSender(self.manager, recv_req.bootstrap_room).refuse(failure)
             self.answer_with_failure(recv_req, failure)
             return True
-        if recv_req.mm_inputs is not None:
-            self.turns.gathering.came(request_notes.read(recv_req).behind)
         # Not earlier: the server in front of us gives a client that asked for them their (empty) places.
         recv_req.return_logprob = False
         return False
@@ -113,7 +111,10 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
         sender = MooncakeEmbeddingSender(self.manager, req.bootstrap_room)
         failure = self._flaw(req)
         if failure is None:
-            self.bootstrap_queue.add(EncodeRequest(req, sender, next(self._numbers)))
+            request = EncodeRequest(req, sender, next(self._numbers))
+            self.bootstrap_queue.add(request)
+            if self.passed_on is not None:  # it comes now, and not after SGLang has made its grammar
+                self.turns.came(request, request_notes.read(self.passed_on).behind)
         else:
             sender.refuse(failure)
             self._finish(req, failure)
@@ -197,7 +198,8 @@ class EncodeRole(Role[EncodeManager | NoTransfer]):
                 request.take(items, embeddings)
             send_embedding_chunk([request for request, _ in work])
             if any(items for _, items in work):
-                self.turns.gathering.passed(time.monotonic() - began_at, time.thread_time() - computed)
+                took = time.monotonic() - began_at
+                self.turns.passed([request for request, _ in work], took, time.thread_time() - computed)
             self.manager.observer.encoded(self.tower.totals)
         except Exception:  # the tower runs model code on a user's pixels: the batch fails, not the instance
             rooms = [request.sender.room for request, _ in work]

@@ -24,6 +24,7 @@ from sglang.srt.disaggregation.multimodal import (
     small_tensors,
 )
 from sglang.srt.disaggregation.multimodal.request_notes import Note
+from sglang.srt.runtime_context import get_parallel
 
 _MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
 
@@ -61,8 +62,13 @@ async def tokenize(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
         raise faults.explained(error, modes.ENCODE, faults.flaw_of_prompt(manager, obj)) from error
     finally:
         _costs_being_prepared.remove(cost)
-    request_notes.write(tokenized, Note(behind=sum(other <= cost for other in _costs_being_prepared)))
+    request_notes.write(tokenized, Note(behind=_like_it_behind(cost)))
     return tokenized
+
+
+def _like_it_behind(cost: int) -> int:
+    """Requests that are no larger and on their way to the same scheduler, as far as anybody knows."""
+    return sum(0 < other <= cost for other in _costs_being_prepared) if get_parallel().num_dp_ranks == 1 else 0
 
 
 _costs_being_prepared: Final[list[int]] = []

@@ -213,8 +213,11 @@ class Role(abc.ABC, Generic[M]):
         SGLang spins when it has work of its own that no message announces (a grammar, a prefetch): so it must here too.
         Only the first rank sleeps here: the others wait for it when they are about to get their messages.
         """
-        if self.is_first and self.scheduler_idle and not self.is_idle() and not self.has_work():
-            self._poller.poll(self.longest_sleep_ms)
+        if not (self.is_first and self.scheduler_idle) or self.is_idle():
+            return
+        longest = self.longest_sleep_ms  # first: what it counts down to is work when it has come
+        if not self.has_work():
+            self._poller.poll(longest)
 
     def facts(self) -> dict[str, Any] | None:
         """What this instance is, for an operator's tools; nothing secret. None in a rank without a transfer."""

@@ -18,6 +18,9 @@ _LARGEST: Final = 2**20
 class SmallTensor(torch.Tensor):  # type: ignore[misc]  # torch is left out of the type check
     """To everybody the tensor that it was; whoever unpickles it gets a plain one."""
 
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).clone()
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., torch.Tensor], tuple[bytes, torch.dtype, list[int]]]:
         plain = self.as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
         return _tensor, (plain.reshape(-1).view(torch.uint8).numpy().tobytes(), plain.dtype, list(plain.shape))

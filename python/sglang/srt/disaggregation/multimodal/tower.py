@@ -53,10 +53,12 @@ class VisionTower:
         width = scheduler.model_config.hidden_size * (1 + parts.deepstack_rows(part))
         return cls(part, device, tokens, width, group if progressive else None)
 
-    @property
-    def gathered_tokens(self) -> int:
-        """A pass of fewer gains by a request more; 0 where requests do not share passes, or nobody has seen it."""
-        return self.batch_tokens if self._passes is not None and self._passes.are_equal else 0
+    def has_room(self, groups: Sequence[list[Any]]) -> bool:
+        """On a CPU, for one more like these. What an accelerator gains by waiting for one, nobody has seen."""
+        if self._passes is None or not all(map(self._may_share, groups)):
+            return False
+        tokens = sum(map(item_tokens, chain(*groups)))
+        return tokens * (len(groups) + 1) <= self.batch_tokens * len(groups)
 
     def group(self, items: Sequence[Any]) -> int:
         """How many of a request's items, from the first one on, go through the tower at a time."""

@@ -161,15 +161,24 @@ class Turns:
         together = len(self.tower.next_batch(groups()))
         if not together:
             self.gathering.nothing_waits()
-        elif together == len(wanting) and self._waits_for_more([request for request, _, _ in wanting], parts):
+        elif together == len(wanting) and self._waits_for_more([request for request, _, _ in wanting]):
             return tuple(free)
         return (*free, *parts[:together])
 
-    def _waits_for_more(self, requests: Sequence[EncodeRequest], parts: Sequence[Part]) -> bool:
+    def _waits_for_more(self, requests: Sequence[EncodeRequest]) -> bool:
         """A pass of these has room for one more like them, and others are on their way."""
-        tokens = sum(request.tokens(part.items) for request, part in zip(requests, parts, strict=True))
-        has_room = tokens * (len(parts) + 1) <= self.tower.gathered_tokens * len(parts)
+        are_small = all(self._is_small(request) and not request.has_begun for request in requests)
+        has_room = are_small and self.tower.has_room([request.items for request in requests])
         return has_room and self.gathering.seconds_left() > 0
+
+    def came(self, request: EncodeRequest, behind: int) -> None:
+        """One that is not ready for its turn yet, and so many like it are being prepared behind it."""
+        if self._is_small(request):
+            self.gathering.came(behind)
+
+    def passed(self, requests: Sequence[EncodeRequest], took: float, computed: float) -> None:
+        if all(map(self._is_small, requests)):
+            self.gathering.passed(took, computed)
 
     def take(self, parts: Sequence[Part]) -> list[tuple[EncodeRequest, tuple[int, ...]]]:
         """Each request of a batch with its items, but for those that are over since it was decided."""
