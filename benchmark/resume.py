@@ -4,9 +4,11 @@
 
 A resume: the language side offers a block, the encode side writes 16 small rows into it and says so, the language
 side copies them out and offers the block again. `ping-pong` is what a resume cannot do without: a message over ZMQ, a
-write of 64 bytes by the raw engine, a message back. `idle`: the language scheduler waits. `torch`: its thread is inside
+write of 64 bytes by the raw engine, a message back. `threads` is the same by the plugin's threads, which do nothing else:
+a control loop on either side, and on the encode side a worker of its own for the peer, so that one that is stuck holds
+up nobody else. `idle`: the language scheduler waits. `torch`: its thread is inside
 forward passes of 200 ms, one thread of torch called from Python. `python`: it never leaves the interpreter at all,
-which no forward pass does; so this is the worst there can be. The four take turns.
+which no forward pass does; so this is the worst there can be. They take turns.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -26,18 +29,92 @@ import zmq
 
 from embedding_relay.memory.engine import MooncakeDataPlane
 from embedding_relay.memory.layout import BufferLayout
-from embedding_relay.memory.plane import Entry, Region
+from embedding_relay.memory.plane import Entry, Link, Region
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.transport.encode import EncodeManager
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from embedding_relay.transport.loop import ControlLoop
+from embedding_relay.transport.workers import TransferWorker, TransferWorkers
 
 BLOCK: Final = 16
 BYTES: Final = 64
 FORWARD_SECONDS: Final = 0.2
 PING_PONG: Final = "ping-pong"
+THREADS: Final = "threads"
 LAYOUT: Final = BufferLayout(64, "bfloat16", 0, BLOCK, blocks=1024)
+
+
+class Bare:
+    """A control loop and its thread, and what it does with a message. Nothing has to be done at a later time."""
+
+    def __init__(self) -> None:
+        self._loop = ControlLoop(transfer.HOST, max_frame=BYTES)
+        self.address = self._loop.open()
+        self._thread = threading.Thread(target=self._loop.run, args=(self, lambda: None))
+        self.post = self._loop.post
+
+    def start(self, peer: Address) -> None:
+        self._peer = peer
+        self._thread.start()
+
+    def send(self, _: float = 0.0) -> None:
+        self._loop.send(self._peer, [b"message"])
+
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        raise NotImplementedError
+
+    def tick(self, now: float) -> None: ...
+
+    def next_wakeup(self) -> None: ...
+
+    def close(self) -> None:
+        self._loop.stop()
+        self._thread.join()
+
+
+class BareLanguage(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+        self._sent: list[float] = []
+        self._done = threading.Event()
+
+    def take_turns(self, times: int) -> list[float]:
+        """Seconds from each message to the next."""
+        self._sent, self._left = [], times
+        self._done.clear()
+        self.post(self._next)
+        self._done.wait()
+        return [later - earlier for earlier, later in itertools.pairwise(self._sent)]
+
+    def _next(self, _: float) -> None:
+        self._sent.append(time.perf_counter())
+        if len(self._sent) > self._left:
+            self._done.set()
+        else:
+            self.send()
+
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        self._next(now)
+
+
+class BareEncode(Bare):
+    def __init__(self, session_id: str, write: Callable[[Link], None], plane: MooncakeDataPlane) -> None:
+        super().__init__()
+        self._session_id, self._write = session_id, write
+        self._workers = TransferWorkers(lambda peer: TransferWorker(peer, plane, print, print))
+
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        self._workers.submit(self._session_id, now, self._write, self._written)
+
+    def _written(self, problem: str) -> None:
+        assert not problem, problem
+        self.post(self.send)
+
+    def close(self) -> None:
+        super().close()
+        self._workers.close()
 
 
 class TimedReceiver(MooncakeEmbeddingReceiver):
@@ -100,21 +177,24 @@ def measure(turns: int, resumes: int) -> dict[str, list[list[float]]]:
     context = zmq.Context()
     pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     back = pull.bind_to_random_port(f"tcp://{transfer.HOST}")
-    here.send((raw.session_id, memory.data_ptr(), back))
-    registry_port, port = here.recv()
+    bare = BareLanguage()
+    here.send((raw.session_id, memory.data_ptr(), back, bare.address))
+    registry_port, port, bare_encode = here.recv()
+    bare.start(bare_encode)
     push.connect(f"tcp://{transfer.HOST}:{port}")
     peer = f"{transfer.HOST}:{registry_port}"
     rooms = itertools.count(1)
     works = {"idle": None, "torch": forward_pass(), "python": interpreter_only}
-    seconds: dict[str, list[list[float]]] = {name: [] for name in (PING_PONG, *works)}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in (PING_PONG, THREADS, *works)}
     for turn in range(turns + 1):  # the first one pays for connections
-        measured = {PING_PONG: ping_pong(push, pull, resumes)}
+        measured = {PING_PONG: ping_pong(push, pull, resumes), THREADS: bare.take_turns(resumes)}
         for name, work in works.items():
             measured[name] = resume_often(manager, here, peer, next(rooms), resumes, work)
         for name, one in measured.items() if turn else ():
             seconds[name].append(one)
     here.send(None)
     process.join()
+    bare.close()
     manager.close()
     raw.close()
     context.destroy(linger=0)
@@ -184,22 +264,28 @@ def encode_instance(pipe: Connection) -> None:
     address = Address(transfer.HOST, registry.port)
     manager = EncodeManager.open(LAYOUT, transfer.config("mooncake"), host=transfer.HOST, bootstrap=address)
     manager.start()
-    session_id, pointer, back = pipe.recv()
+    session_id, pointer, back, bare_language = pipe.recv()
     memory = torch.ones(BYTES, dtype=torch.uint8)
     raw = MooncakeDataPlane(transfer.HOST, "tcp", receives=False)
     raw.start([Region(memory.data_ptr(), BYTES)])
     link = raw.link(session_id)
+
+    def write(to: Link) -> None:
+        to.write([Entry(memory.data_ptr(), pointer, BYTES)])
+
+    bare = BareEncode(session_id, write, raw)
+    bare.start(bare_language)
     context = zmq.Context()
     pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     push.connect(f"tcp://{transfer.HOST}:{back}")
-    pipe.send((registry.port, pull.bind_to_random_port(f"tcp://{transfer.HOST}")))
+    pipe.send((registry.port, pull.bind_to_random_port(f"tcp://{transfer.HOST}"), bare.address))
     poller = zmq.Poller()
     poller.register(pull, zmq.POLLIN)
     poller.register(pipe.fileno(), zmq.POLLIN)
     while True:
         if pull in dict(poller.poll()):
             pull.recv()
-            link.write([Entry(memory.data_ptr(), pointer, BYTES)])
+            write(link)
             push.send(b"pong")
         elif (order := pipe.recv()) is None:
             break
@@ -208,6 +294,7 @@ def encode_instance(pipe: Connection) -> None:
             made = torch.randn(rows, LAYOUT.width).to(torch.bfloat16)
             transfer.serve(manager, pipe, room, transfer.source_rows(made))
             pipe.send("ended")
+    bare.close()
     link.close()
     raw.close()
     manager.close()

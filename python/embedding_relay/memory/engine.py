@@ -38,9 +38,11 @@ _INFINIBAND: Final = "/sys/class/infiniband"
 _FIRST_BYTES: Final = 8
 _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
-# Mooncake's blocking call spins, on a core that the threads which move the bytes may need. What takes longer than a
-# few sleeps is waited for asleep, with pieces on their way while the one before them is waited for.
-_SPIN_BELOW: Final = 256 << 10
+# Mooncake's blocking call spins, on a core that the threads which move the bytes may need: where it has the core, they
+# wait until its time slice is over. What takes longer than a few sleeps is waited for asleep, with pieces on their way
+# while the one before them is waited for; what is shorter is waited for awake, and whoever needs the core has it.
+_AWAKE_BELOW: Final = 256 << 10
+_AWAKE_S: Final = 0.002
 _SLEEP: Final = 50e-6
 _AHEAD: Final = 2
 # An engine confirms entry by entry, and does nothing meanwhile. So many are divided between two.
@@ -266,8 +268,14 @@ class MooncakeLink:
                 raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
             if entries and not self._is_proven and not on_the_way:
                 self._prove_the_way(entries[0])
-            if not on_the_way and not (self._plane.is_tcp and sum(one.length for one in entries) >= _SPIN_BELOW):
-                self._write_spinning(entries)
+            if not on_the_way and not self._plane.is_tcp:
+                self._write_by_one_call(entries)
+                yield
+                continue
+            if not on_the_way and sum(one.length for one in entries) < _AWAKE_BELOW:
+                if entries:
+                    self._wait_for(self._submit_to([self], entries), awake_s=_AWAKE_S)
+                    self._is_proven = True
                 yield
                 continue
             on_the_way.append(self._submit(entries))
@@ -282,7 +290,7 @@ class MooncakeLink:
                     link._is_proven = True
             yield
 
-    def _write_spinning(self, entries: Sequence[Entry]) -> None:
+    def _write_by_one_call(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
         sources, destinations, lengths = (list(column) for column in zip(*entries, strict=True))
@@ -296,6 +304,9 @@ class MooncakeLink:
         links = [self]
         if len(entries) >= _SCATTERED and (second := self._take_second(entries[0])) is not None:
             links.append(second)
+        return self._submit_to(links, entries)
+
+    def _submit_to(self, links: Sequence[MooncakeLink], entries: Sequence[Entry]) -> list[_Submitted]:
         submitted: list[_Submitted] = []
         for link, entry in zip(itertools.cycle(links), entries, strict=False):
             link._is_proven = False
@@ -316,14 +327,19 @@ class MooncakeLink:
             return None
         return self._second
 
-    def _wait_for(self, submitted: Sequence[_Submitted]) -> None:
+    def _wait_for(self, submitted: Sequence[_Submitted], *, awake_s: float = 0.0) -> None:
+        asleep_from = time.monotonic() + awake_s
         for link, number in submitted:
             deadline = time.monotonic() + self._plane.patience
             while not (status := link._engine.transfer_check_status(number)):
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     text = f"{self._session_id} has confirmed nothing for {self._plane.patience:g} s"
                     raise TransferError(f"a write was given up: {text}")
-                time.sleep(_SLEEP)
+                if now < asleep_from:
+                    os.sched_yield()
+                else:
+                    time.sleep(_SLEEP)
             if status != 1:
                 raise TransferError(f"Mooncake could not write to {self._session_id} (status {status})")
 

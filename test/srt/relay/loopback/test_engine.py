@@ -78,6 +78,14 @@ def test_a_write_has_landed_when_it_returns(linked: Linked) -> None:
     assert link.is_quiet()
 
 
+def test_nothing_to_write_proves_no_way(linked: Linked) -> None:
+    target, link, ones = linked
+    link.write([])
+    assert not link._is_proven
+    link.write([Entry(ones, target.pointer, 8)])
+    assert target.ones() == 8
+
+
 def test_many_entries_land_where_they_belong(linked: Linked) -> None:
     target, link, ones = linked
     length = 4000

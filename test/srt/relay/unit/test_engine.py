@@ -300,10 +300,11 @@ class EngineOverTcp:
     peers_port: int
     calls: ClassVar[list[tuple[object, ...]]]
     statuses: ClassVar[list[int]]
-    """Of the first write, look by look; the last for ever."""
-    number, batch, connects, connects_again = 7, 0, True, False
+    """Of what it was given last, look by look; the last for ever."""
+    number, connects, connects_again = 7, True, False
 
     def __init__(self) -> None:
+        self.submitted = 0
         self._connections: list[socket.socket] = []
 
     def __del__(self) -> None:
@@ -321,19 +322,14 @@ class EngineOverTcp:
 
     def transfer_submit_write(self, *what: object) -> int:
         self.calls.append(what)
-        if self.connects:
+        self.submitted += 1
+        if self.connects and len(self._connections) < 1 + self.connects_again:
             self._connections.append(socket.create_connection((HOST, self.peers_port)))
         return self.number
 
     def transfer_check_status(self, number: int) -> int:
         assert number == self.number
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
-
-    def batch_transfer_sync_write(self, *what: object) -> int:
-        self.calls.append(what)
-        if self.connects_again:
-            self._connections.append(socket.create_connection((HOST, self.peers_port)))
-        return self.batch
 
 
 class Peer:
@@ -392,8 +388,8 @@ def test_over_tcp_the_first_bytes_are_confirmed_before_the_rest_is_sent(over_tcp
     for _ in range(2):
         link.write(ROWS)
     session = peer.theirs.session_id
-    batch = (session, [100, 6000], [200, 7000], [5000, 10])
-    assert used.calls == [(session, 100, 200, 8), batch, batch]
+    rows = [(session, *entry) for entry in ROWS]
+    assert used.calls == [(session, 100, 200, 8), *rows, *rows]
     assert used.statuses == [1]
 
 
@@ -428,7 +424,7 @@ def test_over_tcp_large_pieces_are_on_their_way_while_the_one_before_is_waited_f
     in_turn = link.write_in_turn([ROWS, LARGE, LARGE, LARGE, LARGE])
     for _ in in_turn:
         looks.append(len(used.calls))
-    assert looks == [2, 5, 6, 6, 6], "small ones at once, of large ones two more than are waited for"
+    assert looks == [3, 6, 7, 7, 7], "small ones at once, of large ones two more than are waited for"
     assert link._is_proven
 
 
@@ -442,6 +438,23 @@ def test_over_tcp_a_large_write_fails_with_its_status_or_when_time_is_up(
     with pytest.raises(TransferError, match=problem):
         link.write(LARGE)
     assert not link._is_proven
+
+
+def test_over_tcp_a_small_write_is_waited_for_awake_at_first(
+    over_tcp: OverTcp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so that another thread can have the core."""
+    used, link = over_tcp
+    link.write(ROWS)
+    waits: list[str] = []
+    now = iter(range(100))
+    monkeypatch.setattr(engine, "_AWAKE_S", 3)
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: waits.append("asleep"))
+    monkeypatch.setattr(engine.os, "sched_yield", lambda: waits.append("awake"))
+    used.statuses = [0, 0, 0, 1]
+    link.write(ROWS[:1])
+    assert waits == ["awake", "asleep", "asleep"]
 
 
 def test_over_tcp_a_large_write_that_mooncake_does_not_take_has_failed(over_tcp: OverTcp) -> None:
@@ -465,7 +478,7 @@ def test_over_tcp_many_entries_are_divided_between_two_engines_which_are_renewed
     second = link._second
     assert second is not None
     assert second._engine is not link._engine
-    assert len(link._engine._connections) == len(second._engine._connections) == 1 + len(MANY) // 2
+    assert link._engine.submitted == len(ROWS) + second._engine.submitted == 1 + len(ROWS) + len(MANY) // 2
     assert second._is_proven
     link.renew()
     assert (link._sender, second._sender) == (None, None)
@@ -483,17 +496,16 @@ def test_over_tcp_one_engine_will_do_if_there_is_no_second(over_tcp: OverTcp, mo
     link.write(ROWS)
     monkeypatch.setattr(link._plane, "make_engine", lambda: (_ for _ in ()).throw(SettingError("no more")))
     link.write(MANY)
-    assert len(used.calls) == 2 + len(MANY)
-    assert len(link._engine._connections) == 1 + len(MANY)
+    assert len(used.calls) == link._engine.submitted == 1 + len(ROWS) + len(MANY)
 
 
 def fail(over_tcp: OverTcp, peer: Peer) -> socket.socket:
     """A write that fails, after the first; the peer's end of its connection."""
     used, link = over_tcp
-    used.batch = -1
-    with pytest.raises(TransferError, match="5010 bytes"):
+    used.statuses = [-1] if link._is_proven else [1, -1]
+    with pytest.raises(TransferError, match="status -1"):
         link.write(ROWS)
-    used.batch = 0
+    used.statuses = [1]
     link.renew()
     return peer.accept()
 
@@ -530,9 +542,8 @@ def test_over_tcp_a_failed_write_is_over_when_the_peer_is_gone(over_tcp: OverTcp
 
 
 def test_over_tcp_what_was_sent_to_the_predecessor_of_a_peer_is_of_no_interest(over_tcp: OverTcp, peer: Peer) -> None:
-    used, link = over_tcp
+    _, link = over_tcp
     fail(over_tcp, peer)
-    used.statuses = [1]
     link.write(ROWS)
     assert not link.is_quiet(), "it is the same engine"
     fail(over_tcp, peer)
