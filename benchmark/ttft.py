@@ -45,7 +45,7 @@ from report import Figures, Table  # noqa: E402
 from embedding_relay.config import PREFIX_PREFILL, PROGRESSIVE  # noqa: E402
 from embedding_relay.tools import local_cluster, tiny_model  # noqa: E402
 from embedding_relay.tools.local_cluster import LocalCluster, Options, sglang_server  # noqa: E402
-from embedding_relay.tools.local_process import free_ports  # noqa: E402
+from embedding_relay.tools.local_process import LocalProcess, free_ports  # noqa: E402
 from support import servers, warm_start  # noqa: E402
 
 UNDIVIDED, SPLIT, PAIR, NO_ROUTER = "undivided", "split", "pair", "no router"
@@ -222,11 +222,13 @@ def points(arguments: argparse.Namespace) -> list[Point]:
 
 
 def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle: dict[str, list[float]]) -> None:
-    model = tiny_model.cached()
+    model = arguments.model or tiny_model.cached()
     names = [name for name in SERVERS if set(SERVERS[name][1]) & set(arguments.candidates)]
     for name in names[turn % len(names) :] + names[: turn % len(names)]:
         make, candidates = SERVERS[name]
         options = servers.options(model, arguments.logs / f"{name}-{turn}", *arguments.argument)
+        if arguments.device != servers.CPU:  # what servers are forked from has imported all of SGLang for a CPU
+            options = dataclasses.replace(options, device=arguments.device, process=LocalProcess)
         with servers.running(make(options)) as cluster:
             for number, candidate in enumerate(one for one in candidates if one in arguments.candidates):
                 url = url_of(candidate, cluster)
@@ -301,7 +303,8 @@ def main() -> None:
     print(report.describe(facts))
     measured, idle = earlier(arguments)
     first = max(map(len, idle.values()), default=0)
-    warm_start.fork_server()  # imports while this process does
+    if arguments.device == servers.CPU:
+        warm_start.fork_server()  # imports while this process does
     with scratch_for_logs(arguments):
         for turn in range(first, first + arguments.turns):
             one_turn(turn, arguments, measured, idle)
@@ -354,6 +357,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--add", action="store_true", help="to what --out has already")
+    parser.add_argument("--model", type=Path, help="a folder; otherwise the tiny one")
+    parser.add_argument("--device", choices=(servers.CPU, "accelerator"), default=servers.CPU, help="of the servers")
     parser.add_argument("--argument", action="append", default=[], help="one more for each server; may be repeated")
     report.add_options(parser)
     arguments = parser.parse_args()

@@ -24,14 +24,14 @@ from embedding_relay.tools.local_process import (
 
 HOST = "127.0.0.1"
 
+# A server that starts ends if it finds less memory free than it wants to leave to others, which other servers that
+# start meanwhile bring about. What it takes itself is limited by the number of tokens.
+ONE_OF_SEVERAL = ("--mem-fraction-static", "0.8", "--max-total-tokens", "40000")
 CPU_ARGUMENTS = (
     *("--device", "cpu"),
     *("--attention-backend", "torch_native"),
     *("--mm-attention-backend", "sdpa"),
-    # A server that starts ends if it finds less memory free than it wants to leave to others, which other servers that
-    # start meanwhile bring about. What it takes itself is limited by the number of tokens.
-    *("--mem-fraction-static", "0.8"),
-    *("--max-total-tokens", "40000"),
+    *ONE_OF_SEVERAL,
 )
 # An idle scheduler would otherwise spin on one core, which the other processes of this machine need.
 COMMON_ARGUMENTS = ("--host", HOST, "--sleep-on-idle")
@@ -45,8 +45,7 @@ ROUTER_ARGUMENTS = (
     *("--health-success-threshold", "1"),
     *("--health-check-timeout-secs", "15"),
 )
-# Two servers share one accelerator.
-ACCELERATOR_ARGUMENTS = ("--mem-fraction-static", "0.3")
+ACCELERATOR_ARGUMENTS = ONE_OF_SEVERAL
 
 CPU_ENVIRON = {"SGLANG_PLATFORM": CPU_PLATFORM}
 COMMON_ENVIRON = {"HF_HUB_OFFLINE": "1"}
