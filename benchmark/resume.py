@@ -4,11 +4,11 @@
 
 A resume: the language side offers a block, the encode side writes 16 small rows into it and says so, the language
 side copies them out and offers the block again. `ping-pong` is what a resume cannot do without: a message over ZMQ, a
-write of 64 bytes by the raw engine, a message back. `threads` is the same by the plugin's threads, which do nothing else:
-a control loop on either side, and on the encode side a worker of its own for the peer, so that one that is stuck holds
-up nobody else. `idle`: the language scheduler waits. `torch`: its thread is inside
-forward passes of 200 ms, one thread of torch called from Python. `python`: it never leaves the interpreter at all,
-which no forward pass does; so this is the worst there can be. They take turns.
+write of 64 bytes by the raw engine, a message back. `threads` is the same by the plugin's threads, which do nothing
+else: a control loop on either side, and on the encode side a worker of its own for the peer, so that one that is stuck
+holds up nobody else. `idle`: the language scheduler waits. `torch`: its thread is inside forward passes of 200 ms, one
+thread of torch called from Python. `python`: it never leaves the interpreter at all, which no forward pass does; so
+this is the worst there can be. They take turns.
 """
 
 from __future__ import annotations

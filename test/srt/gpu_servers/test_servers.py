@@ -79,8 +79,7 @@ def test_same_answers(trio: Trio) -> None:
     other = Question("another picture", (squares(trio.family, 20, 20, 5), "what is this")).ask(trio.undivided.url)
     limit = min(LIMIT, first_difference(other, expected[resumes]) / NEARER)
     found = {
-        question.name: first_difference(one, same)
-        for question, one, same in zip(asked, answers, expected, strict=True)
+        question.name: first_difference(one, same) for question, one, same in zip(asked, answers, expected, strict=True)
     }
     print(f"differences in the log-probability of the first token, at most {limit}: {found}")
     assert {name: value for name, value in found.items() if not value < limit} == {}
