@@ -57,7 +57,8 @@ LIMITED, UNLIMITED = "limited", "unlimited"
 SMALL_SIDE: Final = 112
 BETWEEN_SMALL_S: Final = 0.5
 LOOK_S: Final = 0.05
-PATIENCE_S: Final = 330.0
+LONGEST_START_S: Final = 30.0
+"""Of requests before those that count."""
 SERVERS: Final = ("encode", "language")
 
 
@@ -307,7 +308,7 @@ async def run(host: Host, options: argparse.Namespace) -> Run:
     """The burst at once, small requests beside it, and somebody who looks after the memory."""
     seeds = itertools.count()
     bodies = [question(options.side, list(itertools.islice(seeds, options.pictures))) for _ in range(options.requests)]
-    timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
+    timeout = aiohttp.ClientTimeout(total=options.seconds + LONGEST_START_S)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         for _ in range(2):  # connections, first passes
             await ask(session, host, question(SMALL_SIDE, [next(seeds)]))
