@@ -268,7 +268,7 @@ class MooncakeLink:
                 raise TransferError(f"{len(entries)} entries are more than the {BATCH_LIMIT} that one call may carry")
             if entries and not self._is_proven and not on_the_way:
                 self._prove_the_way(entries[0])
-            if not on_the_way and not self._plane.is_tcp:
+            if not self._plane.is_tcp:
                 self._write_by_one_call(entries)
                 yield
                 continue
