@@ -45,7 +45,6 @@ ROUTER_ARGUMENTS = (
     *("--health-success-threshold", "1"),
     *("--health-check-timeout-secs", "15"),
 )
-ACCELERATOR_ARGUMENTS = ONE_OF_SEVERAL
 
 CPU_ENVIRON = {"SGLANG_PLATFORM": CPU_PLATFORM}
 COMMON_ENVIRON = {"HF_HUB_OFFLINE": "1"}
@@ -79,7 +78,7 @@ def sglang_server(
     # The command that SGLang recommends; the one beside our interpreter, whatever the PATH says.
     command = [str(Path(sys.executable).with_name("sglang")), "serve"]
     command += ["--model-path", str(options.model), "--port", str(port)]
-    command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ACCELERATOR_ARGUMENTS), *options.arguments, *arguments]
+    command += [*COMMON_ARGUMENTS, *(CPU_ARGUMENTS if cpu else ONE_OF_SEVERAL), *options.arguments, *arguments]
     merged = recipe | dict(options.environ) | dict(environ or {})
     return options.process(name, command, f"http://{HOST}:{port}", options.logs / f"{name}.log", merged)
 
