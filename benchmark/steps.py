@@ -1,6 +1,7 @@
 """Where the time of one transfer goes: from the language side's request to the last row, without a model.
 
-    .venv/bin/python benchmark/steps.py [--mib 1 8] [--plane mooncake] [--requests 60] [--quick] [--out FOLDER]
+    .venv/bin/python benchmark/steps.py [--mib 1 8] [--block 128] [--fragmented] [--plane mooncake] [--requests 60]
+                                        [--quick] [--out FOLDER]
 
 One request at a time, in one round, as in `transfer.py`. Both processes note when what happens, with the one clock of
 this machine. `at` is the median time since the request, `since` the median time since what happened just before it,
@@ -33,7 +34,6 @@ from embedding_relay.transport.encode import EncodeManager
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
 from embedding_relay.transport.workers import ChunkJob
 
-BLOCK: Final = 128
 ASKED: Final = "language scheduler: asks for the rows"
 # Of what is called, whether its end counts or its beginning, and what that means.
 POINTS: Final = (
@@ -61,6 +61,8 @@ POINTS: Final = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--fragmented", action="store_true", help="no free block has a free neighbour")
     parser.add_argument("--plane", default="mooncake", choices=["mooncake", "shared_memory"])
     parser.add_argument("--requests", type=int, default=60)
     report.add_options(parser)
@@ -70,14 +72,15 @@ def main() -> None:
     print(report.describe(facts))
     results: list[dict[str, Any]] = []
     for mib in options.mib[:1] if options.quick else options.mib:
-        results += show(options.plane, mib, measure(options.plane, mib, 4 if options.quick else options.requests))
+        point = transfer.Point(mib, 0, options.block, options.fragmented)
+        results += show(options.plane, mib, measure(options.plane, point, 4 if options.quick else options.requests))
     report.save(options.out, "steps", facts, results)
 
 
-def measure(plane: str, mib: int, requests: int) -> list[dict[str, float]]:
+def measure(plane: str, point: transfer.Point, requests: int) -> list[dict[str, float]]:
     """Of each request, when what happened last, in µs."""
-    point = transfer.Point(mib, 0, BLOCK, False)
-    layout = BufferLayout(transfer.HIDDEN, "bfloat16", 0, BLOCK, blocks=-(-point.rows // BLOCK) * 16 // 7 + 16)
+    block = point.block
+    layout = BufferLayout(transfer.HIDDEN, "bfloat16", 0, block, blocks=-(-point.rows // block) * 16 // 7 + 16)
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder, "marks")
         target = functools.partial(encode_instance, marks)

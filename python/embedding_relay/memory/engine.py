@@ -272,7 +272,7 @@ class MooncakeLink:
                 self._write_by_one_call(entries)
                 yield
                 continue
-            if not on_the_way and sum(one.length for one in entries) < _AWAKE_BELOW:
+            if not on_the_way and len(entries) < _SCATTERED and sum(one.length for one in entries) < _AWAKE_BELOW:
                 if entries:
                     self._wait_for(self._submit_to([self], entries), awake_s=_AWAKE_S)
                     self._is_proven = True

@@ -18,8 +18,12 @@ class BlockPool:
         if count < 1:
             raise LeaseError(f"a pool of {count} blocks")
         self.count = count
-        self._starts = [0]  # of the free runs, sorted
-        self._lengths = {0: count}
+        # Of the free runs. All three are kept in order, so that a pool in many pieces costs no more than one in few.
+        self._starts: list[int] = []
+        self._by_length: list[tuple[int, ...]] = []
+        """(length, minus the start)"""
+        self._lengths: dict[int, int] = {}
+        self._add(0, count)
         self._owners: dict[int, Hashable] = {}
         self._quarantine: dict[Hashable, set[int]] = {}
         self._quarantined = 0
@@ -88,32 +92,37 @@ class BlockPool:
         return held
 
     def _best_run(self, n: int) -> tuple[int, int]:
-        """The smallest run that has n blocks; if none has, all of the longest."""
-        fitting = [start for start in self._starts if self._lengths[start] >= n]
-        if fitting:
-            return min(fitting, key=lambda start: (self._lengths[start], start)), n
-        longest = max(self._starts, key=lambda start: self._lengths[start])
-        return longest, self._lengths[longest]
+        """The smallest run that has n blocks; if none has, all of the longest. Of equal ones the first in the pool."""
+        at = bisect.bisect_left(self._by_length, (n,))
+        length = self._by_length[at if at < len(self._by_length) else -1][0]
+        last = bisect.bisect_right(self._by_length, (length, 1)) - 1
+        return -self._by_length[last][1], min(n, length)
 
     def _cut(self, start: int, length: int) -> None:
         """Take `length` blocks off the front of the free run at `start`."""
-        rest = self._lengths.pop(start) - length
-        at = bisect.bisect_left(self._starts, start)
+        rest = self._remove(start) - length
         if rest:
-            self._starts[at] = start + length
-            self._lengths[start + length] = rest
-        else:
-            del self._starts[at]
+            self._add(start + length, rest)
 
     def _join(self, block: int) -> None:
         """Add one block to the free runs, closing the gap between its neighbours."""
         at = bisect.bisect_left(self._starts, block)
         start, length = block, 1
         if at < len(self._starts) and self._starts[at] == block + 1:
-            length += self._lengths.pop(self._starts.pop(at))
+            length += self._remove(block + 1)
         if at and self._starts[at - 1] + self._lengths[self._starts[at - 1]] == block:
             start = self._starts[at - 1]
-            length += self._lengths[start]
-        else:
-            self._starts.insert(at, start)
+            length += self._remove(start)
+        self._add(start, length)
+
+    def _add(self, start: int, length: int) -> None:
+        bisect.insort(self._starts, start)
+        bisect.insort(self._by_length, (length, -start))
         self._lengths[start] = length
+
+    def _remove(self, start: int) -> int:
+        """The length of this free run, which is one no longer."""
+        length = self._lengths.pop(start)
+        del self._starts[bisect.bisect_left(self._starts, start)]
+        del self._by_length[bisect.bisect_left(self._by_length, (length, -start))]
+        return length
