@@ -23,8 +23,8 @@ from embedding_relay.memory.plane import Region, private_memory
 from embedding_relay.memory.reuse import ReusedMemory
 from embedding_relay.memory.row_cache import HeldRows
 from embedding_relay.protocol.errors import LocalError
-from embedding_relay.protocol.messages import Run
-from embedding_relay.protocol.plan import Segment
+from embedding_relay.protocol.messages import RECORD_BYTES, Run
+from embedding_relay.protocol.plan import Column, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class SourceRows:
 
     @property
     def aux(self) -> Aux:
-        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items)
+        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items, RECORD_BYTES)
 
     @functools.cached_property
     def media_runs(self) -> tuple[tuple[int, int], ...]:
@@ -133,10 +133,13 @@ class ReceivedRows:
     media_items: int = 0
     flaw: str | None = None
     """What is wrong with the embeddings that are here, as a part of a sentence."""
+    has_records: bool = False
+    """Its small columns come side by side."""
 
     @property
     def aux(self) -> Aux:
-        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items)
+        record_bytes = RECORD_BYTES if self.has_records else 0
+        return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items, record_bytes)
 
     @property
     def columns(self) -> tuple[torch.Tensor, ...]:
@@ -149,8 +152,10 @@ class ReceivedRows:
         return lines
 
 
-# Of `ReceivedRows`, one behind the other: 32-bit numbers per row, and then the embeddings.
+# Of `ReceivedRows`, one behind the other: 32-bit numbers per row, and then the embeddings. Of a record, side by side.
+_IN_RECORDS: Final = (columns.FILL_IDS, columns.MROPE, columns.ITEMS)
 _NUMBERS: Final = (1, columns.MROPE_AXES, columns.ITEM_VALUES)
+_BORDERS: Final = (1, 1 + columns.MROPE_AXES)
 _LINE: Final = 64
 
 
@@ -177,6 +182,7 @@ def rows_in(memory: torch.Tensor, aux: Aux, layout: BufferLayout) -> ReceivedRow
         mrope_delta=aux.mrope_delta,
         has_mrope=aux.has_mrope,
         media_items=aux.media_items,
+        has_records=aux.has_records,
     )
 
 
@@ -211,6 +217,7 @@ class EmbeddingBuffers:
         self._is_pinned = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._memory: dict[str, torch.Tensor] = {}
+        self._pointers: dict[str, int] = {}
         self._rows: dict[str, torch.Tensor] = {}
         # The same memory: the columns of integers as (block, row, value), and embeddings as what `_AS_INTEGERS` says.
         # One call of numpy's takes all blocks of a chunk, and a tenth of the time of one of torch's.
@@ -223,13 +230,13 @@ class EmbeddingBuffers:
 
     def allocate(self, take: Callable[[int], mmap.mmap] = private_memory) -> None:
         """Each column has pages of its own in what `take` gives."""
-        lengths = [self.layout.blocks * length for length in self.layout.item_lens]
-        starts = [0, *itertools.accumulate(-(-length // _PAGE) * _PAGE for length in lengths)]
+        starts = [0, *itertools.accumulate(-(-length // _PAGE) * _PAGE for _, length in self.layout.memory)]
         pool = take(starts.pop())
-        for column, start, length in zip(self.layout.columns, starts, lengths, strict=True):
+        for (column, length), start in zip(self.layout.memory, starts, strict=True):
             memory = torch.frombuffer(pool, dtype=torch.uint8, count=length, offset=start)
             dtype = self._dtype if column.media_only else torch.int32
             self._memory[column.name] = memory
+            self._pointers[column.name] = memory.data_ptr()
             if self._is_pinned and column.media_only and devices.pin(memory):
                 self._pinned.append(memory)
             values = column.bytes_per_row // dtype.itemsize
@@ -242,13 +249,14 @@ class EmbeddingBuffers:
     @property
     def total_bytes(self) -> int:
         """Of the pool. No more is kept for received rows either: no more than that is under way at a time."""
-        return self.layout.blocks * sum(self.layout.item_lens)
+        return self.layout.pool_bytes
 
     def release(self) -> None:
         self._threads.close()
         while self._pinned:
             devices.unpin(self._pinned.pop())
         self._memory.clear()
+        self._pointers.clear()
         self._rows.clear()
         self._small.clear()
         self._wide.clear()
@@ -260,7 +268,16 @@ class EmbeddingBuffers:
 
     @property
     def pointers(self) -> tuple[int, ...]:
-        return tuple(region.pointer for region in self.regions)
+        """Of the columns that a registration has in its frame."""
+        return self.pointers_of(self.layout.columns)
+
+    def pointers_of(self, chosen: Iterable[Column]) -> tuple[int, ...]:
+        return tuple(self._pointers[column.name] for column in chosen)
+
+    @property
+    def records(self) -> tuple[int, int]:
+        """What the handshake says of them."""
+        return self._pointers[columns.RECORDS], RECORD_BYTES
 
     def segments(self, source: SourceRows) -> list[Segment] | None:
         """Where the embeddings lie, if they can be sent from there: in host memory, each row as in the buffers."""
@@ -271,13 +288,23 @@ class EmbeddingBuffers:
         return [Segment(rows.data_ptr(), first_row, rows.shape[0]) for first_row, rows in source.segments]
 
     def stage(
-        self, source: SourceRows, first_row: int, rows: int, blocks: Sequence[int], *, with_media: bool = True
+        self,
+        source: SourceRows,
+        first_row: int,
+        rows: int,
+        blocks: Sequence[int],
+        *,
+        with_media: bool = True,
+        apart: bool = False,
     ) -> None:
-        """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first."""
+        """Copy rows `[first_row, first_row + rows)` of the source into `blocks`, and the aux row into the first.
+
+        `apart`: the small columns not only as records.
+        """
         if source.ready is not None:
             source.ready.synchronize()
         with devices.copies_from(source.device):
-            self._copy_in(source, first_row, rows, blocks, source.segments if with_media else ())
+            self._copy_in(source, first_row, rows, blocks, source.segments if with_media else (), apart)
 
     def _copy_in(
         self,
@@ -286,21 +313,23 @@ class EmbeddingBuffers:
         rows: int,
         blocks: Sequence[int],
         segments: Sequence[tuple[int, torch.Tensor]],
+        apart: bool,
     ) -> None:
         self._small[columns.AUX][blocks[0]] = source.aux.values()
         there, places = slice(first_row, first_row + rows), np.array(blocks)
-        self._put(columns.FILL_IDS, places, source.fill_ids[there, None])
-        self._put(columns.MROPE, places, source.mrope[there])
-        self._put(columns.ITEMS, places, source.items[there])
+        values = source.fill_ids.numpy()[there, None], source.mrope.numpy()[there], source.items.numpy()[there]
+        self._put(columns.RECORDS, places, np.concatenate(values, axis=1))
+        for column, given in zip(_IN_RECORDS, values, strict=True) if apart else ():
+            self._put(column, places, given)
         for at, row, count in self._spans(blocks, first_row, rows) if segments else ():
             for start, values in segments:
                 low, high = max(row, start), min(row + count, start + values.shape[0])
                 if low < high:
                     self._write_media(at + low - row, values[low - start : high - start])
 
-    def _put(self, column: str, blocks: NDArray[np.int64], values: torch.Tensor) -> None:
+    def _put(self, column: str, blocks: NDArray[np.int64], given: NDArray[np.int32]) -> None:
         """Into rows of these blocks, from the first row of the first one on."""
-        pool, given, size = self._small[column], values.numpy(), self.layout.block_size
+        pool, size = self._small[column], self.layout.block_size
         whole, left = divmod(len(given), size)
         pool[blocks[:whole]] = given[: whole * size].reshape(whole, size, given.shape[1])
         if left:
@@ -356,10 +385,13 @@ class EmbeddingBuffers:
         if begin >= stop:
             return 0
         where, there = (np.array(blocks), begin - first_row, rows), slice(begin, stop)
-        items = self._get(columns.ITEMS, *where)
+        if target.has_records:
+            ids, positions, items = np.split(self._get(columns.RECORDS, *where), _BORDERS, axis=1)
+        else:
+            ids, positions, items = (self._get(column, *where) for column in _IN_RECORDS)
+        target.fill_ids.numpy()[there, None] = ids
+        target.mrope.numpy()[there] = positions
         target.items.numpy()[there] = items
-        target.mrope.numpy()[there] = self._get(columns.MROPE, *where)
-        target.fill_ids.numpy()[there, None] = self._get(columns.FILL_IDS, *where)
         sources = _sources(items, begin, held)
         pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), sources))
         length = (stop - begin) * self.row_bytes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from embedding_relay.protocol.errors import SettingError
-from embedding_relay.protocol.messages import PROTOCOL_VERSION, Handshake
+from embedding_relay.protocol.messages import PROTOCOL_VERSION, RECORD_BYTES, Handshake
 from embedding_relay.protocol.plan import Column
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -23,6 +23,7 @@ MROPE: Final = "mrope_positions"
 AUX: Final = "aux_datas"
 DEEPSTACK: Final = "deepstack_embeddings"
 ITEMS: Final = "media_items"
+RECORDS: Final = "records"
 
 _AUX_VALUES: Final = 16
 _FLAG_HAS_MROPE: Final = 1
@@ -36,17 +37,23 @@ class Aux:
     mrope_delta: int
     has_mrope: bool
     media_items: int
+    record_bytes: int = 0
+    """Of each record, for language ranks that take records of this length. 0: whoever wrote this knows of none."""
 
     def values(self) -> list[int]:
         """The row: 32-bit numbers, those that have no meaning yet are zero."""
         flags = _FLAG_HAS_MROPE if self.has_mrope else 0
-        used = [self.total, self.mrope_delta, flags, self.media_items]
+        used = [self.total, self.mrope_delta, flags, self.media_items, self.record_bytes]
         return used + [0] * (_AUX_VALUES - len(used))
 
     @classmethod
     def of(cls, values: Sequence[int]) -> Aux:
-        total, mrope_delta, flags, media_items = values[:4]
-        return cls(total, mrope_delta, bool(flags & _FLAG_HAS_MROPE), media_items)
+        total, mrope_delta, flags, media_items, record_bytes = values[:5]
+        return cls(total, mrope_delta, bool(flags & _FLAG_HAS_MROPE), media_items, record_bytes)
+
+    @property
+    def has_records(self) -> bool:
+        return self.record_bytes == RECORD_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +94,30 @@ class BufferLayout:
         return tuple(columns)
 
     @functools.cached_property
+    def short_columns(self) -> tuple[Column, ...]:
+        """All but the media columns, for whoever takes records: ids, positions and items side by side. Every piece of a
+        column is an entry of a transfer, and a small entry takes as long as a large one.
+        """
+        aux = next(column for column in self.columns if column.name == AUX)
+        return aux, Column(name=RECORDS, bytes_per_row=RECORD_BYTES)
+
+    @functools.cached_property
     def item_lens(self) -> tuple[int, ...]:
         """Bytes per block of each buffer."""
-        return tuple(c.bytes_per_row * (1 if c.per_block else self.block_size) for c in self.columns)
+        return tuple(map(self.block_bytes, self.columns))
+
+    def block_bytes(self, column: Column) -> int:
+        return column.bytes_per_row * (1 if column.per_block else self.block_size)
+
+    @functools.cached_property
+    def memory(self) -> tuple[tuple[Column, int], ...]:
+        """Everything that a pool has memory for, and how many bytes: the columns, and records behind them."""
+        columns = *self.columns, self.short_columns[-1]
+        return tuple((column, self.blocks * self.block_bytes(column)) for column in columns)
+
+    @property
+    def pool_bytes(self) -> int:
+        return sum(length for _, length in self.memory)
 
     def handshake(self) -> Handshake:
         return Handshake(

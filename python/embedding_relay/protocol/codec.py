@@ -203,7 +203,10 @@ def _decode_register(frames: Sequence[bytes]) -> Register:
         raise UndecodableFrames(f"a handshake that cannot be read: {error}") from None
     if len(handshake.item_lens) != len(pointers):
         raise UndecodableFrames(f"{len(pointers)} buffer pointers and {len(handshake.item_lens)} item lengths")
-    for pointer, item_len in zip(pointers, handshake.item_lens, strict=True):
+    columns = list(zip(pointers, handshake.item_lens, strict=True))
+    if handshake.records is not None:
+        columns.append((handshake.records[0], handshake.records[1] * handshake.block_size))
+    for pointer, item_len in columns:
         if pointer == 0 or pointer + handshake.blocks * item_len > 1 << 64:
             raise UndecodableFrames(f"{handshake.blocks} blocks of {item_len} bytes cannot be at {pointer:#x}")
     return Register(address, session_id, pointers, handshake)

@@ -40,13 +40,15 @@ class Note(msgspec.Struct, frozen=True):
 class Window(msgspec.Struct, frozen=True):
     """Rows `[first_row, first_row + rows)` of a room, in `blocks` of our own pool, row `first_row` at offset 0.
 
-    `stage` says that the rows are not there yet: copy them from the room's source before the write.
+    `stage` says that the rows are not there yet: copy them from the room's source before the write. `apart`: the small
+    columns too, each for itself, because some destination of the room takes no records.
     """
 
     first_row: int
     rows: int
     blocks: tuple[int, ...]
     stage: bool
+    apart: bool = True
 
 
 class ChunkDestination(msgspec.Struct, frozen=True):

@@ -19,6 +19,8 @@ MAX_ROWS: Final = 1 << 40
 # Of one request. One that has more takes no part in what is kept at the language side: its rows are all sent.
 MAX_ITEMS: Final = 4096
 MAX_RUNS: Final = 1 << 15
+# Eight integers of a row: its id, three positions, and four that say which item it belongs to.
+RECORD_BYTES: Final = 32
 
 # ZMQ takes a text apart when it connects: with `;` in it, a stranger would choose where our connections come from.
 HOST: Final = r"[0-9A-Za-z][0-9A-Za-z_.:%-]{0,255}|:[0-9A-Fa-f:.]{1,45}"
@@ -84,6 +86,14 @@ class Handshake(msgspec.Struct, frozen=True, omit_defaults=True):
     """A language rank that keeps no rows, or is of another version, has no use for `Manifest`."""
     takes_have: bool = False
     """An encode rank of another version does not know `Have`, and sends all rows."""
+    records: tuple[_Size, _Size] | None = None
+    """Where a language rank also takes the small columns, side by side in one: its pointer, and bytes per row. Where
+    that is another number than ours, or none, they are written apart.
+    """
+
+    @property
+    def takes_records(self) -> bool:
+        return self.records is not None and self.records[1] == RECORD_BYTES
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -221,10 +221,6 @@ def bytes_of(layout: BufferLayout, rows: int, media_rows: int) -> int:
     return sum(column.bytes_per_row * number for column, number in counted)
 
 
-def pool_bytes(layout: BufferLayout) -> int:
-    return sum(layout.item_lens) * layout.blocks
-
-
 def admitted(layout: BufferLayout, default: int | None, rows: int, encode_instances: int) -> int:
     """Equal requests that hold blocks at the same time, before any of them has its rows. The last may have fewer."""
     from embedding_relay.protocol.language.reserve import DefaultReservation, PeerShare
@@ -280,13 +276,13 @@ def work_out(
         "blocks": layout.blocks,
         "block_size": layout.block_size,
         "default_rows": default or config.AUTO,
-        "pool_bytes": pool_bytes(layout),
+        "pool_bytes": layout.pool_bytes,
         "admitted": admitted(layout, default, rows, 1),
         "admitted_of_several": admitted(layout, default, rows, 2),
         "row_cache_pictures": cache_mb * MIB // picture_bytes,
         "at_once": at_once,
         "recommended": settings,
-        "recommended_pool_bytes": pool_bytes(recommended),
+        "recommended_pool_bytes": recommended.pool_bytes,
     }
     return figures | _rates(traffic, request_bytes)
 

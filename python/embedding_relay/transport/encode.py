@@ -350,7 +350,7 @@ class EncodeManager(MooncakeEmbeddingManager):
             self._workers.submit(
                 destination.session_id,
                 now,
-                functools.partial(job.write, destination, session.buffer_pointers),
+                functools.partial(job.write, destination, session),
                 functools.partial(job.done, destination.session_id),
                 session.handshake.memory,
             )

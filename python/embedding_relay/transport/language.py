@@ -168,6 +168,7 @@ class LanguageManager(MooncakeEmbeddingManager):
             memory=self.plane.memory_name,
             takes_progress=True,
             takes_manifest=self._repeats.can_keep,
+            records=self._buffers.records,
         )
         self._core: LanguageSide = LanguageSide(
             register=Register(self.address, self.plane.session_id, self._buffers.pointers, handshake),

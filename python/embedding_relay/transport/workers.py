@@ -18,7 +18,8 @@ import msgspec
 
 from embedding_relay.memory.plane import DataPlane, Entry, Link, TransferError, Unreachable
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk
-from embedding_relay.protocol.plan import Range, batches, plan_chunk, plan_media
+from embedding_relay.protocol.messages import Register
+from embedding_relay.protocol.plan import Column, Range, batches, plan_chunk, plan_media
 from embedding_relay.threads import WatchedThread
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ class ChunkJob:
         """How many were written, to all destinations together."""
         return sum(one.stop_row - one.start_row for one in self.chunk.destinations if one.session_id not in self.errors)
 
-    def write(self, destination: ChunkDestination, pointers: Sequence[int], link: Link) -> None:
+    def write(self, destination: ChunkDestination, register: Register, link: Link) -> None:
         """Raise TransferError if some of it may be missing at the peer; may then be called again."""
         with self._staging:
             self._stage()
         written, arriving = 0, deque[tuple[int, int]]()
-        for _ in link.write_in_turn(self._batches(destination, pointers, arriving)):
+        for _ in link.write_in_turn(self._batches(destination, register, arriving)):
             length, stop = arriving.popleft()
             written += length
             if destination.start_row < stop < destination.stop_row:
@@ -102,15 +103,15 @@ class ChunkJob:
             self.bytes += written
 
     def _batches(
-        self, destination: ChunkDestination, pointers: Sequence[int], arriving: deque[tuple[int, int]]
+        self, destination: ChunkDestination, register: Register, arriving: deque[tuple[int, int]]
     ) -> Iterator[Sequence[Entry]]:
         """What to write, planned when it is its turn. `arriving` gets of each batch how many bytes it has, and the row
         before which all are there with it.
         """
         stop = destination.start_row
-        entries = self._small_entries(destination, pointers)
+        entries = self._small_entries(destination, register)
         for start, end in self._pieces(destination):
-            entries += self._media_entries(destination, pointers, start, end)
+            entries += self._media_entries(destination, register.buffer_pointers, start, end)
             *most, last = batches(entries) if entries else ((),)
             for batch in most:
                 arriving.append((sum(entry.length for entry in batch), stop))
@@ -133,12 +134,15 @@ class ChunkJob:
             first = end
         yield first, stop
 
-    def _small_entries(self, destination: ChunkDestination, pointers: Sequence[int]) -> list[Entry]:
+    def _small_entries(self, destination: ChunkDestination, register: Register) -> list[Entry]:
         """All but the media rows."""
-        layout = self._buffers.layout
-        return self._entries(
-            plan_chunk(layout.columns, layout.block_size, self.chunk.window, destination, media_runs=()), pointers
-        )
+        layout, records = self._buffers.layout, register.handshake.records
+        columns, there = layout.columns, register.buffer_pointers
+        if records is not None and register.handshake.takes_records:
+            aux = there[columns.index(layout.short_columns[0])]
+            columns, there = layout.short_columns, (aux, records[0])
+        ranges = plan_chunk(columns, layout.block_size, self.chunk.window, destination, media_runs=())
+        return self._entries(ranges, columns, there)
 
     def _media_entries(
         self, destination: ChunkDestination, pointers: Sequence[int], start: int, stop: int
@@ -152,11 +156,11 @@ class ChunkJob:
         media = [column for column in layout.columns if column.media_only]
         runs = self._source.media_runs
         ranges = plan_chunk(layout.columns, layout.block_size, self.chunk.window, part, runs)
-        return self._entries([r for r in ranges if layout.columns[r.column] in media], pointers)
+        return self._entries([r for r in ranges if layout.columns[r.column] in media], layout.columns, pointers)
 
-    def _entries(self, ranges: Iterable[Range], pointers: Sequence[int]) -> list[Entry]:
-        here = self._buffers.pointers
-        return [Entry(here[r.column] + r.source, pointers[r.column] + r.destination, r.length) for r in ranges]
+    def _entries(self, ranges: Iterable[Range], columns: Sequence[Column], there: Sequence[int]) -> list[Entry]:
+        here = self._buffers.pointers_of(columns)
+        return [Entry(here[r.column] + r.source, there[r.column] + r.destination, r.length) for r in ranges]
 
     def done(self, session_id: str, problem: str) -> None:
         with self._counting:
@@ -172,7 +176,8 @@ class ChunkJob:
             return
         window = self.chunk.window
         with_media = self._segments is None
-        self._buffers.stage(self._source, window.first_row, window.rows, window.blocks, with_media=with_media)
+        what = self._source, window.first_row, window.rows, window.blocks
+        self._buffers.stage(*what, with_media=with_media, apart=window.apart)
         self._staged = True
 
 

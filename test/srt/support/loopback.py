@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
+import pytest
 import torch
 import zmq
 
 from embedding_relay.config import AUTO, MOONCAKE, SHARED_MEMORY, RelayConfig
+from embedding_relay.memory import buffers
 from embedding_relay.memory.checks import ModelLimits
 from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Entry
 from embedding_relay.observer import Nobody, Numbers, Summary
 from embedding_relay.protocol.errors import Failure
-from embedding_relay.protocol.messages import Address
+from embedding_relay.protocol.messages import Address, Handshake
 from embedding_relay.protocol.status import Status, is_final
 from embedding_relay.registry.client import RegistryError, look_up
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
@@ -84,10 +86,10 @@ def small_layout(**changes: Any) -> BufferLayout:
 class EncodeInstance:
     """The test's handle of an encode process: a registry and one rank."""
 
-    def __init__(self, layout: BufferLayout, config: RelayConfig) -> None:
+    def __init__(self, layout: BufferLayout, config: RelayConfig, is_older: bool) -> None:
         self.layout = layout
         self._pipe, theirs = fork.Pipe()
-        self._process = fork.Process(target=_encode_main, args=(theirs, layout, config), daemon=True)
+        self._process = fork.Process(target=_encode_main, args=(theirs, layout, config, is_older), daemon=True)
         self._process.start()
         theirs.close()
         self.port: int = self._pipe.recv()
@@ -159,15 +161,21 @@ def finish_stopping() -> None:
 
 
 @contextmanager
-def encode_instance(layout: BufferLayout, config: RelayConfig = DEFAULTS) -> Iterator[EncodeInstance]:
-    instance = EncodeInstance(layout, config)
+def encode_instance(
+    layout: BufferLayout, config: RelayConfig = DEFAULTS, *, is_older: bool = False
+) -> Iterator[EncodeInstance]:
+    """`is_older`: of a version that knows nothing of records."""
+    instance = EncodeInstance(layout, config, is_older)
     try:
         yield instance
     finally:
         instance.stop()
 
 
-def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig) -> None:
+def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig, is_older: bool) -> None:
+    if is_older:
+        Handshake.takes_records = property(lambda self: False)  # type: ignore[assignment, method-assign]
+        buffers.RECORD_BYTES = 0  # type: ignore[misc]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(message)s")
     spare_the_collector()
     import_mooncake()
@@ -350,9 +358,18 @@ def language_rank(
     ranks: int = 1,
     max_rows: int = 1_000_000,
     limits: ModelLimits = LIMITS,
+    is_older: bool = False,
 ) -> Iterator[LanguageRank]:
+    """`is_older`: of a version that knows nothing of records."""
     config = on_the_plane(config)
-    manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows, limits=limits)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_older:
+            patch.setattr(buffers.EmbeddingBuffers, "records", None)
+        manager = LanguageManager.open(layout, config, host=HOST, ranks=ranks, max_rows=max_rows, limits=limits)
+    if is_older:
+        make_target = manager._buffers.make_target
+        passing_over = lambda aux: make_target(dataclasses.replace(aux, record_bytes=0))  # noqa: E731
+        manager._buffers.make_target = passing_over  # type: ignore[method-assign]
     manager.start()
     try:
         yield LanguageRank(manager, layout)

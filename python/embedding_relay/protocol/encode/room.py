@@ -401,10 +401,16 @@ class EncodeRoom:
         self.under_way = TransferEmbeddingChunk(
             room=self.room,
             transfer_id=self._last_transfer_id,
-            window=Window(first_row=first, rows=stop - first, blocks=self.blocks, stage=stage),
+            window=Window(first_row=first, rows=stop - first, blocks=self.blocks, stage=stage, apart=self._is_apart),
             destinations=tuple(d.part_of_step(stop, total, self.items) for d in behind if self._is_staged(d.written)),
         )
         return [self.under_way]
+
+    @property
+    def _is_apart(self) -> bool:
+        """Some language rank takes the small columns only one by one."""
+        sessions = (self._shared.sessions.get(session_id) for session_id in self.destinations)
+        return not all(session is not None and session.register.handshake.takes_records for session in sessions)
 
     def _is_staged(self, row: int) -> bool:
         return self._staged[0] <= row < self._staged[1]

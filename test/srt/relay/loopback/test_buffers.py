@@ -1,5 +1,6 @@
 """Rows go into blocks and come out of blocks unchanged, wherever the blocks lie."""
 
+import dataclasses
 import math
 import random
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_relay.memory import buffers as buffers_module
+from embedding_relay.memory import layout as columns
 from embedding_relay.memory.buffers import EmbeddingBuffers
 from embedding_relay.memory.copying import CopyThreads
 from embedding_relay.memory.row_cache import HeldRows
@@ -27,10 +29,12 @@ from support.rows import Spec, difference, items_of, make_rows, without
     total=st.integers(1, 700),
     blocks_at_once=st.integers(1, 40),
     seed=st.integers(0, 1_000_000),
+    apart=st.booleans(),
 )
 def test_stage_then_take_is_the_identity(
-    dtype: str, deepstack: int, block_size: int, total: int, blocks_at_once: int, seed: int
+    dtype: str, deepstack: int, block_size: int, total: int, blocks_at_once: int, seed: int, apart: bool
 ) -> None:
+    """`apart`: the small columns are in columns of their own. What is in those that are not used is somebody else's."""
     layout = small_layout(hidden_size=8, dtype=dtype, deepstack_rows=deepstack, block_size=block_size, blocks=40)
     buffers = EmbeddingBuffers(layout)
     buffers.allocate()
@@ -42,9 +46,12 @@ def test_stage_then_take_is_the_identity(
     while row < total:
         blocks = sorted(order[:blocks_at_once]) if seed % 2 else order[:blocks_at_once]
         rows = min(total - row, len(blocks) * block_size)
-        buffers.stage(source, row, rows, blocks)
+        buffers.stage(source, row, rows, blocks, apart=apart)
+        for unused in (columns.RECORDS,) if apart else (columns.FILL_IDS, columns.MROPE, columns.ITEMS):
+            buffers._small[unused][:] = 7
         if target is None:
-            target = buffers.make_target(buffers.read_aux(blocks[0]))
+            aux = buffers.read_aux(blocks[0])
+            target = buffers.make_target(dataclasses.replace(aux, record_bytes=0) if apart else aux)
         buffers.copy_out(target, blocks, row, rows)
         row += rows
     assert target is not None
@@ -240,7 +247,7 @@ def test_what_travels_once_arrives(has_mrope: bool) -> None:
     aux = buffers.read_aux(1)
     assert aux == source.aux == buffers.make_target(aux).aux
     assert (aux.total, aux.mrope_delta, aux.has_mrope, aux.media_items) == (9, -3, has_mrope, source.media_items)
-    assert buffers.pointers == tuple(region.pointer for region in buffers.regions)
+    assert (*buffers.pointers, buffers.records[0]) == tuple(region.pointer for region in buffers.regions)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -14,6 +14,7 @@ import torch
 from embedding_relay.memory import device as devices
 from embedding_relay.memory.buffers import EmbeddingBuffers
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
+from embedding_relay.protocol.messages import Address, Register
 from embedding_relay.transport.workers import ChunkJob
 from sglang.srt.disaggregation.multimodal import media
 from support.loopback import small_layout
@@ -59,7 +60,8 @@ def test_a_chunk_is_staged_only_after_the_event_that_made_its_rows() -> None:
                 yield
 
     job = ChunkJob(chunk, source, buffers, lambda _: None, lambda *_: None, from_where_they_are=False)
-    job.write(chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]
+    register = Register(Address("127.0.0.1", 1), "127.0.0.1:1", buffers.pointers, layout.handshake())
+    job.write(chunk.destinations[0], register, Records())  # type: ignore[arg-type]
     assert written
     target = buffers.make_target(buffers.read_aux(3))
     buffers.copy_out(target, blocks, 0, 500)
@@ -203,7 +205,7 @@ def test_only_the_rows_of_embeddings_are_page_locked_and_all_are_let_go(
     buffers = EmbeddingBuffers(layout, torch.device(device))
     buffers.allocate()
     of_embeddings = {
-        region.pointer for region, column in zip(buffers.regions, layout.columns, strict=True) if column.media_only
+        region.pointer for region, (column, _) in zip(buffers.regions, layout.memory, strict=True) if column.media_only
     }
     assert len(held) == locked
     assert set(held) <= of_embeddings

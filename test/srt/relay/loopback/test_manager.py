@@ -94,14 +94,14 @@ def descriptors() -> int:
 
 
 def test_the_plane_gets_the_memory_and_everything_is_closed_once(manager: Any) -> None:
-    assert [region.length for region in manager.plane.regions] == [4 * length for length in LAYOUT.item_lens]
+    assert [region.length for region in manager.plane.regions] == [length for _, length in LAYOUT.memory]
     manager.start()
     end = RoomEnd(1)
     assert manager.follow(end)
     for _ in range(2):
         manager.close()
     assert (manager.plane.closed, manager.helpers_closed) == (1, 1)
-    assert manager._buffers.pointers == (), "the memory is given back"
+    assert manager._buffers.regions == (), "the memory is given back"
     assert end.failure() == Failure(503, "this instance is stopping")
     assert manager.healthy()
 

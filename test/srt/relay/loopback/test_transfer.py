@@ -89,6 +89,36 @@ def test_sixty_four_requests_share_eight_blocks(encode: EncodeInstance) -> None:
 
 
 @both_planes
+@pytest.mark.parametrize(("encode_is_older", "language_is_older"), [(True, False), (False, True)])
+def test_a_peer_that_knows_nothing_of_records_gets_and_sends_its_columns_apart(
+    encode_is_older: bool, language_is_older: bool
+) -> None:
+    layout = small_layout(blocks=12, deepstack_rows=1)
+    with (
+        encode_instance(layout, is_older=encode_is_older) as encode,
+        language_rank(layout, DEFAULT_1024, is_older=language_is_older) as language,
+    ):
+        language.receive(encode, *requests(3, 3000))
+        assert_all_given_back(encode, language)
+
+
+@both_planes
+def test_ranks_of_one_room_that_differ_in_records_get_the_same_rows(encode: EncodeInstance) -> None:
+    """They are at different rows, too."""
+    [spec] = requests(1, 3000)
+    with (
+        language_rank(small_layout(blocks=2), ranks=2) as one,
+        language_rank(small_layout(blocks=5), ranks=2, is_older=True) as other,
+    ):
+        started = [(rank, rank.start(encode.peer, spec.room)) for rank in (one, other)]
+        encode.expect(spec)
+        for rank, receivers in started:
+            rank.wait(receivers.values())
+            rank.check(receivers, [spec])
+        assert_all_given_back(encode, one, other)
+
+
+@both_planes
 def test_rows_travel_as_they_are_made(encode: EncodeInstance) -> None:
     """The scheduler hears of rows that are in their place while the encoder makes others, wherever offers end."""
     spec = Spec(next(_rooms), 3000, like=1, item_by_item=True)

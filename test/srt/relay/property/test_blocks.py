@@ -28,7 +28,7 @@ def test_blocks_become_one_run_again_in_whatever_order_they_come_back() -> None:
 
 
 def fewest_runs(free: set[int], n: int) -> tuple[int, ...]:
-    """The longest runs of neighbours, and for what is left of n the shortest that has as many; the first of equal ones."""
+    """The longest runs, and for what is left of n the shortest that has as many; of equal ones the first."""
     chosen: list[int] = []
     while n:
         runs = [list(run) for run in runs_of(free)]

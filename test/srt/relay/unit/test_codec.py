@@ -95,6 +95,26 @@ def test_a_handshake_says_which_of_the_two_it_takes_and_others_pass_it_over() ->
     assert codec.encode(Register(HERE, SESSION, (1,), both))[5].endswith(b',"takes_manifest":true,"takes_have":true}')
 
 
+def test_where_records_are_is_added_to_a_registration_and_passed_over_by_who_does_not_know_it() -> None:
+    plain = Register(HERE, SESSION, (1,), Handshake(1, 128, (9,), "bfloat16", 0, 8))
+    assert b"records" not in codec.encode(plain)[5]
+    assert not plain.handshake.takes_records
+    for size, is_ours in ((32, True), (36, False)):
+        handshake = msgspec.structs.replace(plain.handshake, records=(1 << 45, size))
+        frames = codec.encode(msgspec.structs.replace(plain, handshake=handshake))
+        assert frames[5].endswith(b',"records":[35184372088832,%d]}' % size)
+        assert codec.decode_to_encode(frames) == Register(HERE, SESSION, (1,), handshake)
+        assert handshake.takes_records is is_ours
+        assert codec.decode_to_encode([*frames[:5], frames[5].replace(b"records", b"columns")]) == plain
+
+
+@pytest.mark.parametrize("records", [[0, 32], [1, 0], [1], [1, 2, 3], [-1, 32], ["1", 32], 1, [1, 1 << 48]])
+def test_records_that_are_nowhere_are_not_a_registration(records: object) -> None:
+    said = HANDSHAKE.replace(b":8}", b":1048576}")[:-1] + b',"records":' + msgspec.json.encode(records) + b"}"
+    with pytest.raises(UndecodableFrames):
+        codec.decode_to_encode([b"None", *SENDER, ONE, said])
+
+
 def test_the_name_of_shared_memory_is_added_to_a_registration_and_passed_over_by_who_does_not_know_it() -> None:
     plain = Register(HERE, SESSION, (1,), Handshake(1, 128, (9,), "bfloat16", 0, 8))
     assert b"memory" not in codec.encode(plain)[5]

@@ -1,5 +1,7 @@
 """One room of the encode side: when it begins, which rows it writes where, how aborts end it, and its deadlines."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -171,6 +173,22 @@ def test_no_progress_is_told_of_a_room_that_has_failed() -> None:
     side, chunk = encode_side_that_writes(takes_progress=True)
     side.refuse(ROOM, Failure(500, "the tower is gone"), 0.5)
     assert side.progressed(ROOM, chunk.transfer_id, chunk.destinations[0].session_id, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("records", "apart"),
+    [((None, None), True), (((1, 32), None), True), (((1, 32), (1, 36)), True), (((1, 32),) * 2, False)],
+)
+def test_small_columns_are_staged_apart_if_any_destination_of_the_room_wants_them_so(records: Any, apart: bool) -> None:
+    """Whether it takes part in this step or not: it may be written to from what is staged now."""
+    side = encode_side()
+    for rank in (0, 1):
+        side.receive(register(rank, records=records[rank]), 0.0)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1, ranks=2), 0.0)
+    side.receive(offer(4, 2, ranks=2, rank=1), 0.0)
+    (chunk,) = only(side.submit(ROOM, 20, 0.0), TransferEmbeddingChunk)
+    assert chunk.window.apart is apart
 
 
 @pytest.mark.parametrize("total", [7, 8, 9])

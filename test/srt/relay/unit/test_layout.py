@@ -29,6 +29,14 @@ def test_item_lengths_are_bytes_per_block() -> None:
     assert layout(dtype="float32", deepstack_rows=3).item_lens[::4] == (128 * 1024, 128 * 3 * 1024)
 
 
+def test_records_are_behind_the_columns_of_the_specification_and_not_announced_with_them() -> None:
+    memory = layout().memory
+    assert [length for _, length in memory[:-1]] == [4 * length for length in layout().item_lens]
+    assert (memory[-1][0].name, memory[-1][1]) == ("records", 4 * 128 * 32)
+    assert layout().pool_bytes == sum(length for _, length in memory)
+    assert [column.name for column in layout().short_columns] == ["aux_datas", "records"]
+
+
 def test_the_handshake_tells_layouts_apart() -> None:
     different = [{"block_size": 16}, {"dtype": "float16"}, {"deepstack_rows": 1}, {"hidden_size": 128}, {"blocks": 5}]
     different.append({"model": (("architecture", "Another"),)})
@@ -41,6 +49,13 @@ def test_an_aux_row_is_read_as_it_was_written(has_mrope: bool) -> None:
     aux = Aux(total=7, mrope_delta=-3, has_mrope=has_mrope, media_items=2)
     assert aux.values() == [7, -3, int(has_mrope), 2, *[0] * 12]
     assert Aux.of(aux.values()) == aux
+    assert not aux.has_records, "whoever knows of none leaves a zero there"
+
+
+@pytest.mark.parametrize(("record_bytes", "has_records"), [(32, True), (36, False)])
+def test_an_aux_row_says_of_how_many_bytes_records_are(record_bytes: int, has_records: bool) -> None:
+    aux = Aux.of(Aux(7, 0, True, 2, record_bytes).values())
+    assert (aux.record_bytes, aux.has_records) == (record_bytes, has_records)
 
 
 def test_another_dtype_is_refused() -> None:

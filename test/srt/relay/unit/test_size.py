@@ -146,7 +146,7 @@ def layout(blocks: int = 512, block_size: int = 128) -> BufferLayout:
 
 def test_memory_is_what_the_layout_says(qwen3: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "--model", qwen3)
-    assert found["pool_bytes"] == 512 * sum(layout().item_lens)
+    assert found["pool_bytes"] == 512 * (sum(layout().item_lens) + 128 * 32)
     assert found["bytes_per_row"] == 4096 * 2 * 4 + 32
     assert found["picture_bytes"] == 1024 * 4096 * 2 * 4
     assert found["request_bytes"] == 1024 * 4096 * 2 * 4 + (1024 + 512) * 32 + 64
@@ -187,7 +187,7 @@ def test_recommended_settings_are_taken(qwen3: Path, capsys: pytest.CaptureFixtu
     found = figures(capsys, "--model", qwen3, "--at-once", 40, "--block-size", 64)
     taken = RelayConfig.from_environment(found["recommended"])
     assert (taken.block_size, taken.default_allocate_tokens) == (64, None)
-    assert found["recommended_pool_bytes"] == taken.cache_blocks * sum(layout(block_size=64).item_lens)
+    assert found["recommended_pool_bytes"] == taken.cache_blocks * (sum(layout(block_size=64).item_lens) + 64 * 32)
 
 
 def test_a_pool_that_no_instance_would_take_is_refused(qwen3: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.memory.layout import AUX, EMBEDDINGS, FILL_IDS, ITEMS, MROPE, RECORDS, BufferLayout
 from embedding_relay.memory.plane import Entry, Link, Region, TransferError, Unreachable, private_memory
 from embedding_relay.protocol.effects import ChunkDestination, TransferEmbeddingChunk, Window
-from embedding_relay.protocol.plan import Segment
+from embedding_relay.protocol.messages import RECORD_BYTES, Address, Register
+from embedding_relay.protocol.plan import Column, Segment
 from embedding_relay.transport import workers
 from embedding_relay.transport.workers import IDLE_SECONDS, ChunkJob, TransferWorker, TransferWorkers
 
@@ -114,18 +115,30 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
 # ---- one chunk
 
 
+HERE = dict(zip((EMBEDDINGS, FILL_IDS, MROPE, AUX, ITEMS, RECORDS), range(1000, 7000, 1000), strict=True))
+THERE = (10_000, 20_000, 30_000, 40_000, 50_000)
+RECORDS_THERE = 60_000
+
+
+def registered(pointers: tuple[int, ...], records: tuple[int, int] | None = None) -> Register:
+    handshake = msgspec.structs.replace(Buffers.layout.handshake(), records=records)
+    return Register(Address("127.0.0.1", 1), "one", pointers, handshake)
+
+
 class Buffers:
     """What a chunk needs of the registered buffers and of the rows: their layout, and that somebody stages."""
 
     layout = BufferLayout(hidden_size=4, dtype="float32", deepstack_rows=0, block_size=2, blocks=8)
-    pointers = (1000, 2000, 3000, 4000, 5000)
     media_runs = ((0, 3),)
 
     def __init__(self) -> None:
         self.staged: list[tuple[object, ...]] = []
 
-    def stage(self, *what: object, with_media: bool) -> None:
-        self.staged.append((*what, with_media))
+    def pointers_of(self, columns: Iterable[Column]) -> tuple[int, ...]:
+        return tuple(HERE[column.name] for column in columns)
+
+    def stage(self, *what: object, with_media: bool, apart: bool) -> None:
+        self.staged.append((*what, with_media, apart))
 
     def segments(self, source: object) -> list[Segment]:
         """All three media rows, in two pieces of memory."""
@@ -134,8 +147,10 @@ class Buffers:
 
 class LargeBuffers:
     layout = BufferLayout(hidden_size=4096, dtype="bfloat16", deepstack_rows=0, block_size=100, blocks=20)
-    pointers = (0, 0, 0, 0, 0)
     media_runs = ((0, 1600),)
+
+    def pointers_of(self, columns: Iterable[Column]) -> tuple[int, ...]:
+        return tuple(0 for _ in columns)
 
     def segments(self, source: object) -> list[Segment]:
         return [Segment(1 << 45, 0, 1600)]
@@ -156,6 +171,7 @@ def job_of(
     finished: Callable[[ChunkJob], None] = lambda _: None,
     *,
     stage: bool = True,
+    apart: bool = True,
     from_where_they_are: bool = False,
 ) -> ChunkJob:
     """Three rows in blocks 2 and 3: all for one destination, the last for another, which has the rest."""
@@ -163,17 +179,17 @@ def job_of(
         ChunkDestination("one", (5, 6), first_row=0, start_row=0, stop_row=3, with_aux=True),
         ChunkDestination("other", (7,), first_row=2, start_row=2, stop_row=3, with_aux=False),
     )
-    chunk = TransferEmbeddingChunk(9, 1, Window(first_row=0, rows=3, blocks=(2, 3), stage=stage), destinations)
+    window = Window(first_row=0, rows=3, blocks=(2, 3), stage=stage, apart=apart)
+    chunk = TransferEmbeddingChunk(9, 1, window, destinations)
     return ChunkJob(chunk, buffers, buffers, finished, lambda *_: None, from_where_they_are=from_where_they_are)
 
 
 def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
     buffers, links = Buffers(), (Records(), Records())
     job = job_of(buffers)
-    there = (10_000, 20_000, 30_000, 40_000, 50_000)
     for destination, link in zip(job.chunk.destinations, links, strict=True):
-        job.write(destination, there, link)  # type: ignore[arg-type]
-    assert buffers.staged == [(buffers, 0, 3, (2, 3), True)]
+        job.write(destination, registered(THERE), link)  # type: ignore[arg-type]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3), True, True)]
     one, other = (sorted(link.entries) for link in links)
     assert one == [
         Entry(1000 + 4 * 16, 10_000 + 10 * 16, 3 * 16),
@@ -191,12 +207,39 @@ def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
     assert job.bytes == sum(entry.length for entry in one + other)
 
 
+def test_small_columns_go_side_by_side_to_whoever_takes_them_so() -> None:
+    """One of the two destinations does not; both get the aux row that says what there is."""
+    buffers, links = Buffers(), (Records(), Records())
+    job = job_of(buffers)
+    one, other = (registered(THERE, (RECORDS_THERE, size)) for size in (RECORD_BYTES, RECORD_BYTES + 4))
+    for destination, register, link in zip(job.chunk.destinations, (one, other), links, strict=True):
+        job.write(destination, register, link)  # type: ignore[arg-type]
+    assert sorted(links[0].entries) == [
+        Entry(1000 + 4 * 16, 10_000 + 10 * 16, 3 * 16),
+        Entry(4000 + 2 * 64, 40_000 + 5 * 64, 64),
+        Entry(6000 + 4 * 32, 60_000 + 10 * 32, 3 * 32),
+    ]
+    assert [(entry.destination // 10_000, entry.length) for entry in sorted(links[1].entries)] == [
+        (1, 16),
+        (2, 4),
+        (3, 12),
+        (5, 16),
+    ]
+    assert job.bytes == 3 * (16 + 32) + 64 + 16 + 32
+
+
+def test_small_columns_are_staged_apart_only_if_the_chunk_says_so() -> None:
+    buffers = Buffers()
+    job = job_of(buffers, apart=False)
+    job.write(job.chunk.destinations[0], registered(THERE, (RECORDS_THERE, RECORD_BYTES)), Records())  # type: ignore[arg-type]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3), True, False)]
+
+
 def test_embeddings_are_sent_from_where_they_are_if_the_data_plane_can() -> None:
     buffers, link = Buffers(), Records()
     job = job_of(buffers, from_where_they_are=True)
-    there = (10_000, 20_000, 30_000, 40_000, 50_000)
-    job.write(job.chunk.destinations[0], there, link)  # type: ignore[arg-type]
-    assert buffers.staged == [(buffers, 0, 3, (2, 3), False)]
+    job.write(job.chunk.destinations[0], registered(THERE), link)  # type: ignore[arg-type]
+    assert buffers.staged == [(buffers, 0, 3, (2, 3), False, True)]
     assert [entry for entry in link.entries if entry.destination < 20_000] == [
         Entry(70_000, 10_000 + 10 * 16, 16),
         Entry(80_000, 10_000 + 11 * 16, 2 * 16),
@@ -211,9 +254,8 @@ def test_rows_that_a_destination_has_are_not_written_to_it(from_where_they_are: 
     job = job_of(buffers, from_where_they_are=from_where_they_are)
     one, other = job.chunk.destinations
     one = msgspec.structs.replace(one, left_out=((1, 3),))
-    there = (10_000, 20_000, 30_000, 40_000, 50_000)
     for destination, link in zip((one, other), links, strict=True):
-        job.write(destination, there, link)  # type: ignore[arg-type]
+        job.write(destination, registered(THERE), link)  # type: ignore[arg-type]
     embeddings = [[entry for entry in link.entries if entry.destination < 20_000] for link in links]
     sources = (70_000, 80_016) if from_where_they_are else (1000 + 4 * 16, 1000 + 6 * 16)
     assert embeddings[0] == [Entry(sources[0], 10_000 + 10 * 16, 16)]
@@ -239,7 +281,7 @@ def test_a_large_chunk_goes_in_pieces_that_are_told_of(from_where_they_are: bool
         lambda session, row: told.append((session, row, sum(entry.length for entry in link.entries))),
         from_where_they_are=from_where_they_are,
     )
-    job.write(destination, (1 << 40,) * 5, link)  # type: ignore[arg-type]
+    job.write(destination, registered((1 << 40,) * 5), link)  # type: ignore[arg-type]
     small, large = 4 + 12 + 16, 8192
     assert len(told) >= 4
     assert [bytes_then for _, _, bytes_then in told] == [(row - 130) * large + 1470 * small for _, row, _ in told]
@@ -252,7 +294,7 @@ def test_a_large_chunk_goes_in_pieces_that_are_told_of(from_where_they_are: bool
 def test_rows_that_are_staged_already_are_not_staged_again() -> None:
     buffers = Buffers()
     job = job_of(buffers, stage=False)
-    job.write(job.chunk.destinations[0], buffers.pointers, Records())  # type: ignore[arg-type]
+    job.write(job.chunk.destinations[0], registered(THERE), Records())  # type: ignore[arg-type]
     assert buffers.staged == []
 
 
