@@ -55,6 +55,10 @@ class _Piece(NamedTuple):
     source: int
 
 
+_Span = tuple[int, int, int]
+"""Row of the buffer, row of the request, count."""
+
+
 @dataclasses.dataclass
 class SourceRows:
     """One request as the encode side made it. Nobody writes to it any more, until the room is over."""
@@ -106,6 +110,13 @@ class SourceRows:
         return Aux(self.total, self.mrope_delta, self.has_mrope, self.media_items, RECORD_BYTES)
 
     @functools.cached_property
+    def in_host_memory(self) -> list[Segment] | None:
+        """The segments, if others can read them where they are."""
+        if self.device.type != HOST.type or not all(rows.is_contiguous() for _, rows in self.segments):
+            return None
+        return [Segment(rows.data_ptr(), first_row, rows.shape[0]) for first_row, rows in self.segments]
+
+    @functools.cached_property
     def media_runs(self) -> tuple[tuple[int, int], ...]:
         """`[start, stop)` of the media rows that are made, neighbours merged."""
         runs: list[tuple[int, int]] = []
@@ -145,6 +156,16 @@ class ReceivedRows:
     def columns(self) -> tuple[torch.Tensor, ...]:
         return self.fill_ids, self.mrope, self.items, self.embeddings
 
+    @functools.cached_property
+    def small(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """The same memory: what is in a record, column by column."""
+        return self.fill_ids.numpy()[:, None], self.mrope.numpy(), self.items.numpy()
+
+    @functools.cached_property
+    def integers(self) -> NDArray[Any]:
+        """The same memory: embeddings as what `_AS_INTEGERS` says."""
+        return _as_integers(self.embeddings)
+
     @property
     def embedding_bytes(self) -> NDArray[np.uint8]:
         """The same memory: a line of bytes for each row."""
@@ -155,7 +176,7 @@ class ReceivedRows:
 # Of `ReceivedRows`, one behind the other: 32-bit numbers per row, and then the embeddings. Of a record, side by side.
 _IN_RECORDS: Final = (columns.FILL_IDS, columns.MROPE, columns.ITEMS)
 _NUMBERS: Final = (1, columns.MROPE_AXES, columns.ITEM_VALUES)
-_BORDERS: Final = (1, 1 + columns.MROPE_AXES)
+_BORDERS: Final = (0, *itertools.accumulate(_NUMBERS))
 _LINE: Final = 64
 
 
@@ -281,11 +302,7 @@ class EmbeddingBuffers:
 
     def segments(self, source: SourceRows) -> list[Segment] | None:
         """Where the embeddings lie, if they can be sent from there: in host memory, each row as in the buffers."""
-        if self.layout.deepstack_rows or source.device.type != HOST.type:
-            return None
-        if not all(rows.is_contiguous() for _, rows in source.segments):
-            return None
-        return [Segment(rows.data_ptr(), first_row, rows.shape[0]) for first_row, rows in source.segments]
+        return None if self.layout.deepstack_rows else source.in_host_memory
 
     def stage(
         self,
@@ -335,12 +352,16 @@ class EmbeddingBuffers:
         if left:
             pool[blocks[whole], :left] = given[whole * size :]
 
-    def _get(self, column: str, blocks: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int32]:
-        """Rows `[start, stop)` of these blocks, counted through all of them."""
-        size = self.layout.block_size
+    def _get(
+        self, pool: NDArray[np.int32], blocks: Sequence[int], start: int, stop: int, spans: Sequence[_Span]
+    ) -> NDArray[np.int32]:
+        width, size = pool.shape[-1], self.layout.block_size
+        if len(spans) == 1:  # all of them are neighbours
+            [(at, _, count)] = spans
+            return pool.reshape(-1, width)[at : at + count]
         first = start // size
-        found = self._small[column][blocks[first : -(-stop // size)]]
-        return found.reshape(-1, found.shape[-1])[start - first * size : stop - first * size]
+        found = pool[list(blocks[first : -(-stop // size)])]
+        return found.reshape(-1, width)[start - first * size : stop - first * size]
 
     def _write_media(self, at: int, values: torch.Tensor) -> None:
         hidden, stop = self.layout.hidden_size, at + values.shape[0]
@@ -384,24 +405,30 @@ class EmbeddingBuffers:
         begin, stop = max(first_row, begin_row), first_row + rows
         if begin >= stop:
             return 0
-        where, there = (np.array(blocks), begin - first_row, rows), slice(begin, stop)
-        if target.has_records:
-            ids, positions, items = np.split(self._get(columns.RECORDS, *where), _BORDERS, axis=1)
-        else:
-            ids, positions, items = (self._get(column, *where) for column in _IN_RECORDS)
-        target.fill_ids.numpy()[there, None] = ids
-        target.mrope.numpy()[there] = positions
-        target.items.numpy()[there] = items
-        sources = _sources(items, begin, held)
-        pieces = list(self._pieces(self._spans(blocks, first_row, rows, begin_row), sources))
+        spans = list(self._spans(blocks, first_row, rows, begin_row))
+        received = self._small_columns(target.has_records, blocks, begin - first_row, rows, spans)
+        for column, values in zip(target.small, received, strict=True):
+            column[begin:stop] = values
+        runs = _sources(target.small[-1][begin:stop, 0], begin, held)
         length = (stop - begin) * self.row_bytes
-        self._threads.run(functools.partial(self._copy_embeddings, target, held), pieces, length)
-        media_rows = int(np.count_nonzero(sources == _BLOCKS))
+        copy = functools.partial(self._copy_embeddings, target, held)
+        self._threads.run(copy, list(self._pieces(spans, runs)), length)
+        media_rows = sum(count for count, source in runs if source == _BLOCKS)
         return self._bytes(stop - begin, media_rows, with_aux=begin_row <= first_row == 0)
+
+    def _small_columns(
+        self, as_records: bool, blocks: Sequence[int], start: int, stop: int, spans: Sequence[_Span]
+    ) -> Sequence[NDArray[np.int32]]:
+        """Of rows `[start, stop)` of these blocks, counted through all of them, which lie in these spans."""
+        names = (columns.RECORDS,) if as_records else _IN_RECORDS
+        found = [self._get(self._small[name], blocks, start, stop, spans) for name in names]
+        if not as_records:
+            return found
+        return [found[0][:, low:high] for low, high in itertools.pairwise(_BORDERS)]
 
     def _copy_embeddings(self, target: ReceivedRows, held: Sequence[HeldRows], pieces: Sequence[_Piece]) -> None:
         """Neighbours in the target, looked at while they are still in this processor's cache."""
-        values, looked_at = _as_integers(target.embeddings), pieces[0].row
+        values, looked_at = target.integers, pieces[0].row
         last = pieces[-1].row + pieces[-1].rows
         for at, row, count, source in pieces:
             stop = row + count
@@ -425,14 +452,14 @@ class EmbeddingBuffers:
         """Of embeddings and deepstack values."""
         return int(self.layout.width * self._dtype.itemsize)
 
-    def _pieces(self, spans: Iterable[tuple[int, int, int]], sources: NDArray[np.int32]) -> Iterator[_Piece]:
+    def _pieces(self, spans: Iterable[_Span], runs: Iterable[tuple[int, int]]) -> Iterator[_Piece]:
         """Spans cut where the source changes, and long ones."""
-        runs = _runs(sources)
+        coming = iter(runs)
         left, source = 0, _NOWHERE
         for at, row, count in spans:
             while count:
                 if not left:
-                    left, source = next(runs)
+                    left, source = next(coming)
                 length = min(count, left, self._piece_rows)
                 yield _Piece(at, row, length, source)
                 at, row, count, left = at + length, row + length, count - length, left - length
@@ -451,10 +478,8 @@ class EmbeddingBuffers:
         if self.layout.deepstack_rows:
             values[:, hidden:] = self._wide[columns.DEEPSTACK][at:stop]
 
-    def _spans(
-        self, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0
-    ) -> Iterator[tuple[int, int, int]]:
-        """(row of the buffer, row of the request, count) for each run of neighbouring blocks, from `begin_row` on."""
+    def _spans(self, blocks: Sequence[int], first_row: int, rows: int, begin_row: int = 0) -> Iterator[_Span]:
+        """One for each run of neighbouring blocks, from `begin_row` on."""
         size = self.layout.block_size
         index, row, stop = 0, first_row, first_row + rows
         while row < stop:
@@ -496,17 +521,16 @@ def _are_small(numbers: NDArray[Any], dtype: torch.dtype) -> bool:
     return bool(numbers.max() <= bits and numbers.view(unsigned).max() <= sign + bits)
 
 
-def _sources(items: NDArray[np.int32], begin: int, held: Sequence[HeldRows]) -> NDArray[np.int32]:
-    """Where each row's embedding comes from. A row that is no item's has none, whoever says that he has it."""
-    sources = np.full(len(items), _BLOCKS, dtype=np.int32)
+def _sources(item_of: NDArray[np.int32], begin: int, held: Sequence[HeldRows]) -> list[tuple[int, int]]:
+    """Where the rows' embeddings come from: how many from where, and so on.
+
+    A row that is no item's has none, whoever says that he has it.
+    """
+    if not held and item_of.min() >= 0:
+        return [(len(item_of), _BLOCKS)]
+    sources = np.full(len(item_of), _BLOCKS, dtype=np.int32)
     for number, rows in enumerate(held):
         sources[max(0, rows.start - begin) : max(0, rows.stop - begin)] = number
-    sources[items[:, 0] < 0] = _NOWHERE
-    return sources
-
-
-def _runs(values: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """(length, value) of each run of equal values."""
-    borders = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    for start, stop in itertools.pairwise(borders):
-        yield stop - start, int(values[start])
+    sources[item_of < 0] = _NOWHERE
+    borders = [0, *(np.flatnonzero(sources[1:] != sources[:-1]) + 1).tolist(), len(sources)]
+    return [(stop - start, int(sources[start])) for start, stop in itertools.pairwise(borders)]

@@ -17,6 +17,8 @@ class Status(enum.Enum):
     TRANSFERRING = 3
     SUCCESS = 4
 
+    __hash__ = object.__hash__  # there is one object of each; `Enum` calls a function in Python for it
+
 
 LEGAL_MOVES: Final[dict[Status, frozenset[Status]]] = {
     Status.BOOTSTRAPPING: frozenset({Status.WAITING_FOR_INPUT, Status.FAILED}),

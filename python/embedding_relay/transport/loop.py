@@ -113,15 +113,16 @@ class ControlLoop:
             poller.register(self._authenticator.socket, zmq.POLLIN)
         try:
             while not self._stopping:
-                poller.poll(_timeout_ms(handler.next_wakeup(), peers.next_wakeup(), self._count_at))
-                self._turn(handler, listener, peers)
+                ready = poller.poll(_timeout_ms(handler.next_wakeup(), peers.next_wakeup(), self._count_at))
+                self._turn(handler, listener, peers, woken=(self._wakeup.fileno(), zmq.POLLIN) in ready)
                 self._count_soon(count)
         finally:
             self.close()
 
-    def _turn(self, handler: Handler, listener: Listener, peers: PeerSockets) -> None:
-        self._wakeup.clear()
-        self._run_calls()
+    def _turn(self, handler: Handler, listener: Listener, peers: PeerSockets, *, woken: bool) -> None:
+        if woken:
+            self._wakeup.clear()
+            self._run_calls()
         if self._authenticator:
             self._authenticator.answer()
         for peer, frames in listener.messages():

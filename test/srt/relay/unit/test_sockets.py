@@ -30,7 +30,9 @@ class Socket:
     def setsockopt(self, option: int, value: int) -> None:
         self.options[option] = value
 
-    def getsockopt(self, option: int) -> bytes:
+    def getsockopt(self, option: int) -> bytes | int:
+        if option == zmq.EVENTS:
+            return zmq.POLLIN if self.inbox else 0
         assert option == zmq.LAST_ENDPOINT
         return self.endpoint.replace(":0", ":4321").encode() + b"\0"
 
@@ -47,11 +49,16 @@ class Socket:
             raise zmq.Again
         self.sent.append(frames)
 
-    def recv_multipart(self, flags: int, copy: bool) -> Any:
+    def recv(self, flags: int, copy: bool) -> Any:
+        assert (flags, copy) == (zmq.NOBLOCK, False)
+        first, *self.rest = self.inbox.pop(0)
+        first.more = bool(self.rest)
+        return first
+
+    def recv_multipart(self, flags: int) -> list[bytes]:
+        """The rest of the message that has begun."""
         assert flags == zmq.NOBLOCK
-        if not self.inbox:
-            raise zmq.Again
-        return self.inbox.pop(0)
+        return [frame.bytes for frame in self.rest]
 
     def close(self) -> None:
         self.closed = True
