@@ -94,11 +94,11 @@ class SourceRows:
         if self.total < 1 or shapes != ((self.total,), (self.total, 3), (self.total, columns.ITEM_VALUES)):
             raise LocalError(f"{shapes} are not the shapes of {self.total} rows")
         absent = [run for _, runs in self.absent for run in runs]
-        media = torch.zeros(self.total, dtype=torch.int32)
+        media = np.zeros(self.total, dtype=np.int32)
         for start, stop in (*self.media_runs, *absent):
             media[start:stop] += 1
         made = self.total if self.made is None else self.made
-        if not torch.equal(media[:made], (self.items[:made, 0] >= 0).to(torch.int32)):
+        if not np.array_equal(media[:made], self.items.numpy()[:made, 0] >= 0):
             raise LocalError("the rows with an item index are not the rows of the segments and of absent items")
 
     @property

@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -264,8 +264,8 @@ class LanguageManager(MooncakeEmbeddingManager):
     # ---- control thread: what the core asks for
 
     def _run(self, effects: Iterable[LanguageEffect], now: float) -> None:
-        """What a copy leads to comes behind what was asked for before it."""
-        waiting = deque(effects)
+        """What a copy leads to comes behind what was asked for before it, and what nobody waits for behind all."""
+        waiting, at_last = deque(effects), list[Callable[[], None]]()
         while waiting:
             effect = waiting.popleft()
             match effect:
@@ -285,9 +285,11 @@ class LanguageManager(MooncakeEmbeddingManager):
                 case CopyOut():
                     waiting.extend(self._copy_out(effect, now))
                 case Deliver():
-                    self._deliver(effect, now)
+                    at_last.append(self._deliver(effect, now))
                 case Note():
                     logger.warning("relay %s", effect.text)
+        for tell in at_last:
+            tell()
 
     def _send(self, effect: Send) -> None:
         info = effect.message
@@ -377,7 +379,8 @@ class LanguageManager(MooncakeEmbeddingManager):
         columns = SmallColumns(target.aux, target.fill_ids.numpy(), target.mrope.numpy(), target.items.numpy())
         return columns.flaw(self.limits)
 
-    def _deliver(self, effect: Deliver, now: float) -> None:
+    def _deliver(self, effect: Deliver, now: float) -> Callable[[], None]:
+        """What is to be said of it, to those who watch."""
         receiver = self._receivers[effect.room]
         assert receiver.offered_at is not None
         receiver.rounds = effect.rounds
@@ -389,9 +392,13 @@ class LanguageManager(MooncakeEmbeddingManager):
             transfer_s=now - receiver.offered_at,
             cached=self._repeats.filled_rows(effect.room),
         )
-        logger.info("relay room=%d status=Success %s", effect.room, summary)
-        self.observer.succeeded(summary)
         self.recorder.note(effect.room, recorder.COMPLETE, rows=effect.rows, rounds=effect.rounds, size=receiver.bytes)
+
+        def tell() -> None:
+            logger.info("relay room=%d status=Success %s", effect.room, summary)
+            self.observer.succeeded(summary)
+
+        return tell
 
     def _changed(self, effect: StatusChanged) -> None:
         receiver = self._receivers.pop(effect.room, None) if is_final(effect.status) else None

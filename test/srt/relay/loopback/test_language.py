@@ -334,7 +334,7 @@ def test_rows_that_are_kept_are_copied_from_there(manager: Any, receiver: Moonca
     media = sum(last - first for first, last in source.media_runs) - item.rows
     assert receiver.bytes == 5 * (4 + 12 + 16) + 64 + media * 16
     receiver.offered_at = receiver.requested_at
-    manager._deliver(Deliver(room=1, rows=5, rounds=1), 17.0)
+    manager._run([Deliver(room=1, rows=5, rounds=1)], 17.0)
     assert manager.observer.summaries.pop().cached == item.rows
 
 
@@ -380,9 +380,19 @@ def test_what_is_kept_is_forgotten_when_the_scheduler_says_so(manager: Any) -> N
 
 def test_how_a_request_went_is_told(manager: Any, receiver: MooncakeEmbeddingReceiver) -> None:
     receiver.requested_at, receiver.offered_at, receiver.bytes = 10.0, 12.0, 99
-    manager._deliver(Deliver(room=1, rows=5, rounds=3), 17.0)
+    manager._run([Deliver(room=1, rows=5, rounds=3)], 17.0)
     assert manager.observer.summaries == [Summary(rows=5, rounds=3, bytes=99, wait_s=2.0, transfer_s=5.0)]
     assert receiver.rounds == 3
+
+
+def test_the_scheduler_hears_of_its_rows_before_those_who_watch(
+    manager: Any, receiver: MooncakeEmbeddingReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Status] = []
+    monkeypatch.setattr(manager.observer, "succeeded", lambda _: told.append(receiver.poll()))
+    receiver.offered_at = receiver.requested_at
+    manager._run([Deliver(room=1, rows=5, rounds=3), StatusChanged(1, Status.SUCCESS, None)], 17.0)
+    assert told == [Status.SUCCESS]
 
 
 def test_a_room_that_has_failed_keeps_its_reason_and_no_rows(

@@ -48,11 +48,11 @@ def source_rows(req: Any, embeddings: Mapping[int, torch.Tensor], absent: Collec
     delta = media.mrope_position_delta
     return SourceRows(
         total=total,
-        fill_ids=torch.tensor(req.origin_input_ids_unpadded, dtype=torch.int32),
+        fill_ids=torch.from_numpy(np.array(req.origin_input_ids_unpadded, dtype=np.int32)),
         mrope=torch.zeros(total, 3, dtype=torch.int32) if mrope is None else mrope.to("cpu", torch.int32).t(),
         mrope_delta=0 if delta is None else int(delta.item()),
         has_mrope=mrope is not None,
-        items=_item_table(total, media.mm_items),
+        items=torch.from_numpy(_item_table(total, media.mm_items)),
         segments=segments,
         media_items=len(media.mm_items),
         absent=tuple((number, _runs_of(media.mm_items[number])) for number in sorted(absent)),
@@ -65,14 +65,14 @@ def _runs_of(item: Any) -> tuple[Run, ...]:
     return tuple((start, end + 1) for start, end in item.offsets)
 
 
-def _item_table(total: int, items: list[Any]) -> torch.Tensor:
-    table = torch.zeros(total, 4, dtype=torch.int32)
+def _item_table(total: int, items: list[Any]) -> NDArray[np.int32]:
+    """With numpy, like all that is small here: a call of torch's takes three times as long, and a prompt has dozens."""
+    table = np.zeros((total, 4), dtype=np.int32)
     table[:, 0] = NO_ITEM
     for index, item in enumerate(items):
         halves = [item.hash & _HASH_MASK, item.hash >> _HASH_HALF]
-        row = torch.tensor([index, item.modality.value, *map(_signed, halves)], dtype=torch.int32)
         for start, end in item.offsets:
-            table[start : end + 1] = row
+            table[start : end + 1] = index, item.modality.value, *map(_signed, halves)
     return table
 
 
@@ -132,12 +132,13 @@ def _items(rows: ReceivedRows, limits: ModelLimits) -> list[Any]:
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputFormat
 
     runs: dict[int, list[tuple[int, int]]] = {}
-    for index, start, end in _runs(rows.items[:, 0]):
+    table = rows.items.numpy()
+    for index, start, end in _runs(table[:, 0]):
         runs.setdefault(index, []).append((start, end))
     items = []
     for index in sorted(runs):
         offsets = runs[index]
-        _, modality, low, high = rows.items[offsets[0][0]].tolist()
+        _, modality, low, high = table[offsets[0][0]].tolist()
         parts = [rows.embeddings[start : end + 1, : limits.narrow.get(modality)] for start, end in offsets]
         item = MultimodalDataItem(
             modality=Modality(modality),
@@ -150,12 +151,9 @@ def _items(rows: ReceivedRows, limits: ModelLimits) -> list[Any]:
     return items
 
 
-def _runs(index: torch.Tensor) -> list[tuple[int, int, int]]:
+def _runs(index: NDArray[np.int32]) -> list[tuple[int, int, int]]:
     """(item, first row, last row) of every run of rows that belong to one item: neighbours stay two items."""
-    values, counts = torch.unique_consecutive(index, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    return [
-        (value, end - count, end - 1)
-        for value, count, end in zip(values.tolist(), counts.tolist(), ends, strict=True)
-        if value != NO_ITEM
-    ]
+    ends = [*np.flatnonzero(index[1:] != index[:-1]).tolist(), len(index) - 1]
+    starts = [0, *(end + 1 for end in ends)]
+    found = zip(index[ends].tolist(), starts, ends, strict=False)
+    return [(value, start, end) for value, start, end in found if value != NO_ITEM]
