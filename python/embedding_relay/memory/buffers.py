@@ -465,11 +465,15 @@ class EmbeddingBuffers:
                 at, row, count, left = at + length, row + length, count - length, left - length
 
     def _bytes(self, rows: int, media_rows: int, with_aux: bool) -> int:
-        total = 0
-        for column in self.layout.columns:
-            count = int(with_aux) if column.per_block else media_rows if column.media_only else rows
-            total += count * column.bytes_per_row
-        return total
+        aux, small, media = self._widths
+        return aux * with_aux + small * rows + media * media_rows
+
+    @functools.cached_property
+    def _widths(self) -> tuple[int, int, int]:
+        """Bytes of the aux row, of a row's small columns, and of its media columns."""
+        aux = sum(column.bytes_per_row for column in self.layout.columns if column.per_block)
+        media = sum(column.bytes_per_row for column in self.layout.columns if column.media_only)
+        return aux, sum(column.bytes_per_row for column in self.layout.columns) - aux - media, media
 
     def _read_media(self, values: NDArray[Any], at: int) -> None:
         """`values`: where to, as integers."""

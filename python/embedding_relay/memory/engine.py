@@ -308,8 +308,9 @@ class MooncakeLink:
 
     def _submit_to(self, links: Sequence[MooncakeLink], entries: Sequence[Entry]) -> list[_Submitted]:
         submitted: list[_Submitted] = []
-        for link, entry in zip(itertools.cycle(links), entries, strict=False):
+        for link in links:
             link._is_proven = False
+        for link, entry in zip(itertools.cycle(links), entries, strict=False):
             number = link._engine.transfer_submit_write(self._session_id, *entry)
             if not number:
                 raise TransferError(f"Mooncake does not take {entry.length} bytes for {self._session_id}")

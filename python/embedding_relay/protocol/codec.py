@@ -68,6 +68,8 @@ _HAVE: Final = b"HAVE"
 _PING: Final = b"PING"
 _PONG: Final = b"PONG"
 
+_LAST_STATUS: Final = max(status.value for status in Status)
+
 _INTEGER: Final = re.compile(rb"0|[1-9][0-9]{0,18}")
 _INDICES: Final = re.compile(rb"(?:0|[1-9][0-9]{0,6})(?:,(?:0|[1-9][0-9]{0,6}))*")
 _HOST: Final = re.compile(HOST.encode())
@@ -236,7 +238,7 @@ def _decode_info(frames: Sequence[bytes]) -> TransferEmbeddingInfo:
 
 def _decode_report(frames: Sequence[bytes]) -> StatusReport:
     room = _decode_integer(frames[0], 0, MAX_ROOM)
-    status = Status(_decode_integer(frames[1], 0, max(status.value for status in Status)))
+    status = Status(_decode_integer(frames[1], 0, _LAST_STATUS))
     if len(frames) == 2:
         return StatusReport(room, status)
     if status is Status.FAILED and len(frames) == 3:
@@ -298,9 +300,9 @@ def _decode_indices(frame: bytes) -> tuple[int, ...]:
 
 def _decode_integer(frame: bytes, lowest: int, highest: int) -> int:
     # One spelling per number: int() also takes signs, spaces, underscores and leading zeros.
-    if not _INTEGER.fullmatch(frame) or not lowest <= int(frame) <= highest:
+    if not _INTEGER.fullmatch(frame) or not lowest <= (value := int(frame)) <= highest:
         raise UndecodableFrames(f"{frame[:24]!r} is no integer of {lowest}..{highest}")
-    return int(frame)
+    return value
 
 
 def _decode_word(frame: bytes) -> str:
@@ -310,5 +312,5 @@ def _decode_word(frame: bytes) -> str:
 
 
 def _check_sizes(frames: Sequence[bytes]) -> None:
-    if len(frames) > MAX_FRAMES or any(len(frame) > MAX_FRAME_BYTES for frame in frames):
+    if len(frames) > MAX_FRAMES or max(map(len, frames), default=0) > MAX_FRAME_BYTES:
         raise UndecodableFrames(f"{len(frames)} frames of up to {max(map(len, frames))} bytes are too much")

@@ -332,8 +332,6 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
-        if (sender := self._senders.get(chunk.room)) is not None and sender.rounds < recorder.MOST_ROUNDS:
-            self._note_chunk(recorder.CHUNK_BEGAN, chunk, now)
         job = ChunkJob(
             chunk,
             self._sources[chunk.room],
@@ -354,6 +352,9 @@ class EncodeManager(MooncakeEmbeddingManager):
                 functools.partial(job.done, destination.session_id),
                 session.handshake.memory,
             )
+        # While the workers wake.
+        if (sender := self._senders.get(chunk.room)) is not None and sender.rounds < recorder.MOST_ROUNDS:
+            self._note_chunk(recorder.CHUNK_BEGAN, chunk, now)
 
     def _note_chunk(self, what: str, chunk: TransferEmbeddingChunk, now: float, size: int = 0) -> None:
         """Language ranks that are told the same rows may be at different ones: the step as a whole is noted."""
