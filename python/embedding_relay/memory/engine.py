@@ -40,7 +40,7 @@ _FIRST_WRITE_TIMEOUT: Final = 5.0
 _LOOK_EVERY: Final = 0.001
 # Mooncake's blocking call spins, on a core that the threads which move the bytes may need: where it has the core, they
 # wait until its time slice is over. What takes longer than a few sleeps is waited for asleep, with pieces on their way
-# while the one before them is waited for; what is shorter is waited for awake, and whoever needs the core has it.
+# while the one before them is waited for; a few short entries are waited for awake, and whoever needs the core has it.
 _AWAKE_BELOW: Final = 256 << 10
 _AWAKE_S: Final = 0.002
 _SLEEP: Final = 50e-6

@@ -99,7 +99,8 @@ class BufferLayout:
         column is an entry of a transfer, and a small entry takes as long as a large one.
         """
         aux = next(column for column in self.columns if column.name == AUX)
-        return aux, Column(name=RECORDS, bytes_per_row=RECORD_BYTES)
+        # The aux row says that there are records, so it is written behind them.
+        return Column(name=RECORDS, bytes_per_row=RECORD_BYTES), aux
 
     @functools.cached_property
     def item_lens(self) -> tuple[int, ...]:
@@ -112,7 +113,7 @@ class BufferLayout:
     @functools.cached_property
     def memory(self) -> tuple[tuple[Column, int], ...]:
         """Everything that a pool has memory for, and how many bytes: the columns, and records behind them."""
-        columns = *self.columns, self.short_columns[-1]
+        columns = *self.columns, self.short_columns[0]
         return tuple((column, self.blocks * self.block_bytes(column)) for column in columns)
 
     @property

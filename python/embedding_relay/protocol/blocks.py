@@ -18,7 +18,7 @@ class BlockPool:
         if count < 1:
             raise LeaseError(f"a pool of {count} blocks")
         self.count = count
-        # Of the free runs. All three are kept in order, so that a pool in many pieces costs no more than one in few.
+        # Of the free runs: in the order of the pool, and of their lengths, so that nobody looks at each of them.
         self._starts: list[int] = []
         self._by_length: list[tuple[int, ...]] = []
         """(length, minus the start)"""
@@ -59,9 +59,7 @@ class BlockPool:
         return tuple(blocks)
 
     def give_back(self, blocks: Iterable[int], owner: Hashable) -> None:
-        for block in self._checked(blocks, owner):
-            del self._owners[block]
-            self._join(block)
+        self._free(self._checked(blocks, owner))
 
     def quarantine(self, blocks: Iterable[int], owner: Hashable) -> None:
         """Not free, and not to be given back either: a write may land in them until `release_quarantine`."""
@@ -75,9 +73,7 @@ class BlockPool:
             raise LeaseError(f"{owner} has nothing in quarantine")
         held = self._quarantine.pop(owner)
         self._quarantined -= len(held)
-        for block in held:
-            del self._owners[block]
-            self._join(block)
+        self._free(held)
         return len(held)
 
     def _checked(self, blocks: Iterable[int], owner: Hashable) -> list[int]:
@@ -104,16 +100,28 @@ class BlockPool:
         if rest:
             self._add(start + length, rest)
 
-    def _join(self, block: int) -> None:
-        """Add one block to the free runs, closing the gap between its neighbours."""
-        at = bisect.bisect_left(self._starts, block)
-        start, length = block, 1
-        if at < len(self._starts) and self._starts[at] == block + 1:
-            length += self._remove(block + 1)
-        if at and self._starts[at - 1] + self._lengths[self._starts[at - 1]] == block:
+    def _free(self, blocks: Iterable[int]) -> None:
+        """Neighbours among them at once."""
+        start = stop = -1
+        for block in sorted(blocks):
+            del self._owners[block]
+            if block != stop:
+                self._join(start, stop)
+                start = block
+            stop = block + 1
+        self._join(start, stop)
+
+    def _join(self, start: int, stop: int) -> None:
+        """Add a run to the free ones, closing the gaps to its neighbours."""
+        if start == stop:
+            return
+        if stop in self._lengths:
+            stop += self._remove(stop)
+        at = bisect.bisect_left(self._starts, start)
+        if at and self._starts[at - 1] + self._lengths[self._starts[at - 1]] == start:
             start = self._starts[at - 1]
-            length += self._remove(start)
-        self._add(start, length)
+            self._remove(start)
+        self._add(start, stop - start)
 
     def _add(self, start: int, length: int) -> None:
         bisect.insort(self._starts, start)

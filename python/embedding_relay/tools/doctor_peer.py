@@ -24,7 +24,7 @@ import msgspec
 from embedding_relay import __version__, config
 from embedding_relay.pairing import ALLOWED_HOSTS
 from embedding_relay.protocol.encode.sessions import disagreement
-from embedding_relay.protocol.messages import MAX_ROOM, Address, Handshake
+from embedding_relay.protocol.messages import MAX_ROOM, RECORD_BYTES, Address, Handshake
 from embedding_relay.registry.client import RegistryError, look_up
 from embedding_relay.registry.entry import EncodeRank
 from embedding_relay.tools.chat_client import chat_body, picture
@@ -281,7 +281,7 @@ def check_settings(peer: Peer) -> Finding:
     if peer.mode == _ENCODE and (strange := sorted(host for host in hosts if not here.may_ask(host))):
         said = f"{ALLOWED_HOSTS} of this environment does not name {', '.join(strange)}"
         return failed("settings", said, "add it, as the router and the registry name that instance")
-    pool = theirs.blocks * sum(theirs.item_lens)
+    pool = theirs.blocks * (sum(theirs.item_lens) + RECORD_BYTES * theirs.block_size)
     said = f"blocks of {theirs.block_size} rows on both; its pool of {theirs.blocks} takes {shown_bytes(pool)}"
     return ok("settings", said, pool_bytes=pool)
 

@@ -67,8 +67,11 @@ class Listener:
         for _ in range(_MESSAGES_AT_ONCE):
             if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a fraction of what an error costs
                 return
-            first = self.socket.recv(zmq.NOBLOCK, copy=False)
-            others = self.socket.recv_multipart(zmq.NOBLOCK) if first.more else []
+            try:
+                first = self.socket.recv(zmq.NOBLOCK, copy=False)
+                others = self.socket.recv_multipart(zmq.NOBLOCK) if first.more else []
+            except zmq.Again:  # it was said that there is one
+                return
             yield _sender(first), [first.bytes, *others]
 
     def close(self) -> None:

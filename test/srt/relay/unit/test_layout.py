@@ -34,7 +34,7 @@ def test_records_are_behind_the_columns_of_the_specification_and_not_announced_w
     assert [length for _, length in memory[:-1]] == [4 * length for length in layout().item_lens]
     assert (memory[-1][0].name, memory[-1][1]) == ("records", 4 * 128 * 32)
     assert layout().pool_bytes == sum(length for _, length in memory)
-    assert [column.name for column in layout().short_columns] == ["aux_datas", "records"]
+    assert [column.name for column in layout().short_columns] == ["records", "aux_datas"]
 
 
 def test_the_handshake_tells_layouts_apart() -> None:

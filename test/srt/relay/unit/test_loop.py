@@ -50,9 +50,9 @@ class Messages:
         return iter(self._messages)
 
 
-def turn(loop: ControlLoop, handler: Handler, *messages: tuple[str, list[bytes]]) -> Peers:
+def turn(loop: ControlLoop, handler: Handler, *messages: tuple[str, list[bytes]], woken: bool = True) -> Peers:
     peers = Peers()
-    loop._turn(handler, Messages(*messages), peers)  # type: ignore[arg-type]
+    loop._turn(handler, Messages(*messages), peers, woken=woken)  # type: ignore[arg-type]
     return peers
 
 
@@ -67,6 +67,19 @@ def test_calls_come_before_messages_and_these_before_the_tick(loop: ControlLoop)
     peers = turn(loop, handler, ("10.0.0.1", [b"one"]), ("10.0.0.1", [b"two"]))
     assert handler.given == ["call", [b"one"], [b"two"], "tick"]
     assert len(peers.looked_at) == 1
+
+
+def test_a_call_waits_for_the_turn_that_it_has_woken_the_loop_for(loop: ControlLoop) -> None:
+    """It may have been posted since the loop woke for something else: then the next turn comes at once."""
+    handler = Handler()
+    loop._wakeup.open()
+    loop.post(lambda now: handler.given.append("call"))
+    turn(loop, handler, ("10.0.0.1", [b"one"]), woken=False)
+    assert handler.given == [[b"one"]]
+    assert select.select([loop._wakeup.fileno()], [], [], 0)[0]
+    turn(loop, handler)
+    assert handler.given == [[b"one"], "call"]
+    loop._wakeup.close()
 
 
 def test_no_tick_before_its_time(loop: ControlLoop) -> None:
