@@ -86,7 +86,7 @@ def small_layout(**changes: Any) -> BufferLayout:
 class EncodeInstance:
     """The test's handle of an encode process: a registry and one rank."""
 
-    def __init__(self, layout: BufferLayout, config: RelayConfig, is_older: bool) -> None:
+    def __init__(self, layout: BufferLayout, config: RelayConfig, is_older: bool = False) -> None:
         self.layout = layout
         self._pipe, theirs = fork.Pipe()
         self._process = fork.Process(target=_encode_main, args=(theirs, layout, config, is_older), daemon=True)
