@@ -27,6 +27,16 @@ def test_blocks_become_one_run_again_in_whatever_order_they_come_back() -> None:
         assert pool.lease(9, "all") == tuple(range(9))
 
 
+def test_a_block_is_not_given_back_twice_at_once() -> None:
+    pool = BlockPool(4)
+    blocks = pool.lease(3, "one")
+    for end in (pool.give_back, pool.quarantine):
+        with pytest.raises(LeaseError, match="names a block twice"):
+            end([*blocks, 0], "one")
+    pool.give_back(blocks, "one")
+    assert pool.free == 4
+
+
 def fewest_runs(free: set[int], n: int) -> tuple[int, ...]:
     """The longest runs, and for what is left of n the shortest that has as many; of equal ones the first."""
     chosen: list[int] = []
