@@ -27,6 +27,14 @@ def test_blocks_become_one_run_again_in_whatever_order_they_come_back() -> None:
         assert pool.lease(9, "all") == tuple(range(9))
 
 
+def test_where_no_run_is_long_enough_the_longest_is_taken_whole() -> None:
+    pool = BlockPool(10)
+    pool.lease(10, "all")
+    pool.give_back([0, 2, 3, 5, 6, 7, 9], "all")
+    assert pool.lease(5, "one") == (5, 6, 7, 2, 3)
+    assert pool.lease(2, "other") == (0, 9)
+
+
 def test_a_block_is_not_given_back_twice_at_once() -> None:
     pool = BlockPool(4)
     blocks = pool.lease(3, "one")
