@@ -28,7 +28,6 @@ import torch
 import transfer
 
 from embedding_relay.memory.engine import MooncakeDataPlane
-from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.memory.plane import Region
 from embedding_relay.transport.encode import EncodeManager
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
@@ -79,8 +78,7 @@ def main() -> None:
 
 def measure(plane: str, point: transfer.Point, requests: int) -> list[dict[str, float]]:
     """Of each request, when what happened last, in µs."""
-    block = point.block
-    layout = BufferLayout(transfer.HIDDEN, "bfloat16", 0, block, blocks=-(-point.rows // block) * 16 // 7 + 16)
+    layout = transfer.layout_for(point.rows, point.block)
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder, "marks")
         target = functools.partial(encode_instance, marks)

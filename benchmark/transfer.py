@@ -133,8 +133,7 @@ def shares(seconds: Seconds, how: str, point: Point) -> Iterator[float]:
 def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> Iterator[dict[str, Any]]:
     most = max(point.rows for point in chosen)
     block = chosen[0].block
-    # Twice the blocks for a pool of which every other one is taken, and the eighth that no one instance may hold.
-    layout = BufferLayout(HIDDEN, "bfloat16", 0, block, blocks=-(-most // block) * 16 // 7 + 16)
+    layout = layout_for(most, block)
     with encode_process(plane, layout, most, device) as pipe:
         manager = open_language(plane, layout, most, device)
         memory = torch.zeros(most * HIDDEN * 2, dtype=torch.uint8)
@@ -157,6 +156,11 @@ def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> It
             "best_of_raw": min(seconds[RAW, point.mib]) / min(seconds[point]),
             "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
         }
+
+
+def layout_for(most: int, block: int) -> BufferLayout:
+    # Twice the blocks for a pool of which every other one is taken, and the eighth that no one instance may hold.
+    return BufferLayout(HIDDEN, "bfloat16", 0, block, blocks=-(-most // block) * 16 // 7 + 16)
 
 
 def take_turns(

@@ -238,7 +238,6 @@ class EmbeddingBuffers:
         self._is_pinned = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._memory: dict[str, torch.Tensor] = {}
-        self._pointers: dict[str, int] = {}
         self._rows: dict[str, torch.Tensor] = {}
         # The same memory: the columns of integers as (block, row, value), and embeddings as what `_AS_INTEGERS` says.
         # One call of numpy's takes all blocks of a chunk, and a tenth of the time of one of torch's.
@@ -257,7 +256,6 @@ class EmbeddingBuffers:
             memory = torch.frombuffer(pool, dtype=torch.uint8, count=length, offset=start)
             dtype = self._dtype if column.media_only else torch.int32
             self._memory[column.name] = memory
-            self._pointers[column.name] = memory.data_ptr()
             if self._is_pinned and column.media_only and devices.pin(memory):
                 self._pinned.append(memory)
             values = column.bytes_per_row // dtype.itemsize
@@ -277,7 +275,6 @@ class EmbeddingBuffers:
         while self._pinned:
             devices.unpin(self._pinned.pop())
         self._memory.clear()
-        self._pointers.clear()
         self._rows.clear()
         self._small.clear()
         self._wide.clear()
@@ -293,12 +290,12 @@ class EmbeddingBuffers:
         return self.pointers_of(self.layout.columns)
 
     def pointers_of(self, chosen: Iterable[Column]) -> tuple[int, ...]:
-        return tuple(self._pointers[column.name] for column in chosen)
+        return tuple(self._memory[column.name].data_ptr() for column in chosen)
 
     @property
     def records(self) -> tuple[int, int]:
         """What the handshake says of them."""
-        return self._pointers[columns.RECORDS], RECORD_BYTES
+        return self._memory[columns.RECORDS].data_ptr(), RECORD_BYTES
 
     def segments(self, source: SourceRows) -> list[Segment] | None:
         """Where the embeddings lie, if they can be sent from there: in host memory, each row as in the buffers."""
@@ -352,17 +349,6 @@ class EmbeddingBuffers:
         if left:
             pool[blocks[whole], :left] = given[whole * size :]
 
-    def _get(
-        self, pool: NDArray[np.int32], blocks: Sequence[int], start: int, stop: int, spans: Sequence[_Span]
-    ) -> NDArray[np.int32]:
-        width, size = pool.shape[-1], self.layout.block_size
-        if len(spans) == 1:  # all of them are neighbours
-            [(at, _, count)] = spans
-            return pool.reshape(-1, width)[at : at + count]
-        first = start // size
-        found = pool[list(blocks[first : -(-stop // size)])]
-        return found.reshape(-1, width)[start - first * size : stop - first * size]
-
     def _write_media(self, at: int, values: torch.Tensor) -> None:
         hidden, stop = self.layout.hidden_size, at + values.shape[0]
         self._rows[columns.EMBEDDINGS][at:stop].copy_(values[:, :hidden], non_blocking=True)
@@ -406,7 +392,7 @@ class EmbeddingBuffers:
         if begin >= stop:
             return 0
         spans = list(self._spans(blocks, first_row, rows, begin_row))
-        received = self._small_columns(target.has_records, blocks, begin - first_row, rows, spans)
+        received = self._small_columns(target.has_records, spans)
         for column, values in zip(target.small, received, strict=True):
             column[begin:stop] = values
         runs = _sources(target.small[-1][begin:stop, 0], begin, held)
@@ -416,12 +402,9 @@ class EmbeddingBuffers:
         media_rows = sum(count for count, source in runs if source == _BLOCKS)
         return self._bytes(stop - begin, media_rows, with_aux=begin_row <= first_row == 0)
 
-    def _small_columns(
-        self, as_records: bool, blocks: Sequence[int], start: int, stop: int, spans: Sequence[_Span]
-    ) -> Sequence[NDArray[np.int32]]:
-        """Of rows `[start, stop)` of these blocks, counted through all of them, which lie in these spans."""
+    def _small_columns(self, as_records: bool, spans: Sequence[_Span]) -> Sequence[NDArray[np.int32]]:
         names = (columns.RECORDS,) if as_records else _IN_RECORDS
-        found = [self._get(self._small[name], blocks, start, stop, spans) for name in names]
+        found = [_rows_of(self._small[name], spans) for name in names]
         if not as_records:
             return found
         return [found[0][:, low:high] for low, high in itertools.pairwise(_BORDERS)]
@@ -496,6 +479,12 @@ class EmbeddingBuffers:
             if skipped < count:
                 yield blocks[begin] * size + skipped, row + skipped, count - skipped
             row += count
+
+
+def _rows_of(pool: NDArray[np.int32], spans: Sequence[_Span]) -> NDArray[np.int32]:
+    rows = pool.reshape(-1, pool.shape[-1])
+    parts = [rows[at : at + count] for at, _, count in spans]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _as_integers(values: torch.Tensor) -> NDArray[Any]:

@@ -70,8 +70,7 @@ def plan_writes(
 ) -> list[Range]:
     """The fewest ranges that bring rows `[start_row, stop_row)` over; `with_aux` adds the first block's aux row."""
     everything = _pieces(block_size, source, destination, [(start_row, stop_row)])
-    wanted = _clipped(media_runs, start_row, stop_row)
-    media = _pieces(block_size, source, destination, wanted) if wanted else []
+    media = _pieces(block_size, source, destination, _clipped(media_runs, start_row, stop_row))
     ranges: list[Range] = []
     for index, column in enumerate(columns):
         size = column.bytes_per_row

@@ -139,8 +139,8 @@ class ChunkJob:
         layout, records = self._buffers.layout, register.handshake.records
         columns, there = layout.columns, register.buffer_pointers
         if records is not None and register.handshake.takes_records:
-            aux = there[columns.index(layout.short_columns[1])]
-            columns, there = layout.short_columns, (records[0], aux)
+            _, aux = layout.short_columns
+            columns, there = layout.short_columns, (records[0], there[columns.index(aux)])
         ranges = plan_chunk(columns, layout.block_size, self.chunk.window, destination, media_runs=())
         return self._entries(ranges, columns, there)
 
