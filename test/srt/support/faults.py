@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from embedding_relay.protocol.messages import TransferEmbeddingInfo
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.loopback import ENDED, EncodeInstance, LanguageRank
+from support.rooms import next_room
 from support.rows import Spec
 
 DAILY = 2  # over each data plane
@@ -26,12 +26,6 @@ SEED = int(os.environ.get("RELAY_FAULT_SEED", random.SystemRandom().randrange(2*
 
 # The limit of the daily lane is for a few rounds.
 unhurried = pytest.mark.timeout(120 + 10 * ROUNDS)
-
-_rooms = itertools.count(1)
-
-
-def next_room() -> int:
-    return next(_rooms)
 
 
 class Offers:

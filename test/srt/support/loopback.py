@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,13 @@ def small_layout(**changes: Any) -> BufferLayout:
 # ---- encode
 
 
+@dataclass
+class Died:
+    """The last word of a process."""
+
+    of: str
+
+
 class EncodeInstance:
     """The test's handle of an encode process: a registry and one rank."""
 
@@ -112,7 +120,11 @@ class EncodeInstance:
 
     def ask(self, question: str) -> Any:
         self._pipe.send((question,))
-        return self._pipe.recv()
+        answer = self._pipe.recv()
+        if isinstance(answer, Died):
+            self.kill()
+            raise AssertionError(f"the encode process died of this:\n{answer.of}")
+        return answer
 
     def metrics(self) -> Numbers:
         answer: Numbers = self.ask("metrics")
@@ -186,7 +198,11 @@ def _encode_main(pipe: Connection, layout: BufferLayout, config: RelayConfig, is
     manager.start()
     _wait_until_announced(Address(HOST, registry.port), config)
     pipe.send(registry.port)
-    _EncodeLoop(pipe, layout, manager).run()
+    try:
+        _EncodeLoop(pipe, layout, manager).run()
+    except Exception:
+        pipe.send(Died(traceback.format_exc()))
+        raise
     manager.close()
     registry.close()
     try:
@@ -270,8 +286,8 @@ class _EncodeLoop:
         MooncakeEmbeddingSender(self._manager, room).refuse(failure)
 
     def _poison(self) -> None:
-        """Have the engine of the only link reject a batch just before its next write, of garbage to the same place."""
-        [link] = self._manager.plane._links  # type: ignore[attr-defined]
+        """Have the engine of the first link reject a batch just before its next write, of garbage to the same place."""
+        link, *_ = self._manager.plane._links  # type: ignore[attr-defined]
         session_id, pointer, write = link._session_id, self._manager._buffers.pointers[0], link.write_in_turn
 
         def write_after_rejection(pieces: Iterable[Sequence[Entry]]) -> NoReturn:

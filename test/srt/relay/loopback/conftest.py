@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support import rooms
 from support.installed import require_installed
 from support.side_by_side import runs_tests
 
@@ -22,6 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     import embedding_relay.transport.manager  # noqa: F401
 
     forks.spare_the_collector()
+
+
+@pytest.fixture(autouse=True)
+def room(request: pytest.FixtureRequest) -> int:
+    """A room of this test alone; `support.rooms` has more."""
+    rooms.begin(request.node.nodeid)
+    return rooms.next_room()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import signal
 import socket
@@ -35,6 +34,7 @@ from support.loopback import (
     wait_until,
 )
 from support.planes import both_planes, only
+from support.rooms import next_room
 from support.rows import LIMITS, Spec
 
 LAYOUT = small_layout()
@@ -44,7 +44,6 @@ QUICK = RelayConfig(
 )
 # For tests that wait for a deadline to pass.
 IMPATIENT = dataclasses.replace(QUICK, bootstrap_timeout=2)
-_rooms = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,6 @@ def language(encode: EncodeInstance) -> Iterator[LanguageRank]:
 def impatient() -> Iterator[EncodeInstance]:
     with encode_instance(LAYOUT, IMPATIENT) as instance:
         yield instance
-
-
-@pytest.fixture
-def room() -> int:
-    return next(_rooms)
 
 
 def failure_of(language: LanguageRank, peer: str, room: int) -> Failure:
@@ -171,11 +165,11 @@ def test_a_room_that_gets_no_block_in_time(encode: EncodeInstance, room: int) ->
     """The holder's encoder takes its time; the one behind it is told why it failed."""
     sooner = dataclasses.replace(QUICK, bootstrap_timeout=4)
     with language_rank(small_layout(blocks=1), sooner) as tight:
-        tight.receive(encode, Spec(next(_rooms), 100))  # more than one room at a time is for instances that deliver
+        tight.receive(encode, Spec(next_room(), 100))  # more than one room at a time is for instances that deliver
         holder = tight.start(encode.peer, room)
         encode.expect(Spec(room, 100, held=True))
         wait_until(lambda: holder[room].poll() is Status.WAITING_FOR_INPUT, tight.manager, 30)
-        waiting = next(_rooms)
+        waiting = next_room()
         assert failure_of(tight, encode.peer, waiting) == Failure(503, "no receive blocks within 4 s")
         holder[room].abort()
         assert_all_given_back(tight)
@@ -202,7 +196,7 @@ def test_registries_that_cannot_be_reached() -> None:
     with language_rank(LAYOUT, IMPATIENT) as language:
         started = time.monotonic()
         for peer in ("127.0.0.1:1", "no-such-host.invalid:80", "x" * 100 + ":80", "nonsense"):
-            receivers[peer] = language.start(peer, next(_rooms)).popitem()[1]
+            receivers[peer] = language.start(peer, next_room()).popitem()[1]
         language.wait(receivers.values())
         for peer, receiver in receivers.items():
             failure = receiver.failure()
@@ -214,7 +208,7 @@ def test_registries_that_cannot_be_reached() -> None:
 
 @both_planes
 def test_a_killed_encode_instance_fails_its_rooms_and_no_others(encode: EncodeInstance, room: int) -> None:
-    survivor = next(_rooms)
+    survivor = next_room()
     with language_rank(small_layout(blocks=2), QUICK) as language:
         doomed_instance = EncodeInstance(LAYOUT, QUICK)
         doomed = language.start(doomed_instance.peer, room)
@@ -263,7 +257,7 @@ def test_a_language_rank_whose_data_plane_is_dead_loses_requests_and_no_blocks(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its control plane lives. Something takes connections where its engine should be, and answers nothing."""
-    rooms = [room, next(_rooms)]
+    rooms = [room, next_room()]
     with socket.create_server((HOST, 0)) as silent, encode_instance(LAYOUT, QUICK) as encode:
         session_id = f"{HOST}:{silent.getsockname()[1]}"
         monkeypatch.setattr(MooncakeDataPlane, "session_id", session_id)
@@ -297,7 +291,7 @@ def test_a_killed_language_rank_costs_the_encode_side_nothing_for_long(encode: E
 
 
 def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room: int) -> None:
-    holder = next(_rooms)
+    holder = next_room()
     with encode_instance(LAYOUT, QUICK) as encode:
         dying = LanguageProcess(small_layout(blocks=1), QUICK, encode.peer, holder, room)
         settle(encode.metrics, lambda m: m.sizes["rooms"] == 2)  # one is asked for, the other announced
@@ -312,13 +306,13 @@ def test_a_language_rank_that_is_killed_while_a_room_waits_there_is_missed(room:
 
 
 def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(room: int) -> None:
-    holder, brief = next(_rooms), dataclasses.replace(QUICK, first_word_timeout=2)
+    holder, brief = next_room(), dataclasses.replace(QUICK, first_word_timeout=2)
     with encode_instance(LAYOUT, brief) as encode, language_rank(small_layout(blocks=1), brief) as tight:
         holding = tight.start(encode.peer, holder)
         encode.expect(Spec(holder, 100, held=True))
         wait_until(lambda: holding[holder].poll() is Status.WAITING_FOR_INPUT, tight.manager, 30)
         waiting = tight.start(encode.peer, room)
-        lonely = next(_rooms)
+        lonely = next_room()
         encode.expect(Spec(room, 100), Spec(lonely, 100))
         assert encode.end_of(lonely)[0] is Status.FAILED, "expected at the same time, and never announced"
         assert waiting[room].poll() is Status.BOOTSTRAPPING
@@ -331,7 +325,7 @@ def test_a_room_that_waits_for_blocks_outlives_the_deadline_of_the_first_word(ro
 @only(MOONCAKE)
 def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_over(room: int) -> None:
     """S3 from end to end: it is stopped before a write of 32 MiB, and goes on when the sender has given up."""
-    wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
+    wide, warm = small_layout(hidden_size=4096, blocks=32), next_room()
     patient = dataclasses.replace(QUICK, heartbeat_interval=1.0)
     with encode_instance(wide, patient) as encode:
         stopped = LanguageProcess(wide, patient, encode.peer, warm, room, rows=2048)
@@ -352,7 +346,7 @@ def test_a_stopped_language_rank_gets_its_blocks_back_when_the_late_write_is_ove
 @only(SHARED_MEMORY)
 def test_a_stopped_language_rank_is_written_to_and_has_its_rows_when_it_goes_on(room: int) -> None:
     """A copy into its memory needs nothing of it, and is over when it is made: nobody waits for proof."""
-    wide, warm = small_layout(hidden_size=4096, blocks=32), next(_rooms)
+    wide, warm = small_layout(hidden_size=4096, blocks=32), next_room()
     with encode_instance(wide, QUICK) as encode:
         stopped = LanguageProcess(wide, QUICK, encode.peer, warm, room, rows=2048)
         encode.expect(Spec(warm, 100))
@@ -394,11 +388,11 @@ def test_an_engine_that_rejects_everything_is_renewed_and_the_chunk_goes_through
     with encode_instance(LAYOUT, config) as encode, language_rank(LAYOUT, config) as language:
         language.receive(encode, Spec(room, 300))
         encode.ask("poison")
-        language.receive(encode, Spec(next(_rooms), 5000), hint_rows=1024)
+        language.receive(encode, Spec(next_room(), 5000), hint_rows=1024)
         settle(encode.metrics, lambda m: m.totals["rows"] == 5300)
         renewed = encode.metrics().events[Event.ENGINES_RENEWED]
         assert renewed in (1, 2), "with the one that has half of the entries where they are many"
-        language.receive(encode, Spec(next(_rooms), 5000))
+        language.receive(encode, Spec(next_room(), 5000))
         settle(encode.metrics, lambda m: m.totals["rows"] == 10300)
         assert encode.metrics().events[Event.ENGINES_RENEWED] == renewed
         assert_all_given_back(encode, language)
@@ -427,7 +421,7 @@ def test_the_log_has_one_line_per_room(
 ) -> None:
     with caplog.at_level(logging.INFO):
         language.receive(encode, Spec(room, 2000), hint_rows=1024)
-        failed = next(_rooms)
+        failed = next_room()
         encode.refuse(failed, Failure(400, 'not "even"\none line'))
         failure_of(language, encode.peer, failed)
     lines = [record.message for record in caplog.records if record.message.startswith("relay room=")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 import socket
 import time
@@ -40,13 +39,13 @@ from support.loopback import (
     small_layout,
     wait_until,
 )
+from support.rooms import next_room
 from support.rows import Spec
 
 LAYOUT = small_layout()
 # What a stranger asks for is forgotten within seconds. Those whose rows shall arrive meanwhile have time.
 QUICK = RelayConfig(bootstrap_timeout=3, waiting_timeout=60, heartbeat_interval=2, heartbeat_max_failures=3)
 PATIENT = dataclasses.replace(QUICK, bootstrap_timeout=60)
-_rooms = itertools.count(1 << 40)
 
 
 class Stranger:
@@ -131,7 +130,7 @@ def test_rooms_under_way_do_not_notice_a_flood(
     patient: EncodeInstance, language: LanguageRank, stranger: Stranger
 ) -> None:
     where = patient.ask("address")
-    long = Spec(next(_rooms), 200_000)
+    long = Spec(next_room(), 200_000)
     receivers = language.start(patient.peer, long.room)
     patient.expect(long)
     wait_until(lambda: receivers[long.room].poll() is Status.TRANSFERRING, language.manager, 30)
@@ -150,7 +149,7 @@ def test_rooms_under_way_do_not_notice_a_flood(
         raw_noise(where, rng)
         raw_noise(language.manager.address, rng)
         if turn % 5 == 0:
-            specs.append(Spec(next(_rooms), rng.randint(1, 3000)))
+            specs.append(Spec(next_room(), rng.randint(1, 3000)))
             receivers |= language.start(patient.peer, specs[-1].room)
             patient.expect(specs[-1])
     assert sent > 4000
@@ -168,7 +167,7 @@ def test_frames_that_are_too_long_cost_only_their_sender(
     for line in read_corpus(CORPUS / "huge_frames.txt", known):
         stranger.send(encode.ask("address"), line.frames)
         stranger.send(language.manager.address, line.frames)
-    language.receive(encode, Spec(next(_rooms), 2000))
+    language.receive(encode, Spec(next_room(), 2000))
     assert_all_given_back(encode, language)
 
 
@@ -177,7 +176,7 @@ def registration(session_id: str, address: Address, pointer: int = 1 << 20) -> R
 
 
 def init(session_id: str, address: Address) -> TransferEmbeddingInfo:
-    return TransferEmbeddingInfo(next(_rooms), address.host, address.port, session_id, (0,), 1, 0, 1)
+    return TransferEmbeddingInfo(next_room(), address.host, address.port, session_id, (0,), 1, 0, 1)
 
 
 def free_address() -> Address:
@@ -220,7 +219,7 @@ def test_a_session_whose_engine_is_none_costs_its_own_request_and_holds_up_nobod
             stranger.say(encode.ask("address"), registration(session_id, stranger.address), offer)
         encode.expect(*(Spec(offer.room, 1) for offer in offers.values()))
         started = time.monotonic()
-        language.receive(encode, Spec(next(_rooms), 2000))
+        language.receive(encode, Spec(next_room(), 2000))
         assert time.monotonic() - started < 5, "a silent engine is given up after six seconds"
         failures = {report.room: report.failure for report in (stranger.hear() for _ in offers)}
         for session_id, offer in offers.items():
@@ -254,7 +253,7 @@ def test_invented_addresses_cost_a_bounded_number_of_sockets(
     patient: EncodeInstance, language: LanguageRank, stranger: Stranger
 ) -> None:
     where = patient.ask("address")
-    under_way, later = Spec(next(_rooms), 100_000), Spec(next(_rooms), 2000)
+    under_way, later = Spec(next_room(), 100_000), Spec(next_room(), 2000)
     receivers = language.start(patient.peer, under_way.room)
     patient.expect(under_way)
     for number in range(4000):

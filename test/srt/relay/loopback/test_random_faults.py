@@ -15,7 +15,7 @@ from embedding_relay.memory.layout import BufferLayout
 from embedding_relay.protocol.status import Status
 from embedding_relay.transport.language import MooncakeEmbeddingReceiver
 from support.dying import LanguageProcess
-from support.faults import ROUNDS, SEED, Offers, Traffic, next_room, stopped, unhurried, wait_for_bytes
+from support.faults import ROUNDS, SEED, Offers, Traffic, stopped, unhurried, wait_for_bytes
 from support.loopback import (
     ENDED,
     EncodeInstance,
@@ -27,6 +27,7 @@ from support.loopback import (
     small_layout,
 )
 from support.planes import both_planes
+from support.rooms import next_room
 from support.rows import Spec
 
 # Two seconds of silence: a process that is not stopped gets a word in, however busy the machine is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +31,13 @@ from support.loopback import (
     small_layout,
     wait_until,
 )
+from support.rooms import next_room
 from support.rows import LIMITS, Spec, make_rows
 
 LAYOUT = small_layout()
 # Longer than the tests: an answer that comes is not a deadline's.
 PATIENT = RelayConfig(bootstrap_timeout=100, waiting_timeout=100, heartbeat_interval=100, data_plane=MOONCAKE)
 DEATHS = [ZeroDivisionError("a bug"), SystemExit("leave"), KeyboardInterrupt("stop")]
-_rooms = itertools.count(1)
 
 
 def dies(death: BaseException) -> Callable[..., NoReturn]:
@@ -46,11 +45,6 @@ def dies(death: BaseException) -> Callable[..., NoReturn]:
         raise type(death)(*death.args)  # one that was raised keeps all that its traceback knows
 
     return die
-
-
-@pytest.fixture
-def room() -> int:
-    return next(_rooms)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def test_control(encode: EncodeInstance, room: int, death: BaseException) -> Non
         assert manager.healthy()
         manager._loop.post(dies(death))
         rank.wait(receivers.values())
-        later = rank.start(encode.peer, next(_rooms))
+        later = rank.start(encode.peer, next_room())
         rank.wait(later.values())
         assert manager.unhealthy_reason == f"relay-control died: {death!r}"
         for receiver in (*receivers.values(), *later.values()):
@@ -133,7 +127,7 @@ def test_transfer(room: int, what: str, death: BaseException, monkeypatch: pytes
         monkeypatch.setattr(manager.plane, what, dies(death))
         if what == "note_renewal":
             monkeypatch.setattr("embedding_relay.transport.workers.plan_chunk", dies(death))
-        rooms = [room, next(_rooms), next(_rooms)]
+        rooms = [room, next_room(), next_room()]
         senders = [MooncakeEmbeddingSender(manager, room) for room in rooms]
         receivers = language.start(f"{HOST}:{registry.port}", *rooms, hint_rows=128)
         for sender in senders:
@@ -163,7 +157,7 @@ def test_lookup(encode: EncodeInstance, room: int, death: BaseException, monkeyp
             failure = receivers[room].failure()
             assert failure is not None
             assert (failure.code, type(death).__name__ in failure.text) == (502, True), failure
-        language.receive(encode, Spec(next(_rooms), 300))
+        language.receive(encode, Spec(next_room(), 300))
         assert_all_given_back(language)
 
 

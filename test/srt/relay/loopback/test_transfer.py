@@ -1,7 +1,6 @@
 """Whole requests from one process to another: every bit, and as many rounds as the specification says."""
 
 import dataclasses
-import itertools
 import logging
 import re
 from collections.abc import Iterator
@@ -22,13 +21,13 @@ from support.loopback import (
     small_layout,
 )
 from support.planes import both_planes, only
+from support.rooms import next_room
 from support.rows import DAMAGE, Spec, difference, make_rows
 
 DEFAULT_1024 = RelayConfig(default_allocate_tokens=1024)
 AS_THEY_COME = RelayConfig(default_allocate_tokens=512, prefix_prefill=True)
 """The scheduler is told of rows that are copied."""
 LAYOUT = small_layout()
-_rooms = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def encode() -> Iterator[EncodeInstance]:
 
 
 def requests(number: int, total: int) -> list[Spec]:
-    return [Spec(next(_rooms), total) for _ in range(number)]
+    return [Spec(next_room(), total) for _ in range(number)]
 
 
 ROUNDS = [
@@ -121,7 +120,7 @@ def test_ranks_of_one_room_that_differ_in_records_get_the_same_rows(encode: Enco
 @both_planes
 def test_rows_travel_as_they_are_made(encode: EncodeInstance) -> None:
     """The scheduler hears of rows that are in their place while the encoder makes others, wherever offers end."""
-    spec = Spec(next(_rooms), 3000, like=1, item_by_item=True)
+    spec = Spec(next_room(), 3000, like=1, item_by_item=True)
     starts = [start for start, _ in make_rows(LAYOUT, spec).segments]
     with language_rank(small_layout(blocks=4), AS_THEY_COME) as language:
         (receiver,) = (receivers := language.start(encode.peer, spec.room)).values()
@@ -140,7 +139,7 @@ def test_rows_travel_as_they_are_made(encode: EncodeInstance) -> None:
 
 @only(SHARED_MEMORY)
 def test_a_request_that_is_dropped_between_two_of_its_items_leaves_nothing(encode: EncodeInstance) -> None:
-    spec = Spec(next(_rooms), 3000, like=1, item_by_item=True)
+    spec = Spec(next_room(), 3000, like=1, item_by_item=True)
     with language_rank(small_layout(), AS_THEY_COME) as language:
         (receiver,) = language.start(encode.peer, spec.room).values()
         encode.expect(spec)
