@@ -20,8 +20,9 @@ from embedding_relay.batch.store.contract import (
     claim_of,
     holder_of,
 )
+from support import virtual_time
 
-SECONDS = 0.2
+SECONDS = 20.0
 
 
 class Claims:
@@ -64,8 +65,8 @@ class SlowClaims(Claims):
         self.held = False
 
 
-def lease_of(claims: Claims) -> Lease:
-    return Lease(cast("Store", claims), "split:one", "worker", SECONDS)
+def lease_of(claims: Claims, seconds: float = SECONDS) -> Lease:
+    return Lease(cast("Store", claims), "split:one", "worker", seconds)
 
 
 async def forever() -> None:
@@ -83,7 +84,7 @@ def test_it_is_given_up_when_the_work_is_done() -> None:
         with pytest.raises(StaleJob):
             lease.check()  # a thread that still works for us stops here
 
-    asyncio.run(work())
+    virtual_time.run(work())
     assert claims.released == [("split:one", "worker")]
 
 
@@ -96,10 +97,10 @@ def test_it_is_renewed_while_the_work_goes_on() -> None:
         async with lease:
             while claims.claims < 10:  # more time than one claim lasts
                 lease.check()
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
             lease.check()
 
-    asyncio.run(work())
+    virtual_time.run(work())
 
 
 def test_whoever_loses_it_is_stopped_and_releases_nothing() -> None:
@@ -112,7 +113,7 @@ def test_whoever_loses_it_is_stopped_and_releases_nothing() -> None:
             await forever()
 
     with pytest.raises(StaleJob):
-        asyncio.run(work())
+        virtual_time.run(work())
     assert claims.released == []
 
 
@@ -125,7 +126,7 @@ def test_somebody_elses_is_not_taken() -> None:
         with pytest.raises(StaleJob):
             lease.check()
 
-    asyncio.run(work())
+    virtual_time.run(work())
 
 
 def test_a_store_that_is_away_for_a_moment_costs_nothing() -> None:
@@ -136,10 +137,10 @@ def test_a_store_that_is_away_for_a_moment_costs_nothing() -> None:
         await lease.take()
         async with lease:
             while claims.claims < 4:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
             lease.check()
 
-    asyncio.run(work())
+    virtual_time.run(work())
 
 
 def test_a_store_that_stays_away_ends_the_work_when_the_lease_has_run_out() -> None:
@@ -152,7 +153,7 @@ def test_a_store_that_stays_away_ends_the_work_when_the_lease_has_run_out() -> N
             await forever()
 
     with pytest.raises(StaleJob):
-        asyncio.run(work())
+        virtual_time.run(work())
 
 
 def test_who_is_cancelled_meanwhile_is_cancelled() -> None:
@@ -173,7 +174,7 @@ def test_who_is_cancelled_meanwhile_is_cancelled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(work())
+    virtual_time.run(work())
     assert claims.released == [("split:one", "worker")]
 
 
@@ -219,7 +220,7 @@ def test_work_that_ends_while_its_lease_is_renewed_leaves_none() -> None:
     claims = SlowClaims(1, True)
 
     async def work() -> None:
-        lease = lease_of(claims)
+        lease = lease_of(claims, 4)  # renewed after one second
         assert await lease.take()
         async with lease:
             await asyncio.to_thread(claims.asked.wait, 20)
@@ -241,7 +242,7 @@ def test_a_store_that_is_away_when_a_lease_is_given_up_lets_it_run_out() -> None
         async with lease:
             return "done"
 
-    assert asyncio.run(work()) == "done"
+    assert virtual_time.run(work()) == "done"
 
 
 # ---- claims, and when they have run out
@@ -302,5 +303,5 @@ def test_a_lease_that_was_not_used_is_given_up() -> None:
         with pytest.raises(StaleJob):
             lease.check()
 
-    asyncio.run(work())
+    virtual_time.run(work())
     assert claims.released == [("split:one", "worker")]
