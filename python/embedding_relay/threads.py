@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
+import struct
 import threading
 from collections.abc import Callable
+from typing import Final
 
 logger = logging.getLogger(__name__)
+
+_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+"""The number of this system call, which has no function in the C library."""
+_SLICE_NS: Final = 300_000
+
+
+def ask_for_short_slices() -> None:
+    """Have this thread run as soon as it wakes, which is what Linux gives for a slice shorter than those of others.
+
+    For a thread that works for microseconds at a time. A system that does not know it or does not allow it leaves the
+    thread as it was.
+    """
+    number, policy = _SCHED_SETATTR.get(platform.machine()), os.sched_getscheduler(0)
+    if number is not None and policy == os.SCHED_OTHER:
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        ctypes.CDLL(None).syscall(number, 0, struct.pack("=IIQiIQQQ", 48, policy, 0, nice, 0, _SLICE_NS, 0, 0), 0)
 
 
 class WatchedThread(threading.Thread):

@@ -134,7 +134,7 @@ class EncodeNode:
                 self.sources.pop(effect.room, None)
                 self.held.pop(effect.room, None)
                 if any(chunk.room == effect.room for chunk, _, _ in self.jobs):
-                    raise Violation(f"rows of room {effect.room} are dropped while they are being written")
+                    raise Violation(f"rows: those of room {effect.room} are dropped while they are being written")
 
     def _take_job(self, chunk: TransferEmbeddingChunk) -> None:
         registers = {d.session_id: self.core.session(d.session_id) for d in chunk.destinations}
@@ -179,7 +179,7 @@ class EncodeNode:
 
     def write_half(self, index: int = 0) -> None:
         """Do the first half of one chunk, and say so. `write` then does all of it, but where this has failed."""
-        chunk, registers, errors = self.jobs[index]
+        chunk, registers, errors = self.jobs[self._first_of_its_room(index)]
         if self.is_cut_off:
             return
         if chunk.window.stage:
@@ -198,7 +198,7 @@ class EncodeNode:
 
     def write(self, index: int = 0) -> None:
         """Do one chunk, to all of its destinations, and report."""
-        chunk, registers, errors = self.jobs.pop(index)
+        chunk, registers, errors = self.jobs.pop(self._first_of_its_room(index))
         if chunk.window.stage:
             self._stage(chunk)
         for destination in chunk.destinations:
@@ -217,6 +217,11 @@ class EncodeNode:
                 errors[destination.session_id] = str(error)
         self.run(self.core.transferred(chunk.room, chunk.transfer_id, errors, self.world.clock.now))
         self.failed_sessions.update(errors)
+
+    def _first_of_its_room(self, index: int) -> int:
+        """One worker has all of a session's, and does them in their order."""
+        room = self.jobs[index].chunk.room
+        return next(at for at, job in enumerate(self.jobs) if job.chunk.room == room)
 
     def _stage(self, chunk: TransferEmbeddingChunk) -> None:
         window, source = chunk.window, self.sources[chunk.room]

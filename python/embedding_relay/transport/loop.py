@@ -13,7 +13,7 @@ import zmq
 
 from embedding_relay.protocol.errors import LocalError, UndecodableFrames
 from embedding_relay.protocol.messages import Address
-from embedding_relay.threads import WakeUp
+from embedding_relay.threads import WakeUp, ask_for_short_slices
 from embedding_relay.transport.curve import Authenticator, Curve
 from embedding_relay.transport.sockets import MAX_SOCKETS, Listener, PeerSockets
 
@@ -106,6 +106,7 @@ class ControlLoop:
         listener, peers = self._listener, self._peers
         if listener is None or peers is None:
             raise LocalError("a control loop is opened before it runs")
+        ask_for_short_slices()
         poller = zmq.Poller()
         poller.register(listener.socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)

@@ -139,6 +139,13 @@ class Destination:
         if ahead is not None and not self.finished:
             self.offer(ahead)
 
+    def part_of_next_step(self, staged_stop: int, total: int, items: PromptItems) -> ChunkDestination:
+        """As `part_of_step`, when the offer is used up and the one ahead is taken."""
+        then = dataclasses.replace(self)
+        then.use_up_offer(total)
+        then.written = then.sent
+        return then.part_of_step(staged_stop, total, items)
+
     @property
     def offered_blocks(self) -> tuple[int, ...]:
         return self.blocks + (self.ahead.dst_embedding_indices if self.ahead else ())
@@ -167,6 +174,8 @@ class EncodeRoom:
         self.blocks: tuple[int, ...] = ()
         """Of our own pool, from the first write until the end of the room."""
         self.under_way: TransferEmbeddingChunk | None = None
+        self.next_step: TransferEmbeddingChunk | None = None
+        """It is with the workers already, behind the one that is under way."""
         self.unacknowledged: dict[str, Address] = {}
         """Sessions whose abort waits for the write under way."""
         self._staged = (0, 0)
@@ -340,7 +349,7 @@ class EncodeRoom:
                 effects += self.begin_step()
             else:
                 self._shared.queue[self.room] = self
-        return effects
+        return [*effects, *self._begin_next_step()]
 
     def _claim(self) -> Failure | None:
         """With its request here and all ranks known, nobody else may have the blocks that it was offered."""
@@ -382,12 +391,15 @@ class EncodeRoom:
         del self._shared.queue[self.room]
         needed = -(-self._known_total() // self._shared.block_size)
         self.blocks = pool.lease(min(needed, pool.free), self.room)
-        return self.begin_step()
+        return [*self.begin_step(), *self._begin_next_step()]
 
     def begin_step(self) -> list[EncodeEffect]:
         """The next write of the chunk; nothing when every destination has what is made of the rows that it offered
         space for.
         """
+        if self.next_step is not None:
+            self.under_way, self.next_step = self.next_step, None
+            return []
         total = self._known_total()
         behind = [d for d in self.unfinished if d.written < self._reach(d)]
         if not behind:
@@ -396,15 +408,39 @@ class EncodeRoom:
         if stage:
             first = min(d.written for d in behind)
             self._staged = (first, min(self.ready, first + len(self.blocks) * self._shared.block_size))
+        stop = self._staged[1]
+        parts = [d.part_of_step(stop, total, self.items) for d in behind if self._is_staged(d.written)]
+        self.under_way = self._step(parts, stage)
+        return [self.under_way]
+
+    def _begin_next_step(self) -> list[EncodeEffect]:
+        """If this step ends a chunk for everybody, and everybody has an offer ahead: nobody's worker has to wait for us
+        between the two.
+
+        Only for rows that are staged with this step. And for the same destinations: so it comes back after this one.
+        """
+        if self.is_over or self.under_way is None or self.next_step is not None:
+            return []
+        total, stop = self._known_total(), self._staged[1]
+        parts = {part.session_id: part for part in self.under_way.destinations}
+        for destination in self.unfinished:
+            part, goal = parts.get(destination.session_id), destination.goal(total)
+            if part is None or part.stop_row < goal or destination.ahead is None or not self._is_staged(goal):
+                return []
+        self.next_step = self._step(
+            [d.part_of_next_step(stop, total, self.items) for d in self.unfinished], stage=False
+        )
+        return [self.next_step]
+
+    def _step(self, parts: Iterable[ChunkDestination], stage: bool) -> TransferEmbeddingChunk:
         first, stop = self._staged
         self._last_transfer_id += 1
-        self.under_way = TransferEmbeddingChunk(
+        return TransferEmbeddingChunk(
             room=self.room,
             transfer_id=self._last_transfer_id,
             window=Window(first_row=first, rows=stop - first, blocks=self.blocks, stage=stage, apart=self._is_apart),
-            destinations=tuple(d.part_of_step(stop, total, self.items) for d in behind if self._is_staged(d.written)),
+            destinations=tuple(parts),
         )
-        return [self.under_way]
 
     @property
     def _is_apart(self) -> bool:
@@ -426,8 +462,11 @@ class EncodeRoom:
         for session_id in errors:
             address = self.destinations[session_id].address
             self._shared.sessions.note_failed_write(session_id, self.room, address)
+        if errors or self.is_over:
+            # Nobody needs it any more, and it is written all the same.
+            self.under_way, self.next_step = self.next_step, None
         if self.is_over:
-            return self._close()
+            return [] if self.under_way else self._close()
         if errors:
             problems = "; ".join(f"the write to {session_id} failed: {text}" for session_id, text in errors.items())
             return self.fail(Failure(BAD_GATEWAY, problems), now)
@@ -438,7 +477,8 @@ class EncodeRoom:
             if destination.written < destination.goal(self._known_total()):
                 effects += self._tell_progress(part.session_id, part.stop_row)
         self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
-        effects += self.begin_step()
+        if self.next_step is None:
+            effects += self.begin_step()
         if self.under_way is None and not self._waits_for_rows:
             effects += self._report_chunk(now)
         return effects

@@ -727,6 +727,38 @@ def rooms_of_a_peer_that_delivers_nothing_wait_for_their_deadline(patch: Patch) 
     patch.setattr(LanguageSide, "_fail_for_lost_blocks", lambda self, now: [])
 
 
+def the_step_behind_not_waited_for(patch: Patch) -> None:
+    """A room that has failed is closed when the write that failed is back."""
+
+    def transferred(self: EncodeRoom, transfer_id: int, *arguments: Any) -> list[EncodeEffect]:
+        if self.under_way is None:
+            return []
+        if self.is_over or arguments[0]:
+            self.next_step = None
+        return original(self, transfer_id, *arguments)
+
+    original = EncodeRoom.transferred
+    patch.setattr(EncodeRoom, "transferred", transferred)
+    side = EncodeSide.transferred
+    patch.setattr(
+        EncodeSide, "transferred", lambda self, room, *rest: side(self, room, *rest) if room in self._rooms else []
+    )
+
+
+def the_step_behind_begins_before_the_rows_are_there(patch: Patch) -> None:
+    """Beyond the window that is staged, into which nobody has put these rows."""
+
+    def begin_next_step(self: EncodeRoom) -> list[EncodeEffect]:
+        first, stop = self._staged
+        self._staged = first, self.total or stop
+        effects = original(self)
+        self._staged = first, stop
+        return effects
+
+    original = EncodeRoom._begin_next_step
+    patch.setattr(EncodeRoom, "_begin_next_step", begin_next_step)
+
+
 def _change_steps(patch: Patch, change: Callable[[TransferEmbeddingChunk, int], TransferEmbeddingChunk]) -> None:
     """Every step of a chunk is another one than the room has planned."""
 
@@ -842,9 +874,9 @@ FAULTS = [
     Planted(status_reset_on_resume_at_language, run_orderly, ("S4",)),
     Planted(status_reset_on_resume_at_encode, run_orderly, ("S4",)),
     Planted(is_last_from_the_default, run_orderly, ("L1", "S1", "refused")),
-    Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(repeated_first_send_accepted, run_orderly, ("L1", "S1", "S2", "S3", "refused")),
     Planted(repeated_resume_accepted, run_orderly, ("L1", "S1", "S3", "refused")),
-    Planted(offer_ahead_accepted_at_a_wrong_row, run_orderly, ("L1", "S1", "S3", "refused")),
+    Planted(offer_ahead_accepted_at_a_wrong_row, run_orderly, ("L1", "S1", "S2", "S3", "refused")),
     Planted(blocks_offered_again_before_they_are_copied_out, run_orderly, ("S1",)),
     Planted(only_the_first_of_two_offers_repeated, run_offers_and_reports_lost, ("L1",)),
     Planted(only_the_blocks_of_the_first_offer_quarantined, late_writes, ("S2", "S3")),
@@ -896,6 +928,8 @@ FAULTS = [
     Planted(pin_released_with_the_first_copy, keeping_rows, ("held",)),
     Planted(rows_copied_ahead_although_some_are_held, run_orderly, ("S1",)),
     Planted(held_items_of_the_first_report_used_for_all, run_orderly, ("S1",)),
+    Planted(the_step_behind_not_waited_for, late_writes, ("rows", "S3", "refused")),
+    Planted(the_step_behind_begins_before_the_rows_are_there, run_orderly, ("S1", "refused")),
     Planted(no_deadline_for_a_room_that_stands_still, run_chaos, ("L3",)),
     Planted(next_room_begins_while_those_of_a_dead_session_end, replacements, ("S3",)),
     Planted(second_registration_believed_without_proof, attack, ("attack",)),

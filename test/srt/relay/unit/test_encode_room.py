@@ -237,7 +237,7 @@ def test_ranks_wait_for_each_other_and_may_offer_different_amounts() -> None:
     assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), StatusChanged)[-1].status is Status.SUCCESS
 
 
-@pytest.mark.parametrize("again", [offer(8, 0, 1), offer(8, 4, 5), offer(8, 4, 5, sent=8), offer(8, 4, 5, sent=4)])
+@pytest.mark.parametrize("again", [offer(8, 0, 1), offer(8, 4, 5), offer(8, 4, 5, sent=4)])
 def test_nothing_is_sent_twice_while_a_write_is_under_way(again: TransferEmbeddingInfo) -> None:
     side, chunk = encode_side_that_writes()
     assert side.receive(again, 0.0) == []
@@ -270,26 +270,70 @@ def test_a_resume_cannot_be_replaced_while_it_is_served() -> None:
 # ---- an offer ahead of the one in use
 
 
-def encode_side_with_an_offer_ahead(total: int = 30) -> tuple[EncodeSide, TransferEmbeddingChunk]:
-    """Rows 0 to 7 are being written; there is an offer for 8 to 15."""
+def encode_side_with_an_offer_ahead(
+    total: int = 30,
+) -> tuple[EncodeSide, TransferEmbeddingChunk, TransferEmbeddingChunk]:
+    """Rows 0 to 7 are being written; there is an offer for 8 to 15, which the workers have too."""
     side, chunk = encode_side_that_writes(total=total)
-    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
-    return side, chunk
+    (ahead,) = side.receive(offer(8, 2, 3, sent=8), 0.0)
+    assert isinstance(ahead, TransferEmbeddingChunk)
+    return side, chunk, ahead
 
 
-def test_an_offer_ahead_is_used_as_soon_as_the_one_before_it_is_used_up() -> None:
-    side, chunk = encode_side_with_an_offer_ahead()
+def test_what_is_offered_ahead_is_written_as_soon_as_the_offer_before_it_is_used_up() -> None:
+    side, chunk, ahead = encode_side_with_an_offer_ahead()
+    (part,) = ahead.destinations
+    assert (part.blocks, part.first_row, part.start_row, part.stop_row) == ((2, 3), 8, 8, 16)
+    assert (part.with_aux, ahead.window.stage) == (False, False)
     effects = side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
     assert sent(effects) == [StatusReport(ROOM, Status.TRANSFERRING, rows=8)], "each offer has a report"
-    (chunk,) = only(effects, TransferEmbeddingChunk)
-    (part,) = chunk.destinations
-    assert (part.blocks, part.first_row, part.start_row, part.stop_row) == ((2, 3), 8, 8, 16)
-    assert side.receive(offer(8, 0, 1, sent=16), 0.0) == [], "the next one ahead, in the blocks of the first"
-    effects = side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
+    assert not only(effects, TransferEmbeddingChunk), "it is being written"
+    (third,) = side.receive(offer(8, 0, 1, sent=16), 0.0)
+    assert isinstance(third, TransferEmbeddingChunk)
+    assert third.destinations[0].blocks == (0, 1), "the next one ahead, in the blocks of the first"
+    effects = side.transferred(ROOM, ahead.transfer_id, {}, 0.0)
     assert sent(effects) == [StatusReport(ROOM, Status.TRANSFERRING, rows=16)]
-    (chunk,) = only(effects, TransferEmbeddingChunk)
-    assert chunk.destinations[0].blocks == (0, 1)
     assert counted(side) == {}
+
+
+def test_an_offer_ahead_that_was_there_before_the_rows_is_with_the_workers_at_once() -> None:
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
+    first, ahead = only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)
+    assert [chunk.destinations[0].start_row for chunk in (first, ahead)] == [0, 8]
+    assert [chunk.window.stage for chunk in (first, ahead)] == [True, False]
+
+
+@pytest.mark.parametrize("first_fails", [True, False])
+def test_a_room_that_fails_waits_for_both_writes(first_fails: bool) -> None:
+    side, chunk, ahead = encode_side_with_an_offer_ahead()
+    errors = {SESSION: "code -1"} if first_fails else {}
+    if not first_fails:
+        side.receive(Abort(ROOM, KNOWN_AT, SESSION), 0.0)
+    effects = side.transferred(ROOM, chunk.transfer_id, errors, 0.0)
+    assert [failure.code for failure in reported_failures(effects)] == ([502] if first_fails else [])
+    assert not only(effects, DropRows), "they are still read"
+    assert not side.is_empty()
+    effects = side.transferred(ROOM, ahead.transfer_id, {}, 0.0)
+    assert only(effects, DropRows)
+    assert [send.message for send in only(effects, Send)] == ([] if first_fails else [AbortAck(ROOM)])
+    assert side.is_empty()
+
+
+def test_rows_that_are_not_staged_or_not_made_are_not_ahead() -> None:
+    side = encode_side_with(blocks=3)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    side.submit(ROOM, 30, 0.0)
+    (ahead,) = only(side.receive(offer(8, 2, 3, sent=8), 0.0), TransferEmbeddingChunk)
+    assert ahead.destinations[0].stop_row == 12, "as far as the window goes"
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    side.submit(ROOM, 30, 0.0, ready=8)
+    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
 
 
 @pytest.mark.parametrize("wrong", [offer(8, 2, 3, sent=7), offer(8, 2, 3, sent=9), offer(8, 2, 3, sent=16)])
@@ -301,13 +345,12 @@ def test_an_offer_ahead_begins_exactly_where_the_one_in_use_ends(wrong: Transfer
 
 
 def test_there_is_one_offer_ahead_at_most_and_it_is_not_replaced() -> None:
-    side, chunk = encode_side_with_an_offer_ahead()
+    side, chunk, ahead = encode_side_with_an_offer_ahead()
     for other in (offer(8, 2, 3, sent=8), offer(4, 4, sent=8), offer(8, 4, 5, sent=16)):
         assert side.receive(other, 0.0) == []
     assert counted(side) == {"resume_ignored": 3}
-    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
-    assert chunk.destinations[0].blocks == (2, 3)
     assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert not only(side.transferred(ROOM, ahead.transfer_id, {}, 0.0), TransferEmbeddingChunk)
 
 
 def test_an_offer_ahead_waits_until_its_room_has_begun() -> None:
@@ -318,8 +361,7 @@ def test_an_offer_ahead_waits_until_its_room_has_begun() -> None:
     assert counted(side) == {"resume_ignored": 1}
     side.expect(ROOM, 0.0)
     side.receive(offer(8, 2, 3, sent=8), 0.0)
-    (chunk,) = only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)
-    assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert len(only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)) == 2
 
 
 def test_a_chunk_with_offers_ahead_begins_when_all_ranks_have_one() -> None:
@@ -336,7 +378,8 @@ def test_a_chunk_with_offers_ahead_begins_when_all_ranks_have_one() -> None:
 
 
 def test_what_was_offered_ahead_and_not_needed_is_free_for_other_rooms() -> None:
-    side, chunk = encode_side_with_an_offer_ahead(total=8)
+    side, chunk = encode_side_that_writes(total=8)
+    assert side.receive(offer(8, 2, 3, sent=8), 0.0) == []
     side.expect(9, 0.0)
     assert failure_of(side.receive(offer(8, 2, 3, room=9), 0.0)) is not None, "not yet"
     assert sent(side.transferred(ROOM, chunk.transfer_id, {}, 0.0)) == [StatusReport(ROOM, Status.SUCCESS, rows=8)]
@@ -368,11 +411,11 @@ def test_a_flaw_of_an_offer_ahead_fails_the_room_when_the_write_has_come_back() 
 
 
 def test_of_two_offers_whose_reports_were_lost_the_last_is_answered_and_that_says_all() -> None:
-    side, chunk = encode_side_with_an_offer_ahead(total=24)
+    side, chunk, ahead = encode_side_with_an_offer_ahead(total=24)
     init, second, third = offer(8, 0, 1), offer(8, 2, 3, sent=8), offer(8, 0, 1, sent=16)
-    (chunk,) = only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, chunk.transfer_id, {}, 0.0)
     assert side.receive(init, 1.0) == side.receive(second, 1.0) == [], "the next report is on its way"
-    side.transferred(ROOM, chunk.transfer_id, {}, 2.0)
+    side.transferred(ROOM, ahead.transfer_id, {}, 2.0)
     assert side.receive(init, 3.0) == []
     assert sent(side.receive(second, 3.0)) == [StatusReport(ROOM, Status.TRANSFERRING, rows=16)]
     (chunk,) = only(side.receive(third, 4.0), TransferEmbeddingChunk)
