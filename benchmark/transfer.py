@@ -5,19 +5,22 @@
 Each point is one request: registry known, blocks free, rows ready at the encode side; the time runs from the language
 side's request to the last row in its tensor. `raw` is Mooncake over TCP alone, by its own blocking call: as many bytes,
 as one entry, from registered memory to registered memory. `asleep` is the same as the plugin does it: its blocking call
-spins, and what waits asleep leaves a core to the threads that move the bytes. All points of one block size and both of
-these take turns, one request each, so that what else the machine does falls on all of them; a ratio is taken within a
-turn. `best` is the quickest of the raw engine's turns over the quickest of the point's: what is left when nobody else
-was at work. With `--device cuda` the
-rows begin on that device and the time ends when they are there again; only one size is measured then. `to host` and
-`to device` are what its own copies of the same bytes take, from and to page-locked memory.
+spins, and what waits asleep leaves a core to the threads that move the bytes. `copies` is what shared memory cannot do
+without: one thread copies the bytes into it, and another one out of it and looks at them, piece by piece. All points of
+one block size and all of these take turns, one request each, so that what else the machine does falls on all of them; a
+ratio is taken within a turn. `best` is the quickest of the raw engine's turns over the quickest of the point's: what is
+left when nobody else was at work. With `--device cuda` the rows begin on that device and the time ends when they are
+there again; only one size is measured then. `to host` and `to device` are what its own copies of the same bytes take,
+from and to page-locked memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +32,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the machine
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 warnings.simplefilter("ignore")
 
+import numpy as np  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
 import zmq  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
@@ -54,6 +59,8 @@ ROWS_PER_MIB: Final = MIB // (2 * HIDDEN)
 WARM_UP: Final = 2  # turns that pay for connections and fresh pages
 RAW: Final = "raw"
 ASLEEP: Final = "asleep"
+COPIES: Final = "copies"
+COPY_PIECES: Final = 8
 
 
 class Point(NamedTuple):
@@ -126,8 +133,9 @@ def main() -> None:
 Seconds = dict[Point | tuple[str, int], list[float]]
 
 
-def shares(seconds: Seconds, how: str, point: Point) -> Iterator[float]:
-    return (alone / one for one, alone in zip(seconds[point], seconds[how, point.mib], strict=True))
+def shares(seconds: Seconds, how: str, point: Point, of: str = "") -> Iterator[float]:
+    ours = seconds[of, point.mib] if of else seconds[point]
+    return (alone / one for one, alone in zip(ours, seconds[how, point.mib], strict=True))
 
 
 def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> Iterator[dict[str, Any]]:
@@ -154,6 +162,8 @@ def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> It
             "of_raw": report.Figures.of(shares(seconds, RAW, point)),
             "of_asleep": report.Figures.of(shares(seconds, ASLEEP, point)),
             "best_of_raw": min(seconds[RAW, point.mib]) / min(seconds[point]),
+            "copies_milliseconds": report.Figures.of(map(in_ms, seconds[COPIES, point.mib])),
+            "raw_of_copies": report.Figures.of(shares(seconds, RAW, point, COPIES)),
             "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
         }
 
@@ -167,13 +177,17 @@ def take_turns(
     manager: LanguageManager, pipe: Connection, chosen: Sequence[Point], repeat: int, device: str
 ) -> Seconds:
     """By point, and the engine's alone by how it is waited for and the number of MiB."""
-    seconds: Seconds = {one: [] for point in chosen for one in (point, (RAW, point.mib), (ASLEEP, point.mib))}
+    seconds: Seconds = {
+        one: [] for point in chosen for one in (point, *((how, point.mib) for how in (RAW, ASLEEP, COPIES)))
+    }
     room, peer = 0, f"{HOST}:{pipe.recv()}"
+    copies = Copies(max(point.mib for point in chosen) * MIB)
     for turn in range(repeat + WARM_UP):
         for mib in sorted({point.mib for point in chosen}):
             for how in (RAW, ASLEEP):
                 pipe.send((how, mib * MIB))
                 seconds[how, mib].append(pipe.recv())
+            seconds[COPIES, mib].append(copies.time(mib * MIB))
             for point in (one for one in chosen if one.mib == mib):
                 room += 1
                 seconds[point].append(one_request(manager, pipe, peer, room, point, device))
@@ -202,6 +216,41 @@ def one_request(manager: LanguageManager, pipe: Connection, peer: str, room: int
         assert receiver.rounds >= point.rounds, (receiver.rounds, point)  # more if they are of half the blocks
         assert pipe.recv() == "ended"
     return ended - started
+
+
+class Copies:
+    """Two copies, and the look at what has come."""
+
+    def __init__(self, most: int) -> None:
+        self._source, self._target = np.ones(most, np.uint8), np.ones(most, np.uint8)
+        self._shared = np.frombuffer(mmap.mmap(-1, most), np.uint8)  # as the pool is: shared, of ordinary pages
+        self._shared[:] = 1
+
+    def time(self, length: int) -> float:
+        arrived = threading.Semaphore(0)
+        pieces = [(at, min(length, at + length // COPY_PIECES)) for at in range(0, length, length // COPY_PIECES)]
+
+        def write() -> None:
+            for start, stop in pieces:
+                self._copy(self._shared, self._source, start, stop)
+                arrived.release()
+
+        writer = threading.Thread(target=write)
+        started = time.perf_counter()
+        writer.start()
+        for start, stop in pieces:
+            arrived.acquire()
+            for at in range(start, stop, MIB):
+                end = min(at + MIB, stop)
+                self._copy(self._target, self._shared, at, end)
+                values = self._target[at:end].view(np.int16)
+                assert values.max() <= values.view(np.uint16).max()
+        writer.join()
+        return time.perf_counter() - started
+
+    def _copy(self, target: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: int) -> None:
+        for at in range(start, stop, MIB):
+            np.copyto(target[at : min(at + MIB, stop)], source[at : min(at + MIB, stop)])
 
 
 @contextmanager
@@ -321,6 +370,11 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
             one[key] for key in ("milliseconds", "raw_milliseconds", "asleep_milliseconds", "of_raw", "of_asleep")
         ]
         table.row(one["plane"], one["mib"], one["rounds"], one["block"], state, *figures, f"{one['best_of_raw']:.2f}")
+    if not (shared := [one for one in results if one["plane"] == "shared_memory"]):
+        return
+    table = report.Table("Copies alone, beside the raw engine.", "block", "MiB", "ms", "raw ms", "of raw")
+    for one in {(one["block"], one["mib"]): one for one in shared}.values():
+        table.row(one["block"], one["mib"], one["copies_milliseconds"], one["raw_milliseconds"], one["raw_of_copies"])
 
 
 def show_copies(mib: int, device: str, repeat: int) -> None:
