@@ -35,14 +35,13 @@ import report
 import ttft  # sets what must be set before torch is imported
 import workload
 from report import Figures, Table
-from ttft import PAIR, SPLIT, UNDIVIDED
+from ttft import PAIR, SPLIT, SPLIT_BY_ONE, UNDIVIDED
 
 from embedding_relay.tools import tiny_model
 from embedding_relay.tools.chat_client import picture
 from embedding_relay.tools.local_cluster import LocalCluster, Options
 from support import servers, warm_start
 
-SPLIT_BY_ONE: Final = "split, 1"
 SEED: Final = 4
 MOST_PICTURES: Final = 9
 """So many has one request of a hundred; with more, a server without an accelerator would do nothing else."""
@@ -65,16 +64,11 @@ Asked = dict[float, list[Outcome]]
 """By rate."""
 
 
-def split_by_one(options: Options) -> LocalCluster:
-    environ = {**options.environ, "SGLANG_ENCODER_MAX_BATCH_SIZE": "1"}
-    return ttft.sglangs_split(dataclasses.replace(options, environ=environ))
-
-
 SERVERS: Final[Mapping[str, Callable[[Options], LocalCluster]]] = {
     SPLIT: ttft.sglangs_split,
     PAIR: ttft.pair,
     UNDIVIDED: ttft.undivided,
-    SPLIT_BY_ONE: split_by_one,
+    SPLIT_BY_ONE: ttft.split_by_one,
 }
 
 

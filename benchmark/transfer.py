@@ -3,15 +3,16 @@
     .venv/bin/python benchmark/transfer.py [--planes mooncake shared_memory] [--repeat 9] [--quick] [--out FOLDER]
 
 Each point is one request: registry known, blocks free, rows ready at the encode side; the time runs from the language
-side's request to the last row in its tensor. `raw` is Mooncake over TCP alone, by its own blocking call: as many bytes,
-as one entry, from registered memory to registered memory. `asleep` is the same as the plugin does it: its blocking call
-spins, and what waits asleep leaves a core to the threads that move the bytes. `copies` is what shared memory cannot do
-without: one thread copies the bytes into it, and another one out of it and looks at them, piece by piece. All points of
-one block size and all of these take turns, one request each, so that what else the machine does falls on all of them; a
-ratio is taken within a turn. `best` is the quickest of the raw engine's turns over the quickest of the point's: what is
-left when nobody else was at work. With `--device cuda` the rows begin on that device and the time ends when they are
-there again; only one size is measured then. `to host` and `to device` are what its own copies of the same bytes take,
-from and to page-locked memory.
+side's request to the last row in its tensor. `raw` is Mooncake over TCP alone, by its own blocking call: as many
+bytes, as one entry, from registered memory to registered memory. `asleep` is the same as the plugin does it: its
+blocking call spins, and what waits asleep leaves a core to the threads that move the bytes. `copies` is what shared
+memory cannot do without: one thread copies the bytes into it, and another one out of it and looks at them, piece by
+piece. `entries` is the raw engine by its own call again, with the entries that a pool without free neighbours makes
+of these bytes. All points of one block size and all of these take turns, one request each, so that what else the
+machine does falls on all of them; a ratio is taken within a turn. `best` is the quickest of the raw engine's turns
+over the quickest of the point's: what is left when nobody else was at work. With `--device cuda` the rows begin on
+that device and the time ends when they are there again; only one size is measured then. `to host` and `to device` are
+what its own copies of the same bytes take, from and to page-locked memory.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from embedding_relay.memory.device import everything_queued_on  # noqa: E402
 from embedding_relay.memory.engine import MooncakeDataPlane  # noqa: E402
 from embedding_relay.memory.layout import BufferLayout  # noqa: E402
 from embedding_relay.memory.plane import Entry, Region  # noqa: E402
-from embedding_relay.protocol.messages import Address  # noqa: E402
+from embedding_relay.protocol.messages import RECORD_BYTES, Address  # noqa: E402
 from embedding_relay.protocol.status import Status  # noqa: E402
 from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer  # noqa: E402
 from embedding_relay.transport.encode import EncodeManager, MooncakeEmbeddingSender  # noqa: E402
@@ -59,6 +60,7 @@ ROWS_PER_MIB: Final = MIB // (2 * HIDDEN)
 WARM_UP: Final = 2  # turns that pay for connections and fresh pages
 RAW: Final = "raw"
 ASLEEP: Final = "asleep"
+ENTRIES: Final = "entries"
 COPIES: Final = "copies"
 COPY_PIECES: Final = 8
 
@@ -133,9 +135,16 @@ def main() -> None:
 Seconds = dict[Point | tuple[str, int], list[float]]
 
 
-def shares(seconds: Seconds, how: str, point: Point, of: str = "") -> Iterator[float]:
-    ours = seconds[of, point.mib] if of else seconds[point]
-    return (alone / one for one, alone in zip(ours, seconds[how, point.mib], strict=True))
+def shares(seconds: Seconds, how: str, point: Point) -> Iterator[float]:
+    return (alone / one for one, alone in zip(seconds[point], seconds[how, point.mib], strict=True))
+
+
+def beside_raw(seconds: Seconds, what: str, point: Point) -> dict[str, report.Figures]:
+    ours, raw = seconds[what, point.mib], seconds[RAW, point.mib]
+    return {
+        f"{what}_milliseconds": report.Figures.of(map(in_ms, ours)),
+        f"{what}_of_raw": report.Figures.of(alone / one for one, alone in zip(ours, raw, strict=True)),
+    }
 
 
 def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> Iterator[dict[str, Any]]:
@@ -162,8 +171,8 @@ def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> It
             "of_raw": report.Figures.of(shares(seconds, RAW, point)),
             "of_asleep": report.Figures.of(shares(seconds, ASLEEP, point)),
             "best_of_raw": min(seconds[RAW, point.mib]) / min(seconds[point]),
-            "copies_milliseconds": report.Figures.of(map(in_ms, seconds[COPIES, point.mib])),
-            "raw_of_copies": report.Figures.of(shares(seconds, RAW, point, COPIES)),
+            **beside_raw(seconds, COPIES, point),
+            **(beside_raw(seconds, ENTRIES, point) if point.fragmented else {}),
             "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
         }
 
@@ -178,8 +187,9 @@ def take_turns(
 ) -> Seconds:
     """By point, and the engine's alone by how it is waited for and the number of MiB."""
     seconds: Seconds = {
-        one: [] for point in chosen for one in (point, *((how, point.mib) for how in (RAW, ASLEEP, COPIES)))
+        one: [] for point in chosen for one in (point, *((how, point.mib) for how in (RAW, ASLEEP, ENTRIES, COPIES)))
     }
+    scattered = {point.mib: point.block for point in chosen if point.fragmented}
     room, peer = 0, f"{HOST}:{pipe.recv()}"
     copies = Copies(max(point.mib for point in chosen) * MIB)
     for turn in range(repeat + WARM_UP):
@@ -187,6 +197,9 @@ def take_turns(
             for how in (RAW, ASLEEP):
                 pipe.send((how, mib * MIB))
                 seconds[how, mib].append(pipe.recv())
+            if mib in scattered:
+                pipe.send((ENTRIES, mib * MIB, scattered[mib]))
+                seconds[ENTRIES, mib].append(pipe.recv())
             seconds[COPIES, mib].append(copies.time(mib * MIB))
             for point in (one for one in chosen if one.mib == mib):
                 room += 1
@@ -313,12 +326,15 @@ def encode_instance(pipe: Connection, plane: str, layout: BufferLayout, most: in
     link, engine = raw.link(session_id), raw.make_engine()
     pipe.send(registry.port)
     while (order := pipe.recv())[0] != "end":
-        if order[0] in (RAW, ASLEEP):
+        if order[0] in (RAW, ASLEEP, ENTRIES):
+            one = [Entry(memory.data_ptr(), pointer, order[1])]
+            entries = of_scattered_blocks(one[0], order[2]) if order[0] == ENTRIES else one
+            columns = [list(column) for column in zip(*entries, strict=True)]
             started = time.perf_counter()
             if order[0] == ASLEEP:
-                link.write([Entry(memory.data_ptr(), pointer, order[1])])
+                link.write(one)
             else:
-                assert not engine.batch_transfer_sync_write(session_id, [memory.data_ptr()], [pointer], [order[1]])
+                assert not engine.batch_transfer_sync_write(session_id, *columns)
             pipe.send(time.perf_counter() - started)
         else:
             _, room, rows, fragmented = order
@@ -330,6 +346,14 @@ def encode_instance(pipe: Connection, plane: str, layout: BufferLayout, most: in
     raw.close()
     manager.close()
     registry.close()
+
+
+def of_scattered_blocks(whole: Entry, block: int) -> Iterator[Entry]:
+    """An entry for the embeddings of each block, and one for its records."""
+    source, target, length = whole
+    for start in range(0, length, block * HIDDEN * 2):
+        yield Entry(source + start, target + start, block * HIDDEN * 2)
+        yield Entry(source, target, block * RECORD_BYTES)
 
 
 def serve(manager: EncodeManager, pipe: Connection, room: int, source: SourceRows) -> None:
@@ -370,11 +394,15 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
             one[key] for key in ("milliseconds", "raw_milliseconds", "asleep_milliseconds", "of_raw", "of_asleep")
         ]
         table.row(one["plane"], one["mib"], one["rounds"], one["block"], state, *figures, f"{one['best_of_raw']:.2f}")
-    if not (shared := [one for one in results if one["plane"] == "shared_memory"]):
-        return
-    table = report.Table("Copies alone, beside the raw engine.", "block", "MiB", "ms", "raw ms", "of raw")
-    for one in {(one["block"], one["mib"]): one for one in shared}.values():
-        table.row(one["block"], one["mib"], one["copies_milliseconds"], one["raw_milliseconds"], one["raw_of_copies"])
+    shared = [one for one in results if one["plane"] == "shared_memory"]
+    scattered = [one for one in results if one["plane"] == "mooncake" and one["fragmented"]]
+    for what, those in ((COPIES, shared), (ENTRIES, scattered)):
+        if not those:
+            continue
+        table = report.Table(f"The raw engine, and {what}.", "block", "MiB", f"{what} ms", "raw ms", "of raw")
+        for one in {(one["block"], one["mib"]): one for one in those}.values():
+            figures = one[f"{what}_milliseconds"], one["raw_milliseconds"], one[f"{what}_of_raw"]
+            table.row(one["block"], one["mib"], *figures)
 
 
 def show_copies(mib: int, device: str, repeat: int) -> None:

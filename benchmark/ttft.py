@@ -6,9 +6,10 @@
 In each turn the candidates are started one after the other and asked about the same pictures, which no cache knows;
 what is idle beside them costs nothing, because nothing is there. `pair` is asked through SGLang's router, `no router`
 are the same two servers, of which the language instance knows its encode instance (`--encoder-urls`) and is asked
-itself: about other pictures, because its caches know the first. `as made` is a pair whose rows travel as they are made
-(SGLANG_EMBEDDING_PROGRESSIVE=1), `prefix` one whose language instance begins with them too
-(SGLANG_EMBEDDING_PREFIX_PREFILL=1); they are asked only if they are named. The client is `sglang.bench_serving`. One
+itself: about other pictures, because its caches know the first. Asked only if they are named: `split, 1`, the split
+whose encoder takes one request at a time (SGLANG_ENCODER_MAX_BATCH_SIZE=1), so that its rows are those of an undivided
+server; `as made`, a pair whose rows travel as they are made (SGLANG_EMBEDDING_PROGRESSIVE=1); `prefix`, one whose
+language instance begins with them too (SGLANG_EMBEDDING_PREFIX_PREFILL=1). The client is `sglang.bench_serving`. One
 thread of OpenMP in each process. The medians of a point are those of all its requests in all turns, its rates those of
 the turns. `--add` adds to what the folder of an earlier run has: further turns, or other points. What other work takes
 of the machine is noted of each point: where that is much, read no ratio that is near 1.
@@ -49,6 +50,7 @@ from embedding_relay.tools.local_process import LocalProcess, free_ports  # noqa
 from support import servers, warm_start  # noqa: E402
 
 UNDIVIDED, SPLIT, PAIR, NO_ROUTER = "undivided", "split", "pair", "no router"
+SPLIT_BY_ONE: Final = "split, 1"
 AS_MADE, PREFIX = "as made", "prefix"
 LARGE: Final = 600
 """Above this side several at once are left out: the tower's mask, which is over a whole batch, would take gigabytes."""
@@ -100,6 +102,11 @@ def sglangs_split(options: Options) -> LocalCluster:
     return LocalCluster(language.url, [[encoder, language]])
 
 
+def split_by_one(options: Options) -> LocalCluster:
+    environ = {**options.environ, "SGLANG_ENCODER_MAX_BATCH_SIZE": "1"}
+    return sglangs_split(dataclasses.replace(options, environ=environ))
+
+
 def pair(options: Options) -> LocalCluster:
     encode_port, language_port, router_port, bootstrap_port = free_ports(4)
     bootstrap = ("--disaggregation-bootstrap-port", str(bootstrap_port))
@@ -119,6 +126,7 @@ def pair_as(progressive: bool, prefix_prefill: bool, options: Options) -> LocalC
 SERVERS: Final[Mapping[str, tuple[Callable[[Options], LocalCluster], Sequence[str]]]] = {
     UNDIVIDED: (undivided, (UNDIVIDED,)),
     SPLIT: (sglangs_split, (SPLIT,)),
+    SPLIT_BY_ONE: (split_by_one, (SPLIT_BY_ONE,)),
     PAIR: (functools.partial(pair_as, False, False), (PAIR, NO_ROUTER)),
     AS_MADE: (functools.partial(pair_as, True, False), (AS_MADE,)),
     PREFIX: (functools.partial(pair_as, True, True), (PREFIX,)),
@@ -272,7 +280,7 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
         is_ours = figures_of in (time_to_first, rate)
         compared = [
             (one, other)
-            for other, ours in ((SPLIT, (PAIR, NO_ROUTER)), (PAIR, (AS_MADE, PREFIX)))
+            for other, ours in ((SPLIT, (PAIR, NO_ROUTER)), (SPLIT_BY_ONE, (PAIR,)), (PAIR, (AS_MADE, PREFIX)))
             for one in candidates
             if is_ours and other in candidates and one in ours
         ]
@@ -351,7 +359,7 @@ def scratch_for_logs(arguments: argparse.Namespace) -> Iterator[None]:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = (UNDIVIDED, SPLIT, PAIR, NO_ROUTER)
-    parser.add_argument("--candidates", nargs="+", choices=(*usual, AS_MADE, PREFIX), default=list(usual))
+    parser.add_argument("--candidates", nargs="+", choices=(*usual, SPLIT_BY_ONE, AS_MADE, PREFIX), default=list(usual))
     parser.add_argument("--sides", type=int, nargs="+", default=[112, 224, 420, 1120])
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 8])
