@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
 from embedding_relay import recorder
 from embedding_relay.config import RelayConfig
+from embedding_relay.memory.layout import BufferLayout
+from embedding_relay.protocol.effects import ChunkDestination
 from embedding_relay.protocol.errors import BAD_GATEWAY, Failure
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
@@ -18,12 +21,15 @@ from embedding_relay.registry.server import MooncakeEmbeddingBootstrapServer
 from embedding_relay.tools.trace_story import Request, Told, line_up
 from embedding_relay.transport.encode import _MOST_EARLY_OFFERS, EncodeManager, MooncakeEmbeddingSender
 from embedding_relay.transport.language import LanguageManager, MooncakeEmbeddingReceiver
+from embedding_relay.transport.workers import ChunkJob
 from support.loopback import ENDED, HOST, small_layout
 from support.patience import wait_until
 from support.rows import LIMITS, Spec, make_rows
 
 LAYOUT = small_layout()
 BLOCK = LAYOUT.block_size
+WIDE = small_layout(hidden_size=4096)
+"""A block has 1 MiB, so that four are halved."""
 CONFIG = RelayConfig(default_allocate_tokens=BLOCK, data_plane="shared_memory")
 PATIENCE = 30
 
@@ -32,32 +38,39 @@ Pair = tuple[EncodeManager, LanguageManager, str]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
+    with opened_pair(LAYOUT, blocks=1) as pair:  # each round has one block
+        yield pair
+
+
+@contextmanager
+def opened_pair(layout: BufferLayout, blocks: int) -> Iterator[Pair]:
+    """`blocks`: of the language half."""
     with ExitStack() as opened:
         registry = MooncakeEmbeddingBootstrapServer(HOST, 0)
         opened.callback(registry.close)
         registry.start()
         where = Address(HOST, registry.port)
-        encode = EncodeManager.open(LAYOUT, CONFIG, host=HOST, bootstrap=where)
+        encode = EncodeManager.open(layout, CONFIG, host=HOST, bootstrap=where)
         opened.callback(encode.close)
         encode.start()
-        small = dataclasses.replace(LAYOUT, blocks=1)  # each round has one block
+        small = dataclasses.replace(layout, blocks=blocks)
         language = LanguageManager.open(small, CONFIG, host=HOST, ranks=1, max_rows=100_000, limits=LIMITS)
         opened.callback(language.close)
         language.start()
         yield encode, language, str(where)
 
 
-def transfer(pair: Pair, room: int, total: int, *, asks_first: bool = False) -> None:
+def transfer(pair: Pair, room: int, total: int, *, asks_first: bool = False, hint_rows: int | None = None) -> None:
     encode, language, peer = pair
     sender, receiver = MooncakeEmbeddingSender(encode, room), MooncakeEmbeddingReceiver(language, peer, room)
     if asks_first:
-        receiver.start()
+        receiver.start(hint_rows)
         wait_until(lambda: room in encode._early_offers, PATIENCE)
     sender.init()
     if not asks_first:
-        receiver.start()
+        receiver.start(hint_rows)
     wait_until(lambda: sender.poll() is Status.WAITING_FOR_INPUT, PATIENCE)
-    sender.send_embedding(make_rows(LAYOUT, Spec(room, total=total)))
+    sender.send_embedding(make_rows(encode.layout, Spec(room, total=total)))
     wait_until(lambda: sender.poll() in ENDED and receiver.poll() in ENDED, PATIENCE)
     assert receiver.poll() is Status.SUCCESS
 
@@ -85,6 +98,25 @@ def test_each_round_is_noted_on_both_halves(pair: Pair, asks_first: bool) -> Non
     (complete,) = [moment for moment in language if moment.what == recorder.COMPLETE]
     assert (sent.rows, sent.rounds) == (complete.rows, complete.rounds) == (total, 3)
     assert sent.bytes > 0
+
+
+def test_what_is_offered_ahead_is_with_the_worker_before_what_comes_first_is_written(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    def write(self: ChunkJob, destination: ChunkDestination, *rest: Any) -> None:
+        if destination.start_row == 4 * BLOCK:
+            wait_until(lambda: (6 * BLOCK, 2 * BLOCK) in rows_of(encode.recorder.moments(room), began), PATIENCE)
+        original(self, destination, *rest)
+
+    original, began = ChunkJob.write, recorder.CHUNK_BEGAN
+    monkeypatch.setattr(ChunkJob, "write", write)
+    with opened_pair(WIDE, blocks=4) as (encode, language, peer):
+        transfer((encode, language, peer), room, 9 * BLOCK, hint_rows=4 * BLOCK)
+        offers = rows_of(language.recorder.moments(room), recorder.OFFERED)
+        written = rows_of(encode.recorder.moments(room), recorder.CHUNK_WRITTEN)
+    halves = [(first * BLOCK, 2 * BLOCK) for first in (4, 6)]
+    assert offers[:3] == [(0, 4 * BLOCK), *halves]
+    assert written[:3] == offers[:3]
 
 
 def test_clocks_would_be_lined_up_by_what_is_noted(pair: Pair) -> None:
