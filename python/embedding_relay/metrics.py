@@ -132,7 +132,7 @@ METRICS: Final = (
     _gauge("open_requests", "receivers", "Requests that the transfer has and that have not ended.", LANGUAGE),
     _gauge("parked_requests", "parked", "Requests that the scheduler keeps aside until their transfer has ended."),
     _gauge("shared_rooms", "shared", "Rooms whose rows are kept for further samples of one request.", LANGUAGE),
-    _gauge("transfers", "transfers", "Chunks that are being written.", ENCODE),
+    _gauge("transfers", "transfers", "Rooms of which a chunk is being written.", ENCODE),
     _gauge("source_rooms", "sources", "Rooms whose encoded rows are kept until they are written.", ENCODE),
     _gauge("unquiet_rooms", "unquiet", "Rooms of which a failed write may still land at the other side.", ENCODE),
     _gauge("unexpected_rooms", "unexpected", "Rooms that are asked for and whose request has not come yet.", ENCODE),

@@ -55,7 +55,7 @@ def names(half: str) -> list[str]:
 
 
 def spans(half: str, moments: Iterable[Moment], *, with_sglangs: bool = True) -> list[Span]:
-    """Of one half, whose moments are in order of time. A kind of span that comes again has ended before."""
+    """Of one half, whose moments are in order of time. Of one kind, what begins first ends first."""
     by_what: dict[str, list[Moment]] = {}
     for moment in moments:
         by_what.setdefault(moment.what, []).append(moment)

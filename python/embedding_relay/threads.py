@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -21,13 +22,17 @@ _SLICE_NS: Final = 300_000
 def ask_for_short_slices() -> None:
     """Have this thread run as soon as it wakes, which is what Linux gives for a slice shorter than those of others.
 
-    For a thread that works for microseconds at a time. A system that does not know it or does not allow it leaves the
-    thread as it was.
+    For a thread that works for microseconds at a time. Those that it starts from now on have it too. A system that does
+    not know it or does not allow it leaves the thread as it was.
     """
-    number, policy = _SCHED_SETATTR.get(platform.machine()), os.sched_getscheduler(0)
-    if number is not None and policy == os.SCHED_OTHER:
-        nice = os.getpriority(os.PRIO_PROCESS, 0)
-        ctypes.CDLL(None).syscall(number, 0, struct.pack("=IIQiIQQQ", 48, policy, 0, nice, 0, _SLICE_NS, 0, 0), 0)
+    number = _SCHED_SETATTR.get(platform.machine())
+    if number is None:
+        return
+    with contextlib.suppress(OSError):
+        if (policy := os.sched_getscheduler(0)) == os.SCHED_OTHER:
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
+            attributes = struct.pack("=IIQiIQQQ", 48, policy, 0, nice, 0, _SLICE_NS, 0, 0)
+            ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 class WatchedThread(threading.Thread):

@@ -22,8 +22,8 @@ from embedding_relay.protocol.errors import SettingError
 logger = logging.getLogger(__name__)
 
 _ONLY: Final = "SGLANG_EMBEDDING_DATA_PLANE=shared_memory allows nothing else"
-# Who is told of a piece runs meanwhile. Else Linux may well leave it on the core that the next copy needs, although
-# another core is idle, and the reader hears of the piece milliseconds later.
+# A pause before the next piece, in which the thread that is told of this one can run. Without it Linux may leave that
+# thread on the core of the copy although another is idle, and the reader hears of the piece milliseconds later.
 _LET_IN: Final = 30e-6
 # Which plane a session uses is said once. Sessions come and go, and strangers invent some.
 _MOST_SAID: Final = 1000

@@ -67,7 +67,11 @@ class ChunkDestination(msgspec.Struct, frozen=True):
 
 
 class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
-    """One unit of work of the transfer workers; the answer is `EncodeSide.transferred`."""
+    """One unit of work of the transfer workers; the answer is `EncodeSide.transferred`.
+
+    A room may have two of them with the workers, for the same destinations. They are written in their order to each
+    destination, and answered in their order. What a room that is over asked for need not be written.
+    """
 
     room: int
     transfer_id: int

@@ -54,7 +54,13 @@ class Lane(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return sum((span.ended or span.began) - span.began for span in self.spans)
+        """In which at least one of them lasted: two chunks may be with the workers at a time."""
+        total, until = 0.0, 0.0
+        for span in sorted(self.spans, key=lambda span: span.began):
+            ended = span.ended or span.began
+            total += max(0.0, ended - max(span.began, until))
+            until = max(until, ended)
+        return total
 
 
 @dataclasses.dataclass(frozen=True)

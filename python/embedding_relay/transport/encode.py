@@ -57,6 +57,8 @@ class MooncakeEmbeddingSender(RoomEnd):
         self.expected_at = 0.0
         self.submitted_at: float | None = None
         self.rows = self.rounds = self.bytes = 0
+        self.begun = 0
+        """Chunks of which that was noted."""
         self.offers = self.asked_from = 0
         """How many were noted, and the row that the last of them begins with."""
         # Written by the scheduler.
@@ -189,6 +191,8 @@ class EncodeManager(MooncakeEmbeddingManager):
         self._prover = Prover(self._report_proof)
         self._senders: dict[int, MooncakeEmbeddingSender] = {}
         self._sources: dict[int, SourceRows] = {}
+        self._latest: dict[int, dict[str, str]] = {}
+        """What has gone wrong with the latest chunk of each room."""
         self._early_offers: dict[int, tuple[float, int]] = {}
         self._chunks = self._rows = self._bytes = 0
 
@@ -325,6 +329,7 @@ class EncodeManager(MooncakeEmbeddingManager):
                         sender.held = effect.items
                 case DropRows():
                     self._sources.pop(effect.room, None)
+                    self._latest.pop(effect.room, None)
                 case ProveGone():
                     self._prover.ask(effect)
                 case Note():
@@ -332,6 +337,7 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
+        before = self._latest.get(chunk.room, {})  # not the job, which knows the one before it
         job = ChunkJob(
             chunk,
             self._sources[chunk.room],
@@ -339,7 +345,9 @@ class EncodeManager(MooncakeEmbeddingManager):
             self._report_transferred,
             functools.partial(self._report_progress, chunk),
             from_where_they_are=self.plane.reads_any_memory,
+            is_needed=lambda: not before and not self._core.is_over(chunk.room),
         )
+        self._latest[chunk.room] = job.errors
         for destination in chunk.destinations:
             session = self._core.session(destination.session_id)
             if session is None:
@@ -353,7 +361,8 @@ class EncodeManager(MooncakeEmbeddingManager):
                 session.handshake.memory,
             )
         # While the workers wake.
-        if (sender := self._senders.get(chunk.room)) is not None and sender.rounds < recorder.MOST_ROUNDS:
+        if (sender := self._senders.get(chunk.room)) is not None and sender.begun < recorder.MOST_ROUNDS:
+            sender.begun += 1
             self._note_chunk(recorder.CHUNK_BEGAN, chunk, now)
 
     def _note_chunk(self, what: str, chunk: TransferEmbeddingChunk, now: float, size: int = 0) -> None:

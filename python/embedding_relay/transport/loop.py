@@ -106,7 +106,7 @@ class ControlLoop:
         listener, peers = self._listener, self._peers
         if listener is None or peers is None:
             raise LocalError("a control loop is opened before it runs")
-        ask_for_short_slices()
+        ask_for_short_slices()  # and for the threads that write, which are started from here
         poller = zmq.Poller()
         poller.register(listener.socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)

@@ -66,10 +66,12 @@ class ChunkJob:
         progressed: Callable[[str, int], None],
         *,
         from_where_they_are: bool,
+        is_needed: Callable[[], bool] = lambda: True,
     ) -> None:
         """`progressed` hears of a session that every row before some row is there, as long as more are to come.
 
-        `from_where_they_are`: the data plane can read memory that is not registered.
+        `from_where_they_are`: the data plane can read memory that is not registered. `is_needed` is asked when its turn
+        has come: if not, nothing is written.
         """
         self.chunk = chunk
         self.errors: dict[str, str] = {}
@@ -78,6 +80,8 @@ class ChunkJob:
         self._buffers = buffers
         self._finished = finished
         self._progressed = progressed
+        self._is_needed = is_needed
+        self._passed_over: set[str] = set()
         self._segments = buffers.segments(source) if from_where_they_are else None
         self._pending = len(chunk.destinations)
         self._staged = not chunk.window.stage
@@ -87,10 +91,14 @@ class ChunkJob:
     @property
     def rows(self) -> int:
         """How many were written, to all destinations together."""
-        return sum(one.stop_row - one.start_row for one in self.chunk.destinations if one.session_id not in self.errors)
+        without = self.errors.keys() | self._passed_over
+        return sum(one.stop_row - one.start_row for one in self.chunk.destinations if one.session_id not in without)
 
     def write(self, destination: ChunkDestination, register: Register, link: Link) -> None:
         """Raise TransferError if some of it may be missing at the peer; may then be called again."""
+        if not self._is_needed():
+            self._passed_over.add(destination.session_id)
+            return
         with self._staging:
             self._stage()
         written, arriving = 0, deque[tuple[int, int]]()
@@ -206,7 +214,7 @@ class TransferWorkers:
             worker.start()
         self._last_used.pop(session_id, None)
         self._last_used[session_id] = now
-        worker.submit(write, done)
+        worker.submit(write, done, memory)
 
     def report_when_quiet(self, session_id: str) -> None:
         """As soon as it is proven that no failed write to the session can land any more."""
@@ -266,28 +274,32 @@ class TransferWorker(WatchedThread):
         super().__init__(f"relay-transfer-{session_id}", self._serve, on_death)
         self._session_id = session_id
         self._plane = plane
-        self._memory = memory
+        self._memory = self._latest_memory = memory
         self._on_quiet = on_quiet
         self._jobs: SimpleQueue[_Job | _Command] = SimpleQueue()
         self._stopped = False
         self._has_ended = False
-        self._is_working = False
+        self._submitted = self._finished = 0  # each counted by one thread alone
         self._look_until: float | None = None
         self.owes_proof = False
         """A write has failed, and may still land."""
 
     # ---- any thread
 
-    def submit(self, write: Write, done: Done) -> None:
+    def submit(self, write: Write, done: Done, memory: str = "") -> None:
+        self._submitted += 1
+        self._latest_memory = memory
         self._put((write, done))
 
     @property
     def is_busy(self) -> bool:
-        return self._is_working or self._look_until is not None or not self._jobs.empty()
+        return self._submitted != self._finished or self._look_until is not None
 
     def serves(self, memory: str) -> bool:
-        """A proof that is owed is this thread's to find, whoever the session is by now."""
-        return self.owes_proof or self._memory == memory
+        """A proof that is owed is this thread's to find, whoever the session is by now; and what it has begun for that
+        process is not gone on with by another.
+        """
+        return self.owes_proof or self._memory == memory or (self.is_busy and self._latest_memory == memory)
 
     def report_when_quiet(self) -> None:
         self._put(_Command.REPORT_WHEN_QUIET)
@@ -341,12 +353,11 @@ class TransferWorker(WatchedThread):
                 continue
             write, done = job
             problem = f"the transfer worker for {self._session_id} has died"
-            self._is_working = True
             try:
                 problem = self._attempt(link, write)
             finally:
-                self._is_working = False
                 done(problem)
+                self._finished += 1
 
     def _until_next_look(self) -> float | None:
         """How long to wait for a job: proof comes within moments, or when somebody has done something about it."""

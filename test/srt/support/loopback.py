@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
@@ -119,7 +119,8 @@ class EncodeInstance:
         self._pipe.send(("make_one_more", room))
 
     def ask(self, question: str) -> Any:
-        self._pipe.send((question,))
+        with suppress(BrokenPipeError):  # its last word is still to be read
+            self._pipe.send((question,))
         answer = self._pipe.recv()
         if isinstance(answer, Died):
             self.kill()

@@ -395,7 +395,7 @@ class EncodeRoom:
 
     def begin_step(self) -> list[EncodeEffect]:
         """The next write of the chunk; nothing when every destination has what is made of the rows that it offered
-        space for.
+        space for, or when the workers have it already.
         """
         if self.next_step is not None:
             self.under_way, self.next_step = self.next_step, None
@@ -427,6 +427,8 @@ class EncodeRoom:
             part, goal = parts.get(destination.session_id), destination.goal(total)
             if part is None or part.stop_row < goal or destination.ahead is None or not self._is_staged(goal):
                 return []
+            if not set(destination.blocks).isdisjoint(destination.ahead.dst_embedding_indices):
+                return []  # nobody may rely on the order of two writes to one block
         self.next_step = self._step(
             [d.part_of_next_step(stop, total, self.items) for d in self.unfinished], stage=False
         )
@@ -478,7 +480,7 @@ class EncodeRoom:
                 effects += self._tell_progress(part.session_id, part.stop_row)
         self._shared.alarms.set(self.room, now + self._shared.timing.waiting)
         if self.next_step is None:
-            effects += self.begin_step()
+            effects += [*self.begin_step(), *self._begin_next_step()]
         if self.under_way is None and not self._waits_for_rows:
             effects += self._report_chunk(now)
         return effects

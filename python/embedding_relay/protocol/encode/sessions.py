@@ -151,7 +151,10 @@ class Sessions:
         return sum(map(len, self._unquiet.values()))
 
     def note_failed_write(self, session_id: str, room: int, address: Address) -> None:
-        self._unquiet.setdefault(session_id, {})[room] = UnquietWrite(address)
+        """Of a room that has one on record already, whoever has asked about that is still told."""
+        rooms = self._unquiet.setdefault(session_id, {})
+        if (known := rooms.get(room)) is None or known.address != address:
+            rooms[room] = UnquietWrite(address)
 
     def must_wait(self, session_id: str, room: int, address: Address) -> bool:
         """Whether an abort cannot be acknowledged there yet, in whosever name it came."""

@@ -146,7 +146,14 @@ class EncodeSide:
 
     def session_quiet(self, session_id: str, now: float) -> list[EncodeEffect]:
         """It is proven that no write reported as failed before this call can still land at the session."""
-        return [Send(address, AbortAck(room)) for address, room in self._sessions.quiet(session_id)]
+        effects: list[EncodeEffect] = []
+        for address, room in self._sessions.quiet(session_id):
+            known = self._rooms.get(room)
+            if known is not None and known.under_way is not None:
+                known.unacknowledged[session_id] = address  # one more write of it is with the workers
+            else:
+                effects.append(Send(address, AbortAck(room)))
+        return effects
 
     def proven(self, session_id: str, address: Address, is_gone: bool, now: float) -> list[EncodeEffect]:
         """The answer to `ProveGone`: is it certain that the process at `address` is gone?"""
@@ -303,6 +310,11 @@ class EncodeSide:
         """Every rank of the room has asked, or the room is over: strangers cannot do anything about it any more."""
         known = self._rooms.get(room)
         return known.is_complete if known else self._shared.ended.get(room) is not None
+
+    def is_over(self, room: int) -> bool:
+        """Nobody needs what might still be written for it."""
+        known = self._rooms.get(room)
+        return known is None or known.is_over
 
     def is_empty(self) -> bool:
         return not self._rooms

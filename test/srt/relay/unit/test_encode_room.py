@@ -322,6 +322,52 @@ def test_a_room_that_fails_waits_for_both_writes(first_fails: bool) -> None:
     assert side.is_empty()
 
 
+def test_an_abort_between_two_writes_that_fail_is_acknowledged_when_nothing_of_both_can_land() -> None:
+    side, chunk, ahead = encode_side_with_an_offer_ahead()
+    side.transferred(ROOM, chunk.transfer_id, {SESSION: "code -1"}, 0.0)
+    assert side.receive(Abort(ROOM, KNOWN_AT, SESSION), 1.0) == []
+    side.transferred(ROOM, ahead.transfer_id, {SESSION: "code -1"}, 2.0)
+    assert side.session_quiet(SESSION, 3.0) == [Send(KNOWN_AT, AbortAck(ROOM))]
+
+
+def test_an_abort_is_not_acknowledged_while_a_write_is_with_the_workers_whatever_is_proven() -> None:
+    side, chunk, ahead = encode_side_with_an_offer_ahead()
+    side.transferred(ROOM, chunk.transfer_id, {SESSION: "code -1"}, 0.0)
+    assert side.receive(Abort(ROOM, KNOWN_AT, SESSION), 1.0) == []
+    assert side.session_quiet(SESSION, 2.0) == [], "of the first"
+    effects = side.transferred(ROOM, ahead.transfer_id, {}, 3.0)
+    assert [send.message for send in only(effects, Send)] == [AbortAck(ROOM)]
+
+
+def test_the_end_of_a_chunk_that_takes_several_steps_brings_the_offer_ahead_along() -> None:
+    side = encode_side_with(blocks=3)
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    (first,) = only(side.submit(ROOM, 30, 0.0), TransferEmbeddingChunk)
+    (second,) = only(side.receive(offer(8, 2, 3, sent=8), 0.0), TransferEmbeddingChunk)
+    side.transferred(ROOM, first.transfer_id, {}, 0.0)
+    assert side.receive(offer(8, 0, 1, sent=16), 0.0) == [], "rows 8 to 11 do not end their chunk"
+    last, ahead = only(side.transferred(ROOM, second.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    assert [(part.start_row, part.stop_row) for part in (*last.destinations, *ahead.destinations)] == [
+        (12, 16),
+        (16, 24),
+    ]
+
+
+def test_an_offer_ahead_of_the_same_blocks_waits_for_the_write_to_them() -> None:
+    side, chunk = encode_side_that_writes(total=30)
+    assert side.receive(offer(8, 1, 2, sent=8), 0.0) == []
+    assert only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+
+
+def test_a_room_is_over_when_it_is_told_so_and_not_when_it_is_closed() -> None:
+    side, *_ = encode_side_with_an_offer_ahead()
+    assert not side.is_over(ROOM)
+    side.receive(Abort(ROOM, KNOWN_AT, SESSION), 0.0)
+    assert side.is_over(ROOM)
+    assert side.is_over(ROOM + 1), "nobody knows it"
+
+
 def test_rows_that_are_not_staged_or_not_made_are_not_ahead() -> None:
     side = encode_side_with(blocks=3)
     side.expect(ROOM, 0.0)

@@ -50,5 +50,28 @@ def test_another_policy_is_somebody_elses_decision() -> None:
 
 
 def test_a_machine_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    before = attributes()
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "machine", lambda: "riscv64")
+        threads.ask_for_short_slices()
+    assert attributes() == before
+
+
+def test_threads_that_it_starts_have_it_too() -> None:
+    def work() -> tuple[int, int, int]:
+        threads.ask_for_short_slices()
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(attributes).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == in_a_thread(os.getpriority(os.PRIO_PROCESS, 0))[1]
+
+
+def test_a_system_without_such_calls_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> int:
+        raise OSError("not implemented")
+
+    before = attributes()
+    monkeypatch.setattr(os, "sched_getscheduler", unknown)
     threads.ask_for_short_slices()
+    assert attributes() == before

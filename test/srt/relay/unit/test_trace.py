@@ -18,13 +18,19 @@ import pytest
 
 from embedding_relay import recorder
 from embedding_relay.recorder import MOST_ROUNDS, Moment
+from embedding_relay.spans import Span
 from embedding_relay.tools import cli, trace_svg, trace_text
 from embedding_relay.tools.trace import draw
-from embedding_relay.tools.trace_story import Request, Story, Told, tell
+from embedding_relay.tools.trace_story import Lane, Request, Story, Told, tell
 from support.repo import REPO
 
 ROOM = (1 << 63) - 7
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_two_chunks_at_a_time_take_their_time_once() -> None:
+    chunks = [Span("chunk", 5.0, 6.0), Span("chunk", 1.0, 3.0), Span("chunk", 2.0, 4.0), Span("chunk", 7.0, None)]
+    assert Lane("encode", "chunk", chunks).seconds == 4.0
 
 
 def halves(

@@ -173,6 +173,7 @@ def job_of(
     stage: bool = True,
     apart: bool = True,
     from_where_they_are: bool = False,
+    is_needed: Callable[[], bool] = lambda: True,
 ) -> ChunkJob:
     """Three rows in blocks 2 and 3: all for one destination, the last for another, which has the rest."""
     destinations = (
@@ -181,7 +182,8 @@ def job_of(
     )
     window = Window(first_row=0, rows=3, blocks=(2, 3), stage=stage, apart=apart)
     chunk = TransferEmbeddingChunk(9, 1, window, destinations)
-    return ChunkJob(chunk, buffers, buffers, finished, lambda *_: None, from_where_they_are=from_where_they_are)
+    options: Any = {"from_where_they_are": from_where_they_are, "is_needed": is_needed}
+    return ChunkJob(chunk, buffers, buffers, finished, lambda *_: None, **options)
 
 
 def test_a_chunk_is_staged_once_and_each_destination_gets_its_rows() -> None:
@@ -289,6 +291,16 @@ def test_a_large_chunk_goes_in_pieces_that_are_told_of(from_where_they_are: bool
     assert job.bytes == 1470 * (small + large)
     landed = sorted((e.destination, e.destination + e.length) for e in link.entries if e.length > 10 * large)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(landed)), "nothing twice"
+
+
+def test_nothing_is_written_of_a_chunk_that_is_not_needed_any_more() -> None:
+    buffers, link, finished = Buffers(), Records(), list[ChunkJob]()
+    job = job_of(buffers, finished.append, is_needed=lambda: False)
+    for destination in job.chunk.destinations:
+        job.write(destination, registered(THERE), link)  # type: ignore[arg-type]
+        job.done(destination.session_id, "")
+    assert (buffers.staged, link.entries) == ([], [])
+    assert [(one.errors, one.rows, one.bytes) for one in finished] == [({}, 0, 0)]
 
 
 def test_rows_that_are_staged_already_are_not_staged_again() -> None:
@@ -563,6 +575,24 @@ def test_a_worker_that_owes_proof_is_kept_whatever_memory_its_session_has(desk: 
     desk.workers.report_when_quiet("peer")
     desk.plane.quiet = True
     assert desk.quiet.get(timeout=10) == "peer"
+
+
+def test_two_chunks_of_a_room_are_written_in_their_order_although_a_proof_is_found_between_them(desk: Desk) -> None:
+    desk.plane.failures, desk.plane.quiet = 1, False
+    desk.write()
+    desk.answer()
+    go_on, wrote = threading.Event(), list[int]()
+
+    def first(link: Link) -> None:
+        assert go_on.wait(10)
+        wrote.append(1)
+
+    desk.workers.submit("peer", 0.0, first, desk.answers.put, "another")
+    thread_named("relay-transfer-peer").owes_proof = False  # as `_wait_until_quiet` may find
+    desk.workers.submit("peer", 0.0, lambda link: wrote.append(2), desk.answers.put, "another")
+    go_on.set()
+    assert [desk.answer(), desk.answer()] == ["", ""]
+    assert wrote == [1, 2]
 
 
 def test_jobs_behind_the_end_are_answered_too(desk: Desk) -> None:
