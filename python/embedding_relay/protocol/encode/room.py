@@ -422,11 +422,12 @@ class EncodeRoom:
         if self.is_over or self.under_way is None or self.next_step is not None:
             return []
         total, stop = self._known_total(), self._staged[1]
-        parts = {part.session_id: part for part in self.under_way.destinations}
+        are_written_to = {part.session_id for part in self.under_way.destinations}
         for destination in self.unfinished:
-            part, goal = parts.get(destination.session_id), destination.goal(total)
-            if part is None or part.stop_row < goal or destination.ahead is None or not self._is_staged(goal):
+            if destination.session_id not in are_written_to or destination.ahead is None:
                 return []
+            if not self._is_staged(destination.goal(total)):
+                return []  # this step may not even end the chunk
             if not set(destination.blocks).isdisjoint(destination.ahead.dst_embedding_indices):
                 return []  # nobody may rely on the order of two writes to one block
         self.next_step = self._step(
