@@ -37,7 +37,6 @@ import numpy as np  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
 import zmq  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
 
 from embedding_relay.config import RelayConfig  # noqa: E402
 from embedding_relay.memory.buffers import SourceRows  # noqa: E402
@@ -135,15 +134,15 @@ def main() -> None:
 Seconds = dict[Point | tuple[str, int], list[float]]
 
 
-def shares(seconds: Seconds, how: str, point: Point) -> Iterator[float]:
-    return (alone / one for one, alone in zip(seconds[point], seconds[how, point.mib], strict=True))
+def share(seconds: Seconds, what: Point | tuple[str, int], how: str, mib: int) -> report.Figures:
+    """In the same turns."""
+    return report.Figures.of(alone / one for one, alone in zip(seconds[what], seconds[how, mib], strict=True))
 
 
-def beside_raw(seconds: Seconds, what: str, point: Point) -> dict[str, report.Figures]:
-    ours, raw = seconds[what, point.mib], seconds[RAW, point.mib]
+def beside_raw(seconds: Seconds, what: str, mib: int) -> dict[str, report.Figures]:
     return {
-        f"{what}_milliseconds": report.Figures.of(map(in_ms, ours)),
-        f"{what}_of_raw": report.Figures.of(alone / one for one, alone in zip(ours, raw, strict=True)),
+        f"{what}_milliseconds": report.Figures.of(map(in_ms, seconds[what, mib])),
+        f"{what}_of_raw": share(seconds, (what, mib), RAW, mib),
     }
 
 
@@ -168,11 +167,11 @@ def measure(plane: str, chosen: Sequence[Point], repeat: int, device: str) -> It
             "milliseconds": report.Figures.of(map(in_ms, seconds[point])),
             "raw_milliseconds": report.Figures.of(map(in_ms, seconds[RAW, point.mib])),
             "asleep_milliseconds": report.Figures.of(map(in_ms, seconds[ASLEEP, point.mib])),
-            "of_raw": report.Figures.of(shares(seconds, RAW, point)),
-            "of_asleep": report.Figures.of(shares(seconds, ASLEEP, point)),
+            "of_raw": share(seconds, point, RAW, point.mib),
+            "of_asleep": share(seconds, point, ASLEEP, point.mib),
             "best_of_raw": min(seconds[RAW, point.mib]) / min(seconds[point]),
-            **beside_raw(seconds, COPIES, point),
-            **(beside_raw(seconds, ENTRIES, point) if point.fragmented else {}),
+            **beside_raw(seconds, COPIES, point.mib),
+            **(beside_raw(seconds, ENTRIES, point.mib) if point.fragmented else {}),
             "gb_per_s": report.Figures.of(rate(point.mib, one) for one in seconds[point]),
         }
 
@@ -241,29 +240,29 @@ class Copies:
 
     def time(self, length: int) -> float:
         arrived = threading.Semaphore(0)
-        pieces = [(at, min(length, at + length // COPY_PIECES)) for at in range(0, length, length // COPY_PIECES)]
+        size = length // COPY_PIECES
+        pieces = [
+            [slice(at, min(at + MIB, start + size)) for at in range(start, start + size, MIB)]
+            for start in range(0, length, size)
+        ]
 
         def write() -> None:
-            for start, stop in pieces:
-                self._copy(self._shared, self._source, start, stop)
+            for piece in pieces:
+                for part in piece:
+                    np.copyto(self._shared[part], self._source[part])
                 arrived.release()
 
         writer = threading.Thread(target=write)
         started = time.perf_counter()
         writer.start()
-        for start, stop in pieces:
+        for piece in pieces:
             arrived.acquire()
-            for at in range(start, stop, MIB):
-                end = min(at + MIB, stop)
-                self._copy(self._target, self._shared, at, end)
-                values = self._target[at:end].view(np.int16)
+            for part in piece:
+                np.copyto(self._target[part], self._shared[part])
+                values = self._target[part].view(np.int16)
                 assert values.max() <= values.view(np.uint16).max()
         writer.join()
         return time.perf_counter() - started
-
-    def _copy(self, target: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: int) -> None:
-        for at in range(start, stop, MIB):
-            np.copyto(target[at : min(at + MIB, stop)], source[at : min(at + MIB, stop)])
 
 
 @contextmanager

@@ -205,6 +205,7 @@ class EncodeManager(MooncakeEmbeddingManager):
         self._prover.close()
         self._workers.close()
         self._sources.clear()
+        self._latest.clear()
         self._senders.clear()
 
     def reachable(self) -> bool:
@@ -337,7 +338,7 @@ class EncodeManager(MooncakeEmbeddingManager):
 
     def add_transfer_request(self, chunk: TransferEmbeddingChunk, now: float) -> None:
         """Hand a chunk to the workers of its destinations."""
-        before = self._latest.get(chunk.room, {})  # not the job, which knows the one before it
+        before = self._latest.get(chunk.room, {})  # alone: a job that knew the one before it would keep all of them
         job = ChunkJob(
             chunk,
             self._sources[chunk.room],

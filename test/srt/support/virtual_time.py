@@ -8,20 +8,14 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
 from embedding_relay.batch.store import contract
+from embedding_relay.testing.plane import Clock
 
 T = TypeVar("T")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class _Selector(selectors.DefaultSelector):
@@ -31,7 +25,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         assert timeout is not None, "everybody waits, and for nothing that will happen"
-        self._clock.now += max(0.0, timeout)
+        self._clock.advance_to(self._clock.now + timeout)
         return super().select(0)
 
 
@@ -41,7 +35,7 @@ class _Loop(asyncio.SelectorEventLoop):
         self._clock = clock
 
     def time(self) -> float:
-        return self._clock.now
+        return self._clock()
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         done = self.create_future()
@@ -56,7 +50,7 @@ def run(work: Coroutine[Any, Any, T], clock: Clock | None = None) -> T:
     """As `asyncio.run`; claims and leases go by the same time."""
     clock = clock or Clock()
     with (
-        mock.patch.object(contract, "time", clock),
+        mock.patch.object(contract, "time", SimpleNamespace(monotonic=clock)),
         asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner,
     ):
         return runner.run(work)

@@ -13,6 +13,7 @@ from embedding_relay.batch.background.places import Places, Share
 from embedding_relay.batch.settings import Settings
 from embedding_relay.batch.store.contract import Watch
 from embedding_relay.batch.store.disk_store import DiskStore
+from embedding_relay.testing.plane import Clock
 from support import virtual_time
 
 LEASE = 60.0
@@ -22,13 +23,13 @@ class Service:
     """Worker processes of one service, each with its own connection to the store."""
 
     def __init__(self, path: Path) -> None:
-        self.clock = virtual_time.Clock()
+        self.clock = Clock()
         self._path = path
         self._stores = list[DiskStore]()
 
     def worker(self, runs: int = 1, max_runs: int = 4, max_in_flight: int = 40) -> Places:
         store = DiskStore.open(str(self._path / "store"))
-        store._watch = Watch(self.clock.monotonic)
+        store._watch = Watch(self.clock)
         self._stores.append(store)
         settings = Settings(
             endpoint="http://unused",

@@ -390,13 +390,22 @@ def test_an_offer_ahead_begins_exactly_where_the_one_in_use_ends(wrong: Transfer
     assert counted(side) == {"resume_ignored": 1}
 
 
-def test_there_is_one_offer_ahead_at_most_and_it_is_not_replaced() -> None:
-    side, chunk, ahead = encode_side_with_an_offer_ahead()
+@pytest.mark.parametrize("ready", [8, 30])
+def test_there_is_one_offer_ahead_at_most_and_it_is_not_replaced(ready: int) -> None:
+    """Whether the workers have it already, or its rows are not made yet."""
+    side = encode_side_with()
+    side.expect(ROOM, 0.0)
+    side.receive(offer(8, 0, 1), 0.0)
+    (chunk,) = only(side.submit(ROOM, 30, 0.0, ready=ready), TransferEmbeddingChunk)
+    effects = side.receive(offer(8, 2, 3, sent=8), 0.0)
     for other in (offer(8, 2, 3, sent=8), offer(4, 4, sent=8), offer(8, 4, 5, sent=16)):
         assert side.receive(other, 0.0) == []
     assert counted(side) == {"resume_ignored": 3}
     assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
-    assert not only(side.transferred(ROOM, ahead.transfer_id, {}, 0.0), TransferEmbeddingChunk)
+    effects += side.more_rows(ROOM, 30, 0.0)
+    (chunk,) = only(effects, TransferEmbeddingChunk)
+    assert chunk.destinations[0].blocks == (2, 3)
+    assert not only(side.transferred(ROOM, chunk.transfer_id, {}, 0.0), TransferEmbeddingChunk)
 
 
 def test_an_offer_ahead_waits_until_its_room_has_begun() -> None:

@@ -7,18 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_relay.gathering import Gathering
+from embedding_relay.testing.plane import Clock
 from support.effort import effort
 
 TICK = 1 / 1024
 """So that sums are exact."""
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
