@@ -1,18 +1,20 @@
 """Time to first token and requests per second: an undivided server, SGLang's own split, and a pair of this plugin.
 
     .venv/bin/python benchmark/ttft.py [--candidates split pair ...] [--sides 112 224] [--at-once 1 8] [--images 1 8]
-                                       [--turns 2] [--add] [--quick] [--out FOLDER]
+                                       [--turns 2] [--rounds 4] [--add] [--quick] [--out FOLDER]
 
-In each turn the candidates are started one after the other and asked about the same pictures, which no cache knows;
-what is idle beside them costs nothing, because nothing is there. `pair` is asked through SGLang's router, `no router`
-are the same two servers, of which the language instance knows its encode instance (`--encoder-urls`) and is asked
-itself: about other pictures, because its caches know the first. Asked only if they are named: `split, 1`, the split
-whose encoder takes one request at a time (SGLANG_ENCODER_MAX_BATCH_SIZE=1), so that its rows are those of an undivided
-server; `as made`, a pair whose rows travel as they are made (SGLANG_EMBEDDING_PROGRESSIVE=1); `prefix`, one whose
-language instance begins with them too (SGLANG_EMBEDDING_PREFIX_PREFILL=1). The client is `sglang.bench_serving`. One
-thread of OpenMP in each process. The medians of a point are those of all its requests in all turns, its rates those of
-the turns. `--add` adds to what the folder of an earlier run has: further turns, or other points. What other work takes
-of the machine is noted of each point: where that is much, read no ratio that is near 1.
+In each turn the servers of all candidates are started. A point is asked of one candidate after the other, for some
+rounds, so that the machine is to all of them what it is at that time; the servers of the others stand still (SIGSTOP)
+and cost nothing. On a card, whose memory may not be enough for all, each candidate is started and asked alone.
+Pictures are new to every cache. `pair` is asked through SGLang's router; `no router` are the same two servers, of which
+the language instance knows its encode instance (`--encoder-urls`) and is asked itself. Asked only if they are named:
+`split, 1`, the split whose encoder takes one request at a time (SGLANG_ENCODER_MAX_BATCH_SIZE=1), so that its rows are
+those of an undivided server; `as made`, a pair whose rows travel as they are made (SGLANG_EMBEDDING_PROGRESSIVE=1);
+`prefix`, one whose language instance begins with them too (SGLANG_EMBEDDING_PREFIX_PREFILL=1). The client is
+`sglang.bench_serving`. One thread of OpenMP in each process. The medians of a point are those of all its requests, its
+rates those of the rounds, and a ratio the median of the ratios of each round. `--add` adds to what the folder of an
+earlier run has: further turns, or other points. What other work takes of the machine is noted of each point: where that
+is much, read no ratio that is near 1.
 """
 
 from __future__ import annotations
@@ -76,6 +78,9 @@ class Point(NamedTuple):
         """Requests that are not measured: what several of them make of a batch is compiled when it first occurs."""
         return 0 if quick or self.side > 300 else 12 * self.at_once
 
+    def rounds(self, wanted: int) -> int:
+        return wanted if self.side <= 300 else 1
+
     def __str__(self) -> str:
         return f"{self.side}²{f' x {self.images}' if self.images > 1 else ''}, {self.at_once} at once"
 
@@ -131,6 +136,9 @@ SERVERS: Final[Mapping[str, tuple[Callable[[Options], LocalCluster], Sequence[st
     AS_MADE: (functools.partial(pair_as, True, False), (AS_MADE,)),
     PREFIX: (functools.partial(pair_as, True, True), (PREFIX,)),
 }
+
+
+ALL: Final = tuple(one for _, candidates in SERVERS.values() for one in candidates)
 
 
 def url_of(candidate: str, cluster: LocalCluster) -> str:
@@ -230,44 +238,107 @@ def points(arguments: argparse.Namespace) -> list[Point]:
 
 
 def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle: dict[str, list[float]]) -> None:
-    model = arguments.model or tiny_model.cached()
+    """On a CPU all servers are there at once, and a point is asked of one candidate after the other, round by round."""
     names = [name for name in SERVERS if set(SERVERS[name][1]) & set(arguments.candidates)]
-    for name in names[turn % len(names) :] + names[: turn % len(names)]:
-        make, candidates = SERVERS[name]
-        options = servers.options(model, arguments.logs / f"{name}-{turn}", *arguments.argument)
-        if arguments.device != servers.CPU:  # what servers are forked from has imported all of SGLang for a CPU
-            options = dataclasses.replace(options, device=arguments.device, process=LocalProcess)
-        with servers.running(make(options)) as cluster:
-            for number, candidate in enumerate(one for one in candidates if one in arguments.candidates):
-                url = url_of(candidate, cluster)
-                seeds = itertools.count(1000 * (2 * turn + number) + 1)
-                ask(url, model, Point(112, 1, 4), 8, next(seeds))  # connections, first passes of the models
-                for point in points(arguments):
-                    if before := point.before(arguments.quick):
-                        ask(url, model, point, before, next(seeds))
-                    requests = point.requests(arguments.quick)
-                    run = ask_and_note(cluster, url, model, point, requests, next(seeds))
-                    measured.setdefault((candidate, point), []).append(run)
-            idle.setdefault(name, []).append(idle_share(cluster))
+    names = names[turn % len(names) :] + names[: turn % len(names)]
+    # An accelerator may not have memory for all.
+    for together in [names] if arguments.device == servers.CPU else [[name] for name in names]:
+        with contextlib.ExitStack() as started:
+            clusters = {name: started.enter_context(standing_still(turn, name, arguments)) for name in together}
+            asked = [
+                Asked(one, clusters[name], itertools.count(1000 * (len(ALL) * turn + ALL.index(one)) + 1))
+                for name in together
+                for one in SERVERS[name][1]
+                if one in arguments.candidates
+            ]
+            ask_in_rounds(asked, arguments, measured)
+            for name, cluster in clusters.items():
+                with awake(cluster):
+                    idle.setdefault(name, []).append(idle_share(cluster))
         servers.finish_stopping()
 
 
-def time_to_first(measured: Measured, candidate: str, point: Point) -> Figures:
-    return Figures.of(1000 * one for result in measured[candidate, point] for one in result["ttfts"] if one)
+class Asked(NamedTuple):
+    candidate: str
+    cluster: LocalCluster
+    seeds: Iterator[int]
+    """Of pictures. Candidates may be the same servers, whose caches know what one of them was asked."""
+
+    @property
+    def url(self) -> str:
+        return url_of(self.candidate, self.cluster)
 
 
-def rate(measured: Measured, candidate: str, point: Point) -> Figures:
-    return Figures.of(result["request_throughput"] for result in measured[candidate, point])
+def ask_in_rounds(asked: Sequence[Asked], arguments: argparse.Namespace, measured: Measured) -> None:
+    model = arguments.model or tiny_model.cached()
+    for point in points(arguments):
+        requests, rounds = point.requests(arguments.quick), point.rounds(arguments.rounds)
+        for one in asked:
+            with awake(one.cluster):
+                ask(one.url, model, Point(112, 1, 4), 8, next(one.seeds))  # connections, first passes of the models
+                if before := point.before(arguments.quick):
+                    ask(one.url, model, point, before, next(one.seeds))
+        for number in range(rounds):
+            for one in (*asked[number % len(asked) :], *asked[: number % len(asked)]):
+                with awake(one.cluster):
+                    ask(one.url, model, point, point.at_once, next(one.seeds))  # they have just stood still
+                    run = ask_and_note(one.cluster, one.url, model, point, requests, next(one.seeds))
+                measured.setdefault((one.candidate, point), []).append(run)
 
 
-def spent(measured: Measured, candidate: str, point: Point) -> Figures:
+@contextlib.contextmanager
+def standing_still(turn: int, name: str, arguments: argparse.Namespace) -> Iterator[LocalCluster]:
+    """The servers of a candidate, ready and stopped; they go on before they are told to end."""
+    model = arguments.model or tiny_model.cached()
+    options = servers.options(model, arguments.logs / f"{name}-{turn}", *arguments.argument)
+    if arguments.device != servers.CPU:  # what servers are forked from has imported all of SGLang for a CPU
+        options = dataclasses.replace(options, device=arguments.device, process=LocalProcess)
+    with servers.running(SERVERS[name][0](options)) as cluster:
+        signal_all(cluster, signal.SIGSTOP)
+        try:
+            yield cluster
+        finally:
+            signal_all(cluster, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def awake(cluster: LocalCluster) -> Iterator[None]:
+    signal_all(cluster, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        signal_all(cluster, signal.SIGSTOP)
+
+
+def signal_all(cluster: LocalCluster, number: signal.Signals) -> None:
+    for member in cluster.members:
+        member.kill_group(number)
+
+
+def time_to_first(runs: Sequence[Run]) -> Figures:
+    return Figures.of(1000 * one for run in runs for one in run["ttfts"] if one)
+
+
+def rate(runs: Sequence[Run]) -> Figures:
+    return Figures.of(run["request_throughput"] for run in runs)
+
+
+def spent(runs: Sequence[Run]) -> Figures:
     """Of all servers, in ms for each request; one that waits in a loop spends all the time there is."""
-    every = measured[candidate, point]
-    return Figures.of(1000 * sum(result[SPENT].values()) / result["completed"] for result in every)
+    return Figures.of(1000 * sum(run[SPENT].values()) / run["completed"] for run in runs)
 
 
-def others(measured: Measured, candidate: str, point: Point) -> Figures:
-    return Figures.of(100 * result[OTHERS] for result in measured[candidate, point])
+def others(runs: Sequence[Run]) -> Figures:
+    return Figures.of(100 * run[OTHERS] for run in runs)
+
+
+def ratio(figures_of: Callable[[Sequence[Run]], Figures], ours: Sequence[Run], theirs: Sequence[Run]) -> Figures | str:
+    """Of the runs of each round, between which the machine had little time to change."""
+    if len(ours) != len(theirs):
+        return ""  # an earlier run, to which this one was added, had other candidates
+    return Figures.of(
+        figures_of([one]).median / figures_of([other]).median for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) -> None:
@@ -286,19 +357,18 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
         ]
         table = Table(title, "pictures", *candidates, *(f"{one} / {other}" for one, other in compared))
         for point in every:
-            # An earlier run, to which this one was added, may have had other candidates.
-            figures = {one: figures_of(measured, one, point) for one in candidates if (one, point) in measured}
+            runs = {one: measured[one, point] for one in candidates if (one, point) in measured}
             ratios = [
-                f"{figures[one].median / figures[other].median:.2f}" if {one, other} <= figures.keys() else ""
+                ratio(figures_of, runs[one], runs[other]) if {one, other} <= runs.keys() else ""
                 for one, other in compared
             ]
-            table.row(point, *(figures.get(one, "") for one in candidates), *ratios)
+            table.row(point, *(figures_of(runs[one]) if one in runs else "" for one in candidates), *ratios)
 
 
 def plot(measured: Measured, candidates: Sequence[str], every: Sequence[Point], at_once: int) -> str:
     shown = [point for point in every if point.images == 1 and point.at_once == at_once and point.side <= LARGE]
     lines = {
-        one: {point.side: time_to_first(measured, one, point) for point in shown if (one, point) in measured}
+        one: {point.side: time_to_first(measured[one, point]) for point in shown if (one, point) in measured}
         for one in candidates
     }
     return report.plot(f"Time to first token, {at_once} at once", "side of a picture", "ms", lines)
@@ -322,20 +392,20 @@ def main() -> None:
         print(
             f"\nThe servers of `{name}` take {100 * Figures.of(shares).median:.1f} % of a core while nobody asks them."
         )
-    results = {"points": [summary(measured, *one) for one in measured], "idle": idle}
+    results = {"points": [summary(*one, runs) for one, runs in measured.items()], "idle": idle}
     drawn = plot(measured, arguments.candidates, every, min(point.at_once for point in every))
     report.save(arguments.out, "ttft", facts, results, drawn)
 
 
-def summary(measured: Measured, candidate: str, point: Point) -> Mapping[str, Any]:
+def summary(candidate: str, point: Point, runs: Sequence[Run]) -> Mapping[str, Any]:
     return {
         "candidate": candidate,
         **point._asdict(),
-        "first_token_ms": time_to_first(measured, candidate, point),
-        "requests_per_s": rate(measured, candidate, point),
-        "processor_ms": spent(measured, candidate, point),
-        "others_percent": others(measured, candidate, point),
-        "runs": [{name: run[name] for name in KEPT} for run in measured[candidate, point]],
+        "first_token_ms": time_to_first(runs),
+        "requests_per_s": rate(runs),
+        "processor_ms": spent(runs),
+        "others_percent": others(runs),
+        "runs": [{name: run[name] for name in KEPT} for run in runs],
     }
 
 
@@ -363,7 +433,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs="+", default=[112, 224, 420, 1120])
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2, help="in each the servers are started anew")
+    parser.add_argument("--rounds", type=int, default=4, help="of each point in a turn; of large pictures one")
     parser.add_argument("--add", action="store_true", help="to what --out has already")
     parser.add_argument("--model", type=Path, help="a folder; otherwise the tiny one")
     parser.add_argument("--device", choices=(servers.CPU, "accelerator"), default=servers.CPU, help="of the servers")
@@ -371,7 +442,7 @@ def parsed() -> argparse.Namespace:
     report.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.candidates, arguments.turns = [SPLIT, PAIR], 1
+        arguments.candidates, arguments.turns, arguments.rounds = [SPLIT, PAIR], 1, 1
         arguments.sides, arguments.at_once, arguments.images = [112], [1, 8], [1]
     return arguments
 

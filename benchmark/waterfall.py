@@ -7,8 +7,8 @@ one clock of this machine. `at` is the median time since the client began to sen
 happened just before it at the same place. Two places work at the same time, so both together take more than the whole.
 `fixed` is what the plugin costs a request beside its tower: from the moment at which both schedulers have parked their
 half to the one at which the language scheduler has an ordinary request.
-With SGLang's overlap schedule the next forward pass lies between the end of the first and its token, and on a CPU that
-takes its time: `--argument=--disable-overlap-schedule` shows the difference.
+On a CPU a language instance sends the first token before the next forward pass begins, which SGLang's overlap schedule
+would run before (`hooks.answer_first`).
 """
 
 from __future__ import annotations

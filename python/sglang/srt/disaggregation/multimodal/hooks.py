@@ -379,7 +379,7 @@ def close_role(_result: Any, scheduler: Any) -> None:
         role.close()
 
 
-# ---- a machine without an accelerator, in every mode
+# ---- a machine without an accelerator
 
 
 def leave_unpinned(_original: Original, tensor: Any, *_: Any, **__: Any) -> Any:
@@ -393,6 +393,18 @@ def make_unpinned(original: Original, *args: Any, pin_memory: bool = False, **kw
 def find_what_is_wrapped(original: Original, function: Any) -> Any:
     """torch knows its functions by identity where it compiles scripts, as some modules of `transformers` are."""
     return original(inspect.unwrap(function))
+
+
+def answer_first(overlap_is_off: bool, scheduler: Any, *_: Any, **__: Any) -> bool:
+    """On a CPU nothing runs beside a pass. SGLang's overlap schedule would make a first token wait for the next one."""
+    if overlap_is_off or modes.current() != modes.LANGUAGE or not scheduler.result_queue:
+        return overlap_is_off
+    from sglang.srt.disaggregation.multimodal import prefix
+
+    # The last batch itself may have become the next one: what it was says the copy beside its result.
+    last_batch, _result = scheduler.result_queue[0]
+    somebody_waits = any(prefix.of(req) is None for req in last_batch.reqs)
+    return bool(last_batch.forward_mode.is_extend() and somebody_waits)
 
 
 class Hook(NamedTuple):
@@ -451,6 +463,7 @@ HOOKS: Final = (
 # For the CPU platform that comes with this package. SGLang pins the frames of a video and the tables of LoRA adapters
 # without asking the platform whether memory can be pinned; without an accelerator torch raises.
 CPU_HOOKS: Final = (
+    Hook(f"{_SCHEDULER}.is_disable_overlap_for_batch", answer_first, HookType.AFTER),
     Hook("torch.Tensor.pin_memory", leave_unpinned, HookType.AROUND),
     *(Hook(f"torch.{name}", make_unpinned, HookType.AROUND) for name in ("empty", "tensor", "zeros")),
     Hook("torch.jit._builtins._find_builtin", find_what_is_wrapped, HookType.AROUND),
