@@ -40,6 +40,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from support import sglang_context
 
 VOCABULARY: Final = 4096
 MAX_PROMPT: Final = 64
@@ -48,7 +49,7 @@ MAX_PROMPT: Final = 64
 @contextmanager
 def serving(mode: str) -> Iterator[None]:
     """This process as a server's in that mode: SGLang has resolved its arguments, and our hooks are in place."""
-    before = runtime_context.snapshot_context()
+    before = sglang_context.kept()
     load_plugins()
     arguments = ServerArgs(
         model_path=str(tiny_model.cached()),
@@ -66,7 +67,7 @@ def serving(mode: str) -> Iterator[None]:
             yield
     finally:
         torch.distributed.destroy_process_group()
-        runtime_context.restore_context(before)
+        sglang_context.put_back(before)
 
 
 # ---- requests

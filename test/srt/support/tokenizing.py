@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedG
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
+from support import sglang_context
 from support.patience import wait_until
 
 T = TypeVar("T")
@@ -57,11 +58,11 @@ class TokenizerManagerWithoutScheduler(TokenizerManager):  # type: ignore[misc] 
         super().__init__(server_args, PortArgs.init_new(server_args))
         self.max_req_input_len = MAX_PROMPT
 
-        self._context = runtime_context.snapshot_context()
+        self._context = sglang_context.kept()
 
     def make_current(self) -> None:
         """SGLang has one context in a process: with two managers it is the one of the last that was made."""
-        runtime_context.restore_context(self._context)
+        sglang_context.put_back(self._context)
 
     def watch_nobody(self) -> Watch:
         """In place of the watch over the scheduler's process, which is not there."""
@@ -117,7 +118,7 @@ _loop = asyncio.new_event_loop()
 @contextmanager
 def serving(mode: str, **more: Any) -> Iterator[TokenizerManagerWithoutScheduler]:
     """The manager of a server in that mode, with `more` of SGLang's arguments."""
-    before = runtime_context.snapshot_context()
+    before = sglang_context.kept()
     load_plugins()
     port, bootstrap_port = free_ports(2)
     arguments = ServerArgs(
@@ -143,7 +144,7 @@ def serving(mode: str, **more: Any) -> Iterator[TokenizerManagerWithoutScheduler
         if manager.bootstrap_server is not None:
             manager.bootstrap_server.close()
         manager.send_to_scheduler.context.destroy(linger=0)
-        runtime_context.restore_context(before)
+        sglang_context.put_back(before)
 
 
 def _listens(port: int) -> bool:

@@ -1,7 +1,7 @@
-"""On a CPU the first token of an answer is sent before the next pass: SGLang's own event loop, with passes that note when.
+"""On a CPU a first token is sent before the next pass: SGLang's own event loop, with passes that note when they run.
 
-What the scheduler would run next is written down beforehand, and a pass computes nothing. The order in which results are
-processed is SGLang's, with our hook on its decision.
+What the scheduler would run next is written down beforehand, and a pass computes nothing. The order in which results
+are processed is SGLang's, with our hook on its decision.
 """
 
 from __future__ import annotations
