@@ -185,8 +185,7 @@ def stages_of(notes: Iterator[Mapping[str, Any]], began: int, came: int) -> dict
 
 
 def one_turn(turn: int, arguments: argparse.Namespace, hosted: Sequence[Host], measured: Measured) -> None:
-    names = arguments.candidates
-    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for name in report.from_turn(turn, arguments.candidates):
         logs = arguments.logs / f"{name}-{turn}"
         environ = {**POOL, **SETTINGS[name], VARIABLE: str(arguments.folder)}
         cluster = pair_on(*hosted, servers.options(arguments.model, logs, "--dtype", "float32", **environ))

@@ -140,8 +140,7 @@ def one_turn(turn: int, pipe: Connection, peer: str, options: argparse.Namespace
         run = unlimited.run(pipe, peer, drawn, rate)
     points = [point_of(UNLIMITED, 0, PLENTY, run, alone, rate)]
     order = list(itertools.product(options.reserve, options.pools))
-    first = turn * len(order) // 3 % len(order)
-    for reserve, fraction in order[first:] + order[:first]:
+    for reserve, fraction in report.from_turn(turn * len(order) // 3, order):
         blocks = max(1, points[0]["most_blocks"] // fraction)
         with language(reserve, blocks) as candidate:
             candidate.warm_up(pipe, peer)

@@ -10,13 +10,22 @@ import platform
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from xml.sax.saxutils import escape
 
 WIDTH: Final = 720
 HEIGHT: Final = 380
 LEFT, RIGHT, TOP, BOTTOM = 60, 190, 30, 50
 COLORS: Final = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f", "#e0a030", "#555555", "#00a6a6", "#b85c38")
+
+
+T = TypeVar("T")
+
+
+def from_turn(turn: int, candidates: Sequence[T]) -> list[T]:
+    """All of them, beginning with another one in each turn."""
+    first = turn % len(candidates)
+    return [*candidates[first:], *candidates[:first]]
 
 
 class Figures(NamedTuple):

@@ -188,9 +188,8 @@ def ask_kind(url: str, kind: str, pictures: int, salt: int) -> list[float]:
 
 
 def one_turn(arguments: argparse.Namespace, found: dict[str, Any], rotated: int) -> None:
-    names = arguments.candidates
     layout = layout_of(arguments.model)
-    for name in names[rotated % len(names) :] + names[: rotated % len(names)]:
+    for name in report.from_turn(rotated, arguments.candidates):
         turn = 1 + max((one["turn"] for one in found["levels"] if one["candidate"] == name), default=0)
         whose = {"candidate": name, "turn": turn}
         options = servers.options(arguments.model, arguments.logs / f"{name}-{turn}", "--enable-metrics")

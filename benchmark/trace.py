@@ -160,8 +160,7 @@ def one_turn(turn: int, options: argparse.Namespace, found: dict[str, Any]) -> d
     drawn = [shrunk(request, options.shrink) for request in trace]
     outcomes: dict[str, Asked] = {}
     spent: dict[str, float] = {}
-    names = options.candidates
-    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for name in report.from_turn(turn, options.candidates):
         made = SERVERS[name](servers.options(model, options.logs / f"{name}-{turn}"))
         with servers.running(made) as cluster:
             base = 100 * turn

@@ -239,8 +239,7 @@ def points(arguments: argparse.Namespace) -> list[Point]:
 
 def one_turn(turn: int, arguments: argparse.Namespace, measured: Measured, idle: dict[str, list[float]]) -> None:
     """On a CPU all servers are there at once, and a point is asked of one candidate after the other, round by round."""
-    names = [name for name in SERVERS if set(SERVERS[name][1]) & set(arguments.candidates)]
-    names = names[turn % len(names) :] + names[: turn % len(names)]
+    names = report.from_turn(turn, [name for name in SERVERS if set(SERVERS[name][1]) & set(arguments.candidates)])
     # An accelerator may not have memory for all.
     for together in [names] if arguments.device == servers.CPU else [[name] for name in names]:
         with contextlib.ExitStack() as started:
@@ -270,16 +269,18 @@ class Asked(NamedTuple):
 
 
 def ask_in_rounds(asked: Sequence[Asked], arguments: argparse.Namespace, measured: Measured) -> None:
-    model = arguments.model or tiny_model.cached()
+    model = arguments.model
+    for one in asked:
+        with awake(one.cluster):
+            ask(one.url, model, Point(112, 1, 4), 8, next(one.seeds))  # connections, first passes of the models
     for point in points(arguments):
         requests, rounds = point.requests(arguments.quick), point.rounds(arguments.rounds)
-        for one in asked:
-            with awake(one.cluster):
-                ask(one.url, model, Point(112, 1, 4), 8, next(one.seeds))  # connections, first passes of the models
-                if before := point.before(arguments.quick):
+        if before := point.before(arguments.quick):
+            for one in asked:
+                with awake(one.cluster):
                     ask(one.url, model, point, before, next(one.seeds))
         for number in range(rounds):
-            for one in (*asked[number % len(asked) :], *asked[: number % len(asked)]):
+            for one in report.from_turn(number, asked):
                 with awake(one.cluster):
                     ask(one.url, model, point, point.at_once, next(one.seeds))  # they have just stood still
                     run = ask_and_note(one.cluster, one.url, model, point, requests, next(one.seeds))
@@ -289,8 +290,7 @@ def ask_in_rounds(asked: Sequence[Asked], arguments: argparse.Namespace, measure
 @contextlib.contextmanager
 def standing_still(turn: int, name: str, arguments: argparse.Namespace) -> Iterator[LocalCluster]:
     """The servers of a candidate, ready and stopped; they go on before they are told to end."""
-    model = arguments.model or tiny_model.cached()
-    options = servers.options(model, arguments.logs / f"{name}-{turn}", *arguments.argument)
+    options = servers.options(arguments.model, arguments.logs / f"{name}-{turn}", *arguments.argument)
     if arguments.device != servers.CPU:  # what servers are forked from has imported all of SGLang for a CPU
         options = dataclasses.replace(options, device=arguments.device, process=LocalProcess)
     with servers.running(SERVERS[name][0](options)) as cluster:
@@ -334,7 +334,7 @@ def others(runs: Sequence[Run]) -> Figures:
 
 def ratio(figures_of: Callable[[Sequence[Run]], Figures], ours: Sequence[Run], theirs: Sequence[Run]) -> Figures | str:
     """Of the runs of each round, between which the machine had little time to change."""
-    if len(ours) != len(theirs):
+    if not ours or len(ours) != len(theirs):
         return ""  # an earlier run, to which this one was added, had other candidates
     return Figures.of(
         figures_of([one]).median / figures_of([other]).median for one, other in zip(ours, theirs, strict=True)
@@ -357,12 +357,9 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
         ]
         table = Table(title, "pictures", *candidates, *(f"{one} / {other}" for one, other in compared))
         for point in every:
-            runs = {one: measured[one, point] for one in candidates if (one, point) in measured}
-            ratios = [
-                ratio(figures_of, runs[one], runs[other]) if {one, other} <= runs.keys() else ""
-                for one, other in compared
-            ]
-            table.row(point, *(figures_of(runs[one]) if one in runs else "" for one in candidates), *ratios)
+            runs = {one: measured.get((one, point), []) for one in candidates}
+            ratios = [ratio(figures_of, runs[one], runs[other]) for one, other in compared]
+            table.row(point, *(figures_of(runs[one]) if runs[one] else "" for one in candidates), *ratios)
 
 
 def plot(measured: Measured, candidates: Sequence[str], every: Sequence[Point], at_once: int) -> str:
@@ -444,6 +441,7 @@ def parsed() -> argparse.Namespace:
     if arguments.quick:
         arguments.candidates, arguments.turns, arguments.rounds = [SPLIT, PAIR], 1, 1
         arguments.sides, arguments.at_once, arguments.images = [112], [1, 8], [1]
+    arguments.model = arguments.model or tiny_model.cached()
     return arguments
 
 

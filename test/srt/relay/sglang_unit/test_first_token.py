@@ -38,22 +38,21 @@ def batch(scheduler: SchedulerWithoutModel, mode: ForwardMode, *names: str) -> B
     return Batch(forward_mode=mode, reqs=requests, spec_algorithm=scheduler.spec_algorithm)
 
 
-def order(scheduler: SchedulerWithoutModel, *passes: tuple[ForwardMode, str] | None) -> list[str]:
-    """What happens in an event loop whose next passes are these, of one batch; None: there is nothing to run."""
+def order(scheduler: SchedulerWithoutModel, *passes: tuple[ForwardMode, str]) -> list[str]:
+    """What happens in an event loop whose next passes are these, each of a batch with its requests."""
     happened: list[str] = []
     steps = iter(passes)
     running: dict[str, Batch] = {}
 
     def next_batch(*, running_batch: Any, last_batch: Any) -> Any:
-        step = next(steps, None)
-        if step is not None:
+        made = None
+        if (step := next(steps, None)) is not None:
             mode, name = step
             # A batch that was prefilled is decoded as the same object, of which only a mode has changed.
             made = running.setdefault(name, batch(scheduler, mode, *name.split()))
             made.forward_mode = mode
-            step = made
-        scheduler.gracefully_exit = step is None and last_batch is None
-        return SimpleNamespace(running_batch=running_batch, batch_to_run=step)
+        scheduler.gracefully_exit = made is None and last_batch is None
+        return SimpleNamespace(running_batch=running_batch, batch_to_run=made)
 
     def note(what: str, noted: Batch) -> None:
         happened.append(f"{what} {noted.forward_mode.name.lower()} of {' '.join(req.rid for req in noted.reqs)}")

@@ -403,8 +403,8 @@ def answer_first(overlap_is_off: bool, scheduler: Any, *_: Any, **__: Any) -> bo
 
     # The last batch itself may have become the next one: what it was says the copy beside its result.
     last_batch, _result = scheduler.result_queue[0]
-    somebody_waits = any(prefix.of(req) is None for req in last_batch.reqs)
-    return bool(last_batch.forward_mode.is_extend() and somebody_waits)
+    # Of the beginnings of prompts that are ours alone nobody waits for an answer.
+    return last_batch.forward_mode.is_extend() and any(prefix.of(req) is None for req in last_batch.reqs)
 
 
 class Hook(NamedTuple):
