@@ -1,11 +1,7 @@
-"""A pass of the tower for several requests on a CPU: the bits of each are those that it has alone.
-
-The towers are SGLang's own, with small random weights in bfloat16.
-"""
+"""A pass of the tower for several requests on a CPU: the bits of each are those that it has alone."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig
 
-from embedding_relay.tools import tiny_model
+from sglang.srt.disaggregation.multimodal.masked_attention import MaskedAttention
 from sglang.srt.disaggregation.multimodal.shared_pass import SharedPasses
-from sglang.srt.runtime_context import get_parallel
+from support import towers
+from support.towers import Tower
 
 MODE = "encode"
 pytestmark = pytest.mark.usefixtures("mode")
@@ -26,53 +22,10 @@ SIDES = (2, 6, 8, 10, 16)
 """In patches. A plain pass has other bits from 6 on."""
 
 
-class Tower:
-    """What a model of SGLang does with items, and what it was called with."""
-
-    def __init__(self, visual: Any, patch: int) -> None:
-        self.visual = visual
-        self.patch = patch
-        self.calls: list[int] = []
-
-    def __call__(self, items: list[Any]) -> torch.Tensor:
-        self.calls.append(len(items))
-        rows: torch.Tensor = self.visual(
-            torch.cat([item.feature for item in items]),
-            grid_thw=torch.tensor([item.grid for item in items]),
-        )
-        return rows
-
-    def picture(self, height: int, width: int) -> Any:
-        feature = torch.randn(height * width, 3 * 2 * self.patch**2).to(torch.bfloat16)
-        return SimpleNamespace(feature=feature, grid=[1, height, width])
-
-
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=towers.FAMILIES)
 def made(request: pytest.FixtureRequest) -> Iterator[Tower]:
-    config = AutoConfig.from_pretrained(tiny_model.cached(request.param)).vision_config
-    torch.manual_seed(1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as an instance on few cores, and far quicker beside other tests
-    pipeline = SimpleNamespace(is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1)
-    one_rank = dict.fromkeys(("tp_rank", "attn_tp_rank"), 0) | dict.fromkeys(("tp_size", "attn_tp_size"), 1)
-    with get_parallel().override(**one_rank, pp_group=pipeline), torch.inference_mode():
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # SGLang's own
-                visual = tower_class(request.param)(config, use_data_parallel=True)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        for name, parameter in visual.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.05 + ("norm" in name and name.endswith("weight")))
-        yield Tower(visual, config.patch_size)
-    torch.set_num_threads(threads)
-
-
-def tower_class(family: str) -> Any:
-    from sglang.srt.models import qwen2_5_vl, qwen3_vl
-
-    return qwen2_5_vl.Qwen2_5_VisionTransformer if family == "qwen2_5_vl" else qwen3_vl.Qwen3VLMoeVisionModel
+    with towers.tower(request.param) as made:
+        yield made
 
 
 @pytest.fixture
@@ -96,8 +49,10 @@ def test_pictures_of_all_sizes_and_several_in_a_request(tower: Tower) -> None:
 
 def believed(tower: Tower, requests: list[list[Any]]) -> bool:
     """Whether the pass had the bits of those alone, which is what it is compared with."""
-    passes = SharedPasses()
-    rows = passes.encode(tower, requests)
+    passes, attention = SharedPasses(), MaskedAttention()
+    with attention:  # as `tower.py` has it
+        rows = passes.encode(tower, requests)
+    assert attention.is_equal
     assert torch.equal(rows, torch.cat([tower(items) for items in requests]))
     return passes.are_equal
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -85,8 +86,8 @@ class _EachRequestForItself:
 
     def __init__(self, patches: Sequence[int]) -> None:
         self._patches = patches
-        self._seen: torch.Tensor | None = None
-        """The last mask that hides the requests from each other: one is made for many layers."""
+        self._own_masks: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        """Masks that hide the requests from each other, each with the masks of these: one is made for many layers."""
         self.plain: dict[str, Function] = {}
         self.is_inside = False
         """One of the plain functions was called by its replacement."""
@@ -138,26 +139,29 @@ class _EachRequestForItself:
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         name, mask = "scaled_dot_product_attention", kwargs.get("attn_mask")
         is_over_all = len(args) == 3 and args[0].shape[-2] == sum(self._patches)
-        if mask is None or not is_over_all or not self._hides_others(mask):
+        if mask is None or not is_over_all or not (own_masks := self._masks_of_each(mask)):
             return self._call(name, *args, **kwargs)
-        outputs = []
-        for start, stop in pairwise(accumulate(self._patches, initial=0)):
-            own = kwargs | {"attn_mask": mask[..., start:stop, start:stop]}
-            outputs.append(self._call(name, *(one[..., start:stop, :] for one in args), **own))
+        of_each = zip(*(torch.split(one, self._patches, dim=-2) for one in args), strict=True)
+        outputs = [
+            self._call(name, *parts, **kwargs | {"attn_mask": own})
+            for parts, own in zip(of_each, own_masks, strict=True)
+        ]
         return torch.cat(outputs, dim=-2)
 
-    def _hides_others(self, mask: torch.Tensor) -> bool:
-        if mask is self._seen:
-            return True
+    def _masks_of_each(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        """None, if it does not hide the requests from each other."""
+        for seen, own in self._own_masks:
+            if seen is mask:
+                return own
         total = sum(self._patches)
         if mask.dtype is not torch.bool or mask.shape[-2:] != (total, total):
-            return False
+            return []
         spans = pairwise(accumulate(self._patches, initial=0))
-        own = sum(int(mask[..., start:stop, start:stop].count_nonzero()) for start, stop in spans)
-        if own != int(mask.count_nonzero()):
-            return False
-        self._seen = mask
-        return True
+        own = [mask[..., start:stop, start:stop] for start, stop in spans]
+        if sum(int(one.count_nonzero()) for one in own) != int(mask.count_nonzero()):
+            return []
+        self._own_masks.append((mask, own))
+        return own
 
 
 class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch is left out of the type check
@@ -166,7 +170,7 @@ class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch is left out of t
     def __init__(self, each: _EachRequestForItself) -> None:
         super().__init__()
         self._each = each
-        self._names = {plain: name for name, plain in each.plain.items()}
+        self._names = {inspect.unwrap(plain): name for name, plain in each.plain.items()}
 
     def __torch_function__(self, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         if not self._each.is_inside and (name := self._names.get(function)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from sglang.srt.disaggregation.multimodal import parts
+from sglang.srt.disaggregation.multimodal.masked_attention import MaskedAttention
 from sglang.srt.disaggregation.multimodal.shared_pass import SharedPasses
 
 # A tower on an accelerator wants full batches. On a CPU small requests share what a pass costs whatever its size, and
@@ -40,6 +42,7 @@ class VisionTower:
         """Items that were asked for, those that went through the tower, and those that nobody needed any more."""
         self.name = type(model).__name__
         self._passes = SharedPasses() if device == "cpu" else None
+        self._attention = MaskedAttention() if device == "cpu" else contextlib.nullcontext()
 
     @classmethod
     def of(cls, scheduler: Any, *, progressive: bool = False) -> VisionTower:
@@ -152,10 +155,11 @@ class VisionTower:
 
         def counted(items: list[Any]) -> Any:
             self.totals["encoded_items"] += len(items)
-            if self._passes is None or len(requests) == 1:
-                return function(items)
-            groups = [list(group) for _, group in groupby(items, key=lambda item: request_of[id(item)])]
-            return self._passes.encode(function, groups)
+            with self._attention:
+                if self._passes is None or len(requests) == 1:
+                    return function(items)
+                groups = [list(group) for _, group in groupby(items, key=lambda item: request_of[id(item)])]
+                return self._passes.encode(function, groups)
 
         return counted
 
