@@ -120,9 +120,17 @@ def test_a_tower_has_the_same_rows_and_calls_torchs_own_once_for_each_kind(
 
 
 def test_torchs_function_is_back_when_a_pass_has_failed(attention: MaskedAttention, plain: mock.Mock) -> None:
-    with pytest.raises(ValueError, match="this picture"), attention:
-        assert functional.scaled_dot_product_attention is not plain
-        raise ValueError("this picture")
+    args, seen = as_sglang_has_them(24), []
+
+    def fails() -> None:
+        with attention:
+            seen.append(functional.scaled_dot_product_attention)
+            attend(args, hiding([8, 16]))
+            raise ValueError("this picture")
+
+    with pytest.raises(ValueError, match="this picture"):
+        fails()
+    assert seen != [plain]
     assert functional.scaled_dot_product_attention is plain
     assert not attention._masks
     assert not attention._weights.numel()
