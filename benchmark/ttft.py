@@ -363,7 +363,9 @@ def show(measured: Measured, candidates: Sequence[str], every: Sequence[Point]) 
 
 
 def plot(measured: Measured, candidates: Sequence[str], every: Sequence[Point], at_once: int) -> str:
-    shown = [point for point in every if point.images == 1 and point.at_once == at_once and point.side <= LARGE]
+    fewest = min(point.images for point in every)
+    shown = [point for point in every if point.images == fewest and point.at_once == at_once]
+    shown = [point for point in shown if point.side <= LARGE] or shown  # beside the largest, all others look alike
     lines = {
         one: {point.side: time_to_first(measured[one, point]) for point in shown if (one, point) in measured}
         for one in candidates

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn import functional
 from sglang.srt.disaggregation.multimodal import masked_attention
 from sglang.srt.disaggregation.multimodal.masked_attention import MaskedAttention
 from support import towers
+from support.repo import REPO
 
 MODE = "encode"
 pytestmark = pytest.mark.usefixtures("mode")
@@ -203,3 +206,11 @@ def test_a_mask_is_looked_at_once_and_few_large_ones_are_kept(
         kept = [known.given for known in attention._masks]
     assert len(kept) == 3
     assert all(one is other for one, other in zip(kept, masks[-3:], strict=True))
+
+
+def test_the_benchmark_compares_both() -> None:
+    command = [sys.executable, REPO / "benchmark" / "attention.py", "--quick", "--families", "qwen2_5_vl"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    rows = [line for line in ran.stdout.splitlines() if line.startswith(("| 112²", "| 224²"))]
+    assert len(rows) == 2
+    assert all(row.endswith("| yes |") for row in rows)
