@@ -74,17 +74,18 @@ class MaskedAttention:
         outputs = self._computed(query, key, value, mask.added, math.sqrt(width**-0.5 if scale is None else scale))
         # What multiplies chooses its way by the size.
         kind = (query.dtype, heads, rows.bit_length(), width, mask.added is None)
-        if kind not in self._compared:
-            self._compared.add(kind)
-            self.is_equal = torch.allclose(outputs, self._plain(*args, **kwargs), 0, 0, equal_nan=True)
-            if not self.is_equal:
-                logger.warning(
-                    "the vision tower's attention is torch's own from now on, and slower: its replacement had other"
-                    " bits for %d rows in %d heads of %d",
-                    *(rows, heads, width),
-                )
-                return self._plain(*args, **kwargs)
-        return outputs
+        if kind in self._compared:
+            return outputs
+        plain = self._plain(*args, **kwargs)
+        self._compared.add(kind)
+        self.is_equal = torch.allclose(outputs, plain, 0, 0, equal_nan=True)
+        if not self.is_equal:
+            logger.warning(
+                "the vision tower's attention is torch's own from now on, and slower: its replacement had other bits"
+                " for %d rows in %d heads of %d",
+                *(rows, heads, width),
+            )
+        return plain
 
     def _look_at(self, given: torch.Tensor) -> _Mask:
         known = next((mask for mask in self._masks if mask.given is given), None)

@@ -149,7 +149,7 @@ class _EachRequestForItself:
         return torch.cat(outputs, dim=-2)
 
     def _masks_of_each(self, mask: torch.Tensor) -> list[torch.Tensor]:
-        """None, if it does not hide the requests from each other."""
+        """Empty if this one does not hide the requests from each other."""
         for seen, own in self._own_masks:
             if seen is mask:
                 return own
