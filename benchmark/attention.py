@@ -26,20 +26,22 @@ from report import Figures, Table  # noqa: E402
 from support import scheduler, towers  # noqa: E402
 from support.towers import Tower  # noqa: E402
 
+Attention = contextlib.AbstractContextManager[object]
 
-def seconds(tower: Tower, picture: Any, attention: contextlib.AbstractContextManager[object]) -> float:
+
+def milliseconds(tower: Tower, picture: Any, attention: Attention) -> float:
     with attention:
         began = time.perf_counter()
         tower([picture])
-        return time.perf_counter() - began
+        return 1e3 * (time.perf_counter() - began)
 
 
-def in_turns(tower: Tower, picture: Any, attention: Any, rounds: int) -> tuple[Figures, Figures, Figures]:
-    """Milliseconds in either way, and the ratios of single rounds."""
+def in_turns(tower: Tower, picture: Any, attention: Attention, rounds: int) -> tuple[Figures, Figures, Figures]:
+    """In either way, and the ratios of single rounds."""
     plain, ours = [], []
     for _ in range(rounds):
-        plain.append(1e3 * seconds(tower, picture, contextlib.nullcontext()))
-        ours.append(1e3 * seconds(tower, picture, attention))
+        plain.append(milliseconds(tower, picture, contextlib.nullcontext()))
+        ours.append(milliseconds(tower, picture, attention))
     return Figures.of(plain), Figures.of(ours), Figures.of(one / other for one, other in zip(ours, plain, strict=True))
 
 

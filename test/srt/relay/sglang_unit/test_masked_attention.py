@@ -94,11 +94,10 @@ def test_the_bits_are_torchs(shape: dict[str, Any]) -> None:
     args = [shape["size"] * one for one in args]
     mask, scale = hiding(shape["lengths"]), shape["scale"]
     expected = TORCHS_OWN(*args, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale)
-    _, width = shape["heads_width"]
-    added = None if bool(mask.all()) else torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+    made = MaskedAttention()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(masked_attention, "_WEIGHTS_AT_ONCE", shape["at_once"])
-        got = MaskedAttention()._computed(*args, added, math.sqrt(width**-0.5 if scale is None else scale))
+        got = made._computed(*args, made._look_at(mask).added, scale)
     torch.set_num_threads(1)
     assert got.dtype is expected.dtype
     assert torch.equal(got, expected)

@@ -70,8 +70,7 @@ class MaskedAttention:
             return self._plain(*args, **kwargs)
         query, key, value = args
         _, heads, rows, width = query.shape
-        scale = kwargs.get("scale")
-        outputs = self._computed(query, key, value, mask.added, math.sqrt(width**-0.5 if scale is None else scale))
+        outputs = self._computed(query, key, value, mask.added, kwargs.get("scale"))
         # What multiplies chooses its way by the size.
         kind = (query.dtype, heads, rows.bit_length(), width, mask.added is None)
         if kind in self._compared:
@@ -90,9 +89,11 @@ class MaskedAttention:
     def _look_at(self, given: torch.Tensor) -> _Mask:
         known = next((mask for mask in self._masks if mask.given is given), None)
         if known is None:
-            hides_a_row = not bool(given.any(-1).all())
-            added = None if bool(given.all()) else torch.zeros(given.shape).masked_fill_(~given, -math.inf)
-            known = _Mask(given, added, hides_a_row)
+            if bool(given.all()):
+                known = _Mask(given, None, hides_a_row=False)
+            else:
+                added = torch.zeros(given.shape).masked_fill_(~given, -math.inf)
+                known = _Mask(given, added, hides_a_row=not bool(given.any(-1).all()))
             self._masks.append(known)
             while len(self._masks) > _MASKS_KEPT and sum(mask.given.numel() for mask in self._masks) > _WEIGHTS_AT_ONCE:
                 self._masks.popleft()
@@ -104,9 +105,10 @@ class MaskedAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         added: torch.Tensor | None,
-        factor: float,
+        scale: float | None,
     ) -> torch.Tensor:
         _, heads, rows, width = query.shape
+        factor = math.sqrt(width**-0.5 if scale is None else scale)
         queries = (query.float() * factor).reshape(heads, rows, width)
         keys = (key.float() * factor).reshape(heads, rows, width).transpose(1, 2)
         values = value.float().reshape(heads, rows, width)
