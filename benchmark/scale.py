@@ -1,11 +1,15 @@
 """What a room and a message cost in processor time: with few rooms in flight and many, with few ranks and many.
 
-    .venv/bin/python benchmark/scale.py [--rooms 10 100 1000 10000] [--repeat 3] [--quick] [--out FOLDER]
+    .venv/bin/python benchmark/scale.py [--rooms 10 100 1000 10000] [--ranks 1 4 16] [--repeat 3] [--quick]
+        [--out FOLDER]
 
-`core`: both protocol cores in one process and one thread, their messages encoded and decoded, nothing moved. All rooms
-are in flight at a time and each needs three offers. `blocks for all`: every room holds a block. `blocks for 64`: most
-of them wait for one. `ranks`: the same cores behind their control threads and real ZMQ sockets, encode ranks in one
-process, language ranks in another; no bytes are written. Processor time is that of all threads.
+`core`: the protocol cores of all ranks in one process and one thread, their messages encoded and decoded, nothing
+moved. All rooms are in flight at a time and each needs three blocks. `for all`: there is a block for every room. `for
+64`: most rooms wait for one.
+`ranks`: the same cores behind their control threads and real ZMQ sockets, each rank in a process of its own, with a
+block for each room; no bytes are written. Processor time is that of all threads.
+`turns`: one core of each side in each process, without threads or sockets, and one room in flight. The processes take
+turns, a room each, so this is what it costs to find the processor's caches full of somebody else's memory.
 """
 
 from __future__ import annotations
@@ -48,7 +52,9 @@ OFFERS: Final = 3
 ROWS: Final = BLOCK * OFFERS
 FEW_BLOCKS: Final = 64
 TIMING: Final = Timing(bootstrap=600.0, first_word=600.0, waiting=600.0, heartbeat_interval=600.0)
+COLUMNS: Final = "per_room", "per_message", "messages"
 Do = Callable[[Address, list[bytes]], None]
+Share = list[tuple[int, str]]  # rooms, and the names of their encode instances
 
 
 def handshake(blocks: int) -> Handshake:
@@ -134,6 +140,57 @@ class Language:
                     self.done.set()
 
 
+class Cores:
+    """Ranks of both sides in one thread; what they send arrives in the order in which it was sent."""
+
+    def __init__(self, encodes: int, languages: int, encode_blocks: int, blocks: int) -> None:
+        self._queue: deque[tuple[Address, list[bytes]]] = deque()
+        self._clock = itertools.count(1)
+        instances = {f"encode{number}": Address(HOST, 1 + number) for number in range(encodes)}
+        self._encode = [Encode(name, encode_blocks, self._send) for name in instances]
+        addresses = [Address(HOST, 1001 + number) for number in range(languages)]
+        self._language = [Language(address, blocks, self._send, instances) for address in addresses]
+        self._sides: dict[Address, Encode | Language] = dict(
+            zip([*instances.values(), *addresses], [*self._encode, *self._language], strict=True)
+        )
+
+    def _send(self, to: Address, frames: list[bytes]) -> None:
+        self._queue.append((to, frames))
+
+    @property
+    def messages(self) -> int:
+        return sum(side.messages for side in self._sides.values())
+
+    def run(self, rooms: range) -> None:
+        """All in flight at a time, from their beginning to their end."""
+        wanted = sum(side.delivered for side in self._language) + len(rooms)
+        for room in rooms:
+            encode, language = places(room, len(self._encode), len(self._language))
+            now = self._now()
+            self._encode[encode].expect(room, now)
+            self._language[language].request(room, f"encode{encode}", now)
+        while self._queue:
+            to, frames = self._queue.popleft()
+            side, now = self._sides[to], self._now()
+            side.receive(frames, now)
+            if (due := side.next_wakeup()) is not None and due <= now:
+                side.tick(now)
+        assert sum(side.delivered for side in self._language) == wanted
+
+    def _now(self) -> float:
+        return next(self._clock) * 1e-6
+
+
+def places(room: int, encodes: int, languages: int) -> tuple[int, int]:
+    """Each pair of ranks gets as many rooms as any other."""
+    return room % encodes, room // encodes % languages
+
+
+def pool_for(rooms: int) -> int:
+    """Blocks for so many rooms at a time: an eighth of a pool is left to other encode instances."""
+    return rooms * 8 // 7 + 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", type=int, nargs="+", default=[10, 100, 1000, 10_000])
@@ -141,71 +198,59 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     report.add_options(parser)
     options = parser.parse_args()
+    many = 1600
     if options.quick:
-        options.rooms, options.ranks, options.repeat = [10, 100], [1, 2], 1
+        options.rooms, options.ranks, options.repeat, many = [10, 100], [1, 2], 1, 100
     facts = report.machine()
     print(report.describe(facts))
-    cores = measure_cores(options.rooms, options.repeat)
     pairs = list(itertools.product(options.ranks, repeat=2))
-    ranks = measure_ranks(pairs, 100 if options.quick else 1600, options.repeat)
-    report.save(options.out, "scale", facts, {"core": cores, "ranks": ranks}, drawing(cores))
+    results = {
+        "core": (cores := measure_cores(options.rooms, options.repeat)),
+        "core_ranks": measure_ranks("core, ranks in one thread", core_ranks_cost, pairs, many, options.repeat),
+        "ranks": measure_ranks("ranks", ranks_cost, pairs, many, options.repeat),
+        "turns": measure_turns(options.ranks, many, options.repeat),
+    }
+    report.save(options.out, "scale", facts, results, drawing(cores))
 
 
 # ---- the cores alone
 
 
 def measure_cores(numbers: Sequence[int], repeat: int) -> list[dict[str, Any]]:
-    table = report.Table("core", "blocks", "rooms in flight", "µs per room", "µs per message")
+    columns = "blocks", "rooms in flight", "µs per room", "µs per message", "messages per room"
+    table = report.Table("core", *columns)
     results = []
     for kind in ("for all", f"for {FEW_BLOCKS}"):
-        costs: dict[int, list[tuple[float, float]]] = {number: [] for number in numbers}
+        costs: dict[int, list[tuple[float, ...]]] = {number: [] for number in numbers}
         for _, number in itertools.product(range(repeat), numbers):
             # With few rooms many times over, so that the clock has something to measure.
             often = max(1, 1000 // number)
-            once = [core_cost(number, number if kind == "for all" else FEW_BLOCKS) for _ in range(often)]
+            once = [core_cost(1, 1, number, number if kind == "for all" else FEW_BLOCKS) for _ in range(often)]
             rooms, messages = number * often, sum(messages for _, messages in once)
             seconds = sum(seconds for seconds, _ in once)
-            costs[number].append((1e6 * seconds / rooms, 1e6 * seconds / messages))
+            costs[number].append((1e6 * seconds / rooms, 1e6 * seconds / messages, messages / rooms))
         for number, measured in costs.items():
-            per_room, per_message = (report.Figures.of(column) for column in zip(*measured, strict=True))
-            table.row(kind, number, per_room, per_message)
-            results.append({"blocks": kind, "rooms": number, "per_room": per_room, "per_message": per_message})
+            figures = [report.Figures.of(column) for column in zip(*measured, strict=True)]
+            table.row(kind, number, *figures)
+            point: dict[str, Any] = {"blocks": kind, "rooms": number}
+            results.append(point | dict(zip(COLUMNS, figures, strict=True)))
     return results
 
 
-def core_cost(rooms: int, blocks: int) -> tuple[float, int]:
-    """(processor seconds, messages) of so many rooms, all in flight at a time."""
-    to_encode: deque[list[bytes]] = deque()
-    to_language: deque[list[bytes]] = deque()
-    encode = Encode("encode", rooms * OFFERS + 1, lambda _, frames: to_language.append(frames))
-    known = {"encode": Address(HOST, 1)}
-    # An eighth of the pool is left to other encode instances.
-    pool = blocks * 8 // 7 + 2
-    language = Language(Address(HOST, 2), pool, lambda _, frames: to_encode.append(frames), known)
-    clock = itertools.count(1)
-
-    def go_on() -> None:
-        while to_encode or to_language:
-            now = next(clock) * 1e-6
-            for queue, side in ((to_encode, encode), (to_language, language)):
-                if queue:
-                    side.receive(queue.popleft(), now)
-                if (due := side.next_wakeup()) is not None and due <= now:
-                    side.tick(now)
-
-    encode.expect(0, 0.0)
-    language.request(0, "encode", 0.0)  # an instance is trusted with more than one room when it has delivered one
-    go_on()
-    encode.messages = language.messages = 0
+def core_cost(encodes: int, languages: int, rooms: int, blocks: int) -> tuple[float, int]:
+    """(processor seconds, messages) of rooms that are all in flight; `blocks` are those of a language rank."""
+    first = encodes * languages
+    cores = Cores(encodes, languages, (rooms // encodes + languages + 1) * OFFERS, pool_for(blocks))
+    cores.run(range(first))  # an instance is trusted with more than one room when it has delivered one
+    before = cores.messages
     started = time.process_time()
-    for room in range(1, rooms + 1):
-        now = next(clock) * 1e-6
-        encode.expect(room, now)
-        language.request(room, "encode", now)
-    go_on()
-    seconds = time.process_time() - started
-    assert language.delivered == rooms + 1, language.core.sizes()
-    return seconds, encode.messages + language.messages
+    cores.run(range(first, first + rooms))
+    return time.process_time() - started, cores.messages - before
+
+
+def core_ranks_cost(encodes: int, languages: int, rooms: int) -> tuple[float, float, float]:
+    seconds, messages = core_cost(encodes, languages, rooms, rooms // languages)
+    return 1e6 * seconds / rooms, 1e6 * seconds / messages, messages / rooms
 
 
 def drawing(cores: Sequence[dict[str, Any]]) -> str:
@@ -217,107 +262,169 @@ def drawing(cores: Sequence[dict[str, Any]]) -> str:
 
 # ---- ranks over ZMQ
 
+Cost = Callable[[int, int, int], tuple[float, float, float]]
 
-def measure_ranks(pairs: Sequence[tuple[int, int]], rooms: int, repeat: int) -> list[dict[str, Any]]:
-    columns = "encode ranks", "language ranks", "µs per room", "µs per message", "rooms/s"
-    table = report.Table(f"ranks, {rooms} rooms in flight", *columns)
+
+def measure_ranks(
+    title: str, cost: Cost, pairs: Sequence[tuple[int, int]], rooms: int, repeat: int
+) -> list[dict[str, Any]]:
+    columns = "encode ranks", "language ranks", "µs per room", "µs per message", "messages per room"
+    table = report.Table(f"{title}, {rooms} rooms in flight", *columns)
     results = []
     costs: dict[tuple[int, int], list[tuple[float, ...]]] = {pair: [] for pair in pairs}
     for _, pair in itertools.product(range(repeat), pairs):
-        costs[pair].append(ranks_cost(*pair, rooms))
+        costs[pair].append(cost(*pair, rooms))
     for (encodes, languages), measured in costs.items():
         figures = [report.Figures.of(column) for column in zip(*measured, strict=True)]
         table.row(encodes, languages, *figures)
-        names = "per_room", "per_message", "rooms_per_s"
-        pair = {"encode_ranks": encodes, "language_ranks": languages}
-        results.append(pair | dict(zip(names, figures, strict=True)))
+        ranks: dict[str, Any] = {"encode_ranks": encodes, "language_ranks": languages}
+        results.append(ranks | dict(zip(COLUMNS, figures, strict=True)))
     return results
 
 
-class Rank:
-    """A side behind its control thread."""
-
-    def __init__(self) -> None:
-        self.loop = ControlLoop(HOST, codec.MAX_FRAME_BYTES)
-        self.address = self.loop.open()
-        self.thread: threading.Thread | None = None
-
-    def run(self, side: Encode | Language) -> None:
-        self.thread = threading.Thread(target=self.loop.run, args=(side, lambda: None))
-        self.thread.start()
-
-    def close(self) -> None:
-        self.loop.stop()
-        if self.thread:
-            self.thread.join()
-
-
 def ranks_cost(encodes: int, languages: int, rooms: int) -> tuple[float, float, float]:
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=encode_ranks, args=(there, encodes, rooms), daemon=True)
-    process.start()
-    instances: dict[str, Address] = here.recv()
-    names = list(instances)
-    ranks = [Rank() for _ in range(languages)]
-    sides = [Language(rank.address, rooms * 8 // 7 + 2, rank.loop.send, instances) for rank in ranks]
-    for rank, side in zip(ranks, sides, strict=True):
-        rank.run(side)
+    encode = [Rank(encode_rank, f"encode{number}", rooms) for number in range(encodes)]
+    instances = {rank.name: rank.pipe.recv() for rank in encode}
+    blocks = pool_for(rooms // languages)
+    language = [Rank(language_rank, f"language{number}", blocks, instances) for number in range(languages)]
     # One room of each pair first: then each is trusted, and connected.
     first = encodes * languages
-    run_rooms(here, ranks, sides, names, range(first))
-    messages = ask_messages(here) + sum(side.messages for side in sides)
-    cpu, started = ask_cpu(here) + time.process_time(), time.perf_counter()
-    run_rooms(here, ranks, sides, names, range(first, first + rooms))
-    elapsed, cpu = time.perf_counter() - started, ask_cpu(here) + time.process_time() - cpu
-    messages = ask_messages(here) + sum(side.messages for side in sides) - messages
+    run_rooms(encode, language, range(first))
+    before = numbers_of(encode + language)
+    run_rooms(encode, language, range(first, first + rooms))
+    cpu, messages = (after - earlier for after, earlier in zip(numbers_of(encode + language), before, strict=True))
+    for rank in encode + language:
+        rank.end()
+    return 1e6 * cpu / rooms, 1e6 * cpu / messages, messages / rooms
+
+
+def run_rooms(encode: list[Rank], language: list[Rank], rooms: range) -> None:
+    shares: dict[Rank, list[tuple[int, str]]] = {rank: [] for rank in encode + language}
+    for room in rooms:
+        instance, number = places(room, len(encode), len(language))
+        shares[encode[instance]].append((room, ""))
+        shares[language[number]].append((room, encode[instance].name))
+    for side in (encode, language):  # nobody is asked before it expects
+        for rank in side:
+            rank.pipe.send(shares[rank])
+        for rank in side:
+            rank.pipe.recv()
+
+
+def numbers_of(ranks: Sequence[Rank]) -> tuple[float, int]:
+    """(processor seconds, messages) of all of them since they began."""
     for rank in ranks:
-        rank.close()
-    here.send(("end", None))
-    process.join()
-    return 1e6 * cpu / rooms, 1e6 * cpu / messages, rooms / elapsed
+        rank.pipe.send("numbers")
+    seconds, messages = zip(*(rank.pipe.recv() for rank in ranks), strict=True)
+    return sum(seconds), sum(messages)
 
 
-def run_rooms(
-    pipe: Connection, ranks: Sequence[Rank], sides: Sequence[Language], names: Sequence[str], rooms: range
-) -> None:
-    pipe.send(("expect", rooms))
-    pipe.recv()
-    shares = [[room for room in rooms if room // len(names) % len(sides) == number] for number in range(len(sides))]
-    for side, share in zip(sides, shares, strict=True):
+class Rank:
+    """A process of its own, as in SGLang: in one interpreter, ranks would wait for each other."""
+
+    def __init__(self, work: Callable[..., None], name: str, *arguments: object) -> None:
+        self.name = name
+        self.pipe, there = multiprocessing.Pipe()
+        self._process = multiprocessing.Process(target=work, args=(there, name, *arguments), daemon=True)
+        self._process.start()
+        there.close()
+
+    def end(self) -> None:
+        self.pipe.send("end")
+        self._process.join()
+        self.pipe.close()
+
+
+def encode_rank(pipe: Connection, name: str, rooms: int) -> None:
+    loop = ControlLoop(HOST, codec.MAX_FRAME_BYTES)
+    pipe.send(loop.open())
+    side = Encode(name, (rooms + 1) * OFFERS, loop.send)
+
+    def expect(share: Share) -> None:
+        for room, _ in share:
+            loop.post(functools.partial(side.expect, room))
+
+    serve(pipe, loop, side, expect)
+
+
+def language_rank(pipe: Connection, _: str, blocks: int, instances: dict[str, Address]) -> None:
+    loop = ControlLoop(HOST, codec.MAX_FRAME_BYTES)
+    side = Language(loop.open(), blocks, loop.send, instances)
+
+    def run(share: Share) -> None:
         side.wanted = side.delivered + len(share)
         side.done.clear()
-    for rank, side, share in zip(ranks, sides, shares, strict=True):
-        for room in share:
-            rank.loop.post(functools.partial(side.request, room, names[room % len(names)]))
-    for side, share in zip(sides, shares, strict=True):
+        for room, instance in share:
+            loop.post(functools.partial(side.request, room, instance))
         assert not share or side.done.wait(120), side.core.sizes()
 
-
-def ask_cpu(pipe: Connection) -> float:
-    pipe.send(("cpu", None))
-    return float(pipe.recv())
+    serve(pipe, loop, side, run)
 
 
-def ask_messages(pipe: Connection) -> int:
-    pipe.send(("messages", None))
-    return int(pipe.recv())
-
-
-def encode_ranks(pipe: Connection, number: int, rooms: int) -> None:
-    ranks = [Rank() for _ in range(number)]
-    sides = [Encode(f"encode{n}", (rooms + 1) * OFFERS, rank.loop.send) for n, rank in enumerate(ranks)]
-    for rank, side in zip(ranks, sides, strict=True):
-        rank.run(side)
-    pipe.send({f"encode{n}": rank.address for n, rank in enumerate(ranks)})
-    while (order := pipe.recv())[0] != "end":
-        if order[0] == "expect":
-            for room in order[1]:
-                ranks[room % number].loop.post(functools.partial(sides[room % number].expect, room))
-            pipe.send("expecting")
+def serve(pipe: Connection, loop: ControlLoop, side: Encode | Language, work: Callable[[Share], None]) -> None:
+    """Do what comes through the pipe, beside the control thread."""
+    thread = threading.Thread(target=loop.run, args=(side, lambda: None))
+    thread.start()
+    while (order := pipe.recv()) != "end":
+        if order == "numbers":
+            pipe.send((time.process_time(), side.messages))
         else:
-            pipe.send(time.process_time() if order[0] == "cpu" else sum(side.messages for side in sides))
+            work(order)
+            pipe.send(None)
+    loop.stop()
+    thread.join()
+
+
+# ---- processes that take turns
+
+
+def measure_turns(numbers: Sequence[int], rooms: int, repeat: int) -> list[dict[str, Any]]:
+    table = report.Table("turns, one room in flight", "processes", "µs per room", "µs of it in the cores")
+    costs: dict[int, list[tuple[float, ...]]] = {number: [] for number in numbers}
+    for _, number in itertools.product(range(repeat), numbers):
+        costs[number].append(turns_cost(number, rooms))
+    results = []
+    for number, measured in costs.items():
+        per_room, in_cores = (report.Figures.of(column) for column in zip(*measured, strict=True))
+        table.row(number, per_room, in_cores)
+        results.append({"processes": number, "per_room": per_room, "in_cores": in_cores})
+    return results
+
+
+def turns_cost(processes: int, rooms: int) -> tuple[float, float]:
+    """Processor microseconds of a room: all, and those of the cores without what it takes to hand over the turn."""
+    turns = [multiprocessing.Pipe(duplex=False) for _ in range(processes)]
+    share = rooms // processes
+    ranks = [
+        Rank(take_turns, "", turns[number][0], turns[(number + 1) % processes][1], share) for number in range(processes)
+    ]
     for rank in ranks:
-        rank.close()
+        rank.pipe.recv()  # it is ready
+    turns[0][1].send_bytes(b"")
+    totals = [sum(column) for column in zip(*(rank.pipe.recv() for rank in ranks), strict=True)]
+    for rank in ranks:
+        rank.end()
+    for ends in turns:
+        for end in ends:
+            end.close()
+    whole, in_cores = (1e6 * total / (share * processes) for total in totals)
+    return whole, in_cores
+
+
+def take_turns(pipe: Connection, _: str, mine: Connection, next_one: Connection, rooms: int) -> None:
+    cores = Cores(1, 1, OFFERS, pool_for(1))
+    for room in range(rooms):
+        cores.run(range(room, room + 1))
+    pipe.send("ready")
+    in_cores, started = 0.0, time.process_time()
+    for room in range(rooms, 2 * rooms):
+        mine.recv_bytes()
+        before = time.process_time()
+        cores.run(range(room, room + 1))
+        in_cores += time.process_time() - before
+        next_one.send_bytes(b"")
+    pipe.send((time.process_time() - started, in_cores))
+    pipe.recv()
 
 
 if __name__ == "__main__":
