@@ -6,7 +6,6 @@ SGLang's scheduler is real up to its forward pass (support/scheduler.py says wha
 from __future__ import annotations
 
 import dataclasses
-import select
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +24,7 @@ from embedding_relay.protocol.errors import (
 from embedding_relay.protocol.messages import Address
 from embedding_relay.protocol.status import Status
 from embedding_relay.registry.entry import name_of_rank
-from sglang.srt.disaggregation.multimodal import cpu_platform, multimodal_language, request_notes
+from sglang.srt.disaggregation.multimodal import multimodal_language, request_notes
 from sglang.srt.disaggregation.multimodal.front import Refusal, _as_message, abort_message, lost_rows_message
 from sglang.srt.disaggregation.multimodal.multimodal_language import LanguageRole
 from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, Note, encode_half
@@ -113,134 +112,6 @@ def test_no_token_is_asked_for_beyond_the_positions_that_the_model_has(
     scheduler.turn()
     (req,) = scheduler.waiting_queue
     assert req.sampling_params.max_new_tokens == 8 - 4 - 1
-
-
-class Gathering:
-    """A role that waits a moment for the rows of others, by a clock that stands still until it waits."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, transfer: TransferWithoutThread) -> None:
-        self.waits: list[int] = []
-        self._now, self._transfer = 100.0, transfer
-        self._follow: list[tuple[float, int]] = []
-        poll = SimpleNamespace(register=self._register, poll=self._wait)
-        monkeypatch.setattr(multimodal_language, "select", SimpleNamespace(POLLIN=select.POLLIN, poll=lambda: poll))
-        monkeypatch.setattr(multimodal_language, "time", SimpleNamespace(monotonic=lambda: self._now))
-
-    def rows_follow(self, after_ms: float, room: int) -> None:
-        self._follow.append((self._now + after_ms / 1000, room))
-
-    def _register(self, fd: int, _: int) -> None:
-        assert fd == self._transfer.wakeup_fd
-
-    def _wait(self, milliseconds: int) -> None:
-        self.waits.append(milliseconds)
-        give_up = self._now + milliseconds / 1000
-        if self._follow and self._follow[0][0] <= give_up:
-            self._now, room = self._follow.pop(0)
-            self._transfer.rows_arrive(room)
-        else:
-            self._now = give_up
-
-
-@pytest.fixture
-def gathering(monkeypatch: pytest.MonkeyPatch, transfer: TransferWithoutThread, role: LanguageRole) -> Gathering:
-    role.gathers = True
-    return Gathering(monkeypatch, transfer)
-
-
-def have_blocks(scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, *rooms: int) -> None:
-    scheduler.turn(*(request(f"room {room}", room) for room in rooms))
-    for room in rooms:
-        transfer.stands(room, Status.WAITING_FOR_INPUT)
-    scheduler.turn()
-
-
-def test_prompts_whose_rows_come_right_after_each_other_begin_together(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering
-) -> None:
-    have_blocks(scheduler, transfer, 7, 8, 9)
-    transfer.rows_arrive(7)
-    gathering.rows_follow(0.5, 8)
-    gathering.rows_follow(1.5, 9)
-    scheduler.turn()
-    assert queued(scheduler) == ["room 7", "room 8", "room 9"]
-    assert len(gathering.waits) == 2, "nobody waits when all are there"
-
-
-def test_rows_wait_for_those_of_others_for_a_moment_only(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering
-) -> None:
-    have_blocks(scheduler, transfer, 7, 8, 9)
-    transfer.rows_arrive(7)
-    gathering.rows_follow(1.5, 8)
-    gathering.rows_follow(30, 9)
-    scheduler.turn()
-    assert queued(scheduler) == ["room 7", "room 8"]
-    assert gathering.waits == [2, 1]
-    gathering.waits.clear()
-    scheduler.turn()
-    assert gathering.waits == [], "there is no news, and nobody to be kept waiting"
-    transfer.rows_arrive(9)
-    scheduler.turn()
-    assert queued(scheduler) == ["room 7", "room 8", "room 9"]
-    assert gathering.waits == []
-
-
-@pytest.mark.parametrize("other", ["none", "without blocks", "failed"])
-def test_rows_wait_for_nobody_who_cannot_come_right_behind_them(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering, other: str
-) -> None:
-    have_blocks(scheduler, transfer, 7, *([8] if other == "failed" else []))
-    if other == "without blocks":
-        scheduler.turn(request("room 8", 8))
-    if other == "failed":
-        transfer.stands(8, Status.FAILED, LOST)
-    transfer.rows_arrive(7)
-    scheduler.turn()
-    assert queued(scheduler) == ["room 7"]
-    assert gathering.waits == []
-
-
-def test_a_failure_is_answered_at_once(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering
-) -> None:
-    have_blocks(scheduler, transfer, 7, 8)
-    transfer.stands(7, Status.FAILED, LOST)
-    scheduler.turn()
-    assert scheduler.answer_to("room 7") == LOST
-    assert gathering.waits == []
-
-
-def test_on_a_card_rows_wait_for_nobody(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering, role: LanguageRole
-) -> None:
-    role.gathers = False
-    have_blocks(scheduler, transfer, 7, 8)
-    transfer.rows_arrive(7)
-    scheduler.turn()
-    assert queued(scheduler) == ["room 7"]
-    assert gathering.waits == []
-
-
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_gathering_is_for_a_cpu(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, monkeypatch: pytest.MonkeyPatch, on_cpu: bool
-) -> None:
-    monkeypatch.setattr(cpu_platform, "serves", lambda: on_cpu)
-    assert LanguageRole(scheduler, transfer).gathers is on_cpu
-
-
-@holds
-def test_rows_wait_for_nobody_while_nothing_may_be_handed_over(
-    scheduler: SchedulerWithoutModel, transfer: TransferWithoutThread, gathering: Gathering, hold: Any, go_on: Any
-) -> None:
-    have_blocks(scheduler, transfer, 7, 8)
-    scheduler.turn(hold)
-    transfer.rows_arrive(7)
-    scheduler.turn()
-    assert queued(scheduler) == []
-    assert gathering.waits == []
-    scheduler.turn(go_on)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -7,8 +7,6 @@ import copy
 import functools
 import itertools
 import logging
-import math
-import select
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
@@ -27,7 +25,7 @@ from sglang.srt.disaggregation.mooncake.conn_multimodal import (
     LanguageManager,
     MooncakeEmbeddingReceiver,
 )
-from sglang.srt.disaggregation.multimodal import compatibility, cpu_platform, media, modes, request_notes, tracing
+from sglang.srt.disaggregation.multimodal import compatibility, media, modes, request_notes, tracing
 from sglang.srt.disaggregation.multimodal.front import Refusal, prompt_ids_message, reason_of
 from sglang.srt.disaggregation.multimodal.prefix import Prefix, PrefixPrefill, why_not
 from sglang.srt.disaggregation.multimodal.request_notes import EncodeHalf, encode_half
@@ -36,7 +34,6 @@ from sglang.srt.disaggregation.multimodal.roles import Decisions, Role, aborted
 logger = logging.getLogger(__name__)
 
 _MOST_LOST: Final = 256
-_GATHER_S: Final = 0.002
 
 AnyLanguageManager = LanguageManager | BorrowingManager
 
@@ -162,7 +159,6 @@ class LanguageRole(Role[AnyLanguageManager]):
         self._handing_over: int | None = None
         """The room whose rows SGLang is given at this moment."""
         self.prefixes = self._prefix_prefill(ranks)
-        self.gathers = cpu_platform.serves()
 
     def _prefix_prefill(self, ranks: int) -> PrefixPrefill | None:
         if not self.manager.config.prefix_prefill or self.reporter is not None:
@@ -228,8 +224,6 @@ class LanguageRole(Role[AnyLanguageManager]):
     def decisions(self) -> Decisions:
         now = time.monotonic()
         if self._look():
-            if self.gathers and not self.is_held():
-                self._gather()
             for request in (*self.prealloc_queue.queue.values(), *self.transfer_queue.queue.values()):
                 if is_final(request.receiver.poll()):
                     self.agreement.hear(0, RoomEnded(request.number, request.receiver.failure()), now)
@@ -244,22 +238,6 @@ class LanguageRole(Role[AnyLanguageManager]):
             ended=self.agreement.take_decided(now),
             forgotten=tuple(one.number for one in self.shared.values() if one.over_since <= now - self.keep_shared_s),
         )
-
-    def _gather(self) -> None:
-        """Wait a moment for rows that come right behind these: a pass of the tower makes those of several requests.
-
-        The pass that begins the first prompt takes several times as long, and on a CPU no other begins beside it.
-        """
-        events, give_up = select.poll(), time.monotonic() + _GATHER_S
-        events.register(self.manager.wakeup_fd, select.POLLIN)
-        while self._more_may_come() and (left := give_up - time.monotonic()) > 0:
-            events.poll(math.ceil(left * 1000))
-            self._look()
-
-    def _more_may_come(self) -> bool:
-        """Rows of one request are here, and those of another have blocks to come to."""
-        undecided = [one.receiver.poll() for one in self.transfer_queue.queue.values() if not one.is_decided]
-        return Status.SUCCESS in undecided and not all(map(is_final, undecided))
 
     def _look(self) -> bool:
         """Whether a room has changed on this rank."""
