@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import report
 
@@ -53,6 +53,8 @@ ROWS: Final = BLOCK * OFFERS
 FEW_BLOCKS: Final = 64
 TIMING: Final = Timing(bootstrap=600.0, first_word=600.0, waiting=600.0, heartbeat_interval=600.0)
 COLUMNS: Final = "per_room", "per_message", "messages"
+Costs = tuple[float, float, float]  # what these name
+P = TypeVar("P")
 Do = Callable[[Address, list[bytes]], None]
 Share = list[tuple[int, str]]  # rooms, and the names of their encode instances
 
@@ -204,13 +206,25 @@ def main() -> None:
     facts = report.machine()
     print(report.describe(facts))
     pairs = list(itertools.product(options.ranks, repeat=2))
+    cores = measure_cores(options.rooms, options.repeat)
     results = {
-        "core": (cores := measure_cores(options.rooms, options.repeat)),
+        "core": cores,
         "core_ranks": measure_ranks("core, ranks in one thread", core_ranks_cost, pairs, many, options.repeat),
         "ranks": measure_ranks("ranks", ranks_cost, pairs, many, options.repeat),
         "turns": measure_turns(options.ranks, many, options.repeat),
     }
     report.save(options.out, "scale", facts, results, drawing(cores))
+
+
+def by_turns(points: Sequence[P], repeat: int, cost: Callable[[P], tuple[float, ...]]) -> dict[P, list[report.Figures]]:
+    costs: dict[P, list[tuple[float, ...]]] = {point: [] for point in points}
+    for _, point in itertools.product(range(repeat), points):
+        costs[point].append(cost(point))
+    return {point: [report.Figures.of(column) for column in zip(*of, strict=True)] for point, of in costs.items()}
+
+
+def of_one(seconds: float, messages: int, rooms: int) -> Costs:
+    return 1e6 * seconds / rooms, 1e6 * seconds / messages, messages / rooms
 
 
 # ---- the cores alone
@@ -221,20 +235,19 @@ def measure_cores(numbers: Sequence[int], repeat: int) -> list[dict[str, Any]]:
     table = report.Table("core", *columns)
     results = []
     for kind in ("for all", f"for {FEW_BLOCKS}"):
-        costs: dict[int, list[tuple[float, ...]]] = {number: [] for number in numbers}
-        for _, number in itertools.product(range(repeat), numbers):
-            # With few rooms many times over, so that the clock has something to measure.
-            often = max(1, 1000 // number)
-            once = [core_cost(1, 1, number, number if kind == "for all" else FEW_BLOCKS) for _ in range(often)]
-            rooms, messages = number * often, sum(messages for _, messages in once)
-            seconds = sum(seconds for seconds, _ in once)
-            costs[number].append((1e6 * seconds / rooms, 1e6 * seconds / messages, messages / rooms))
-        for number, measured in costs.items():
-            figures = [report.Figures.of(column) for column in zip(*measured, strict=True)]
+        cost = functools.partial(repeated_core_cost, most=None if kind == "for all" else FEW_BLOCKS)
+        for number, figures in by_turns(numbers, repeat, cost).items():
             table.row(kind, number, *figures)
             point: dict[str, Any] = {"blocks": kind, "rooms": number}
             results.append(point | dict(zip(COLUMNS, figures, strict=True)))
     return results
+
+
+def repeated_core_cost(rooms: int, most: int | None) -> Costs:
+    """With few rooms many times over, so that the clock has something to measure."""
+    often = max(1, 1000 // rooms)
+    seconds, messages = zip(*(core_cost(1, 1, rooms, most or rooms) for _ in range(often)), strict=True)
+    return of_one(sum(seconds), sum(messages), rooms * often)
 
 
 def core_cost(encodes: int, languages: int, rooms: int, blocks: int) -> tuple[float, int]:
@@ -248,9 +261,8 @@ def core_cost(encodes: int, languages: int, rooms: int, blocks: int) -> tuple[fl
     return time.process_time() - started, cores.messages - before
 
 
-def core_ranks_cost(encodes: int, languages: int, rooms: int) -> tuple[float, float, float]:
-    seconds, messages = core_cost(encodes, languages, rooms, rooms // languages)
-    return 1e6 * seconds / rooms, 1e6 * seconds / messages, messages / rooms
+def core_ranks_cost(encodes: int, languages: int, rooms: int) -> Costs:
+    return of_one(*core_cost(encodes, languages, rooms, rooms // languages), rooms)
 
 
 def drawing(cores: Sequence[dict[str, Any]]) -> str:
@@ -262,27 +274,21 @@ def drawing(cores: Sequence[dict[str, Any]]) -> str:
 
 # ---- ranks over ZMQ
 
-Cost = Callable[[int, int, int], tuple[float, float, float]]
-
 
 def measure_ranks(
-    title: str, cost: Cost, pairs: Sequence[tuple[int, int]], rooms: int, repeat: int
+    title: str, cost: Callable[[int, int, int], Costs], pairs: Sequence[tuple[int, int]], rooms: int, repeat: int
 ) -> list[dict[str, Any]]:
     columns = "encode ranks", "language ranks", "µs per room", "µs per message", "messages per room"
     table = report.Table(f"{title}, {rooms} rooms in flight", *columns)
     results = []
-    costs: dict[tuple[int, int], list[tuple[float, ...]]] = {pair: [] for pair in pairs}
-    for _, pair in itertools.product(range(repeat), pairs):
-        costs[pair].append(cost(*pair, rooms))
-    for (encodes, languages), measured in costs.items():
-        figures = [report.Figures.of(column) for column in zip(*measured, strict=True)]
+    for (encodes, languages), figures in by_turns(pairs, repeat, lambda pair: cost(*pair, rooms)).items():
         table.row(encodes, languages, *figures)
         ranks: dict[str, Any] = {"encode_ranks": encodes, "language_ranks": languages}
         results.append(ranks | dict(zip(COLUMNS, figures, strict=True)))
     return results
 
 
-def ranks_cost(encodes: int, languages: int, rooms: int) -> tuple[float, float, float]:
+def ranks_cost(encodes: int, languages: int, rooms: int) -> Costs:
     encode = [Rank(encode_rank, f"encode{number}", rooms) for number in range(encodes)]
     instances = {rank.name: rank.pipe.recv() for rank in encode}
     blocks = pool_for(rooms // languages)
@@ -295,7 +301,7 @@ def ranks_cost(encodes: int, languages: int, rooms: int) -> tuple[float, float, 
     cpu, messages = (after - earlier for after, earlier in zip(numbers_of(encode + language), before, strict=True))
     for rank in encode + language:
         rank.end()
-    return 1e6 * cpu / rooms, 1e6 * cpu / messages, messages / rooms
+    return of_one(cpu, messages, rooms)
 
 
 def run_rooms(encode: list[Rank], language: list[Rank], rooms: range) -> None:
@@ -380,12 +386,8 @@ def serve(pipe: Connection, loop: ControlLoop, side: Encode | Language, work: Ca
 
 def measure_turns(numbers: Sequence[int], rooms: int, repeat: int) -> list[dict[str, Any]]:
     table = report.Table("turns, one room in flight", "processes", "µs per room", "µs of it in the cores")
-    costs: dict[int, list[tuple[float, ...]]] = {number: [] for number in numbers}
-    for _, number in itertools.product(range(repeat), numbers):
-        costs[number].append(turns_cost(number, rooms))
     results = []
-    for number, measured in costs.items():
-        per_room, in_cores = (report.Figures.of(column) for column in zip(*measured, strict=True))
+    for number, (per_room, in_cores) in by_turns(numbers, repeat, lambda number: turns_cost(number, rooms)).items():
         table.row(number, per_room, in_cores)
         results.append({"processes": number, "per_room": per_room, "in_cores": in_cores})
     return results
